@@ -1,0 +1,64 @@
+"""The command line: `python -m common.bench SUBCOMMAND --help`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from common.bench import BenchError
+
+SUBCOMMANDS = {
+    "limits": "measure what this machine can do",
+    "offline": "a part's generate: prefill, decode, memory, start-up, MBU, MFU",
+    "serve": "load on an OpenAI-compatible server: TTFT, ITL, TPOT, E2E",
+    "startup": "how long parts take to start, and their memory",
+    "streaming": "one part's whole responses against another's streams",
+    "report": "results as Markdown tables, in the READMEs too",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line and exit status 2 for wrong flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m common.bench",
+        description="Measure the engines and the machine they run on.",
+        allow_abbrev=False,
+    )
+    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
+    for name, text in SUBCOMMANDS.items():
+        module = importlib.import_module(f"common.bench.{name}")
+        subparser = subparsers.add_parser(
+            name,
+            help=text,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run, prog=subparser.prog)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f"{args.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except BenchError as error:
+        print(f"{args.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
