@@ -168,7 +168,7 @@ def check_result(part: Part, source: str, hashes: dict[str, str]) -> tuple[list[
         return [f"{source} is missing; measure it or remove the table"], []
     except (ValueError, AttributeError):
         return [f"{source} is not a JSON object; measure it again"], []
-    if not isinstance(code, dict) or not code:
+    if not isinstance(code, dict):  # empty when only other engines were measured
         return [f'{source} has no "code" (part to code hash); measure it again'], []
     stale = [
         f"{name} was {measured}, is {hashes.get(name, 'gone')}"
