@@ -491,6 +491,11 @@ def test_the_keyboard_is_enough(page: Page) -> None:
     assert page.focused == "prompt"
     page.type("one", SHIFT, ENTER, SHIFT, "gate")
     assert page.box == "one\ngate" and page.num_turns == 0
+    page.js(
+        "document.activeElement.dispatchEvent(new KeyboardEvent('keydown',"
+        " {key: 'Enter', isComposing: true, bubbles: true, cancelable: true}))"
+    )
+    assert page.num_turns == 0  # an input method's Enter accepts a word
     page.type(ENTER)
     page.wait_for("streaming")
     assert page.text(".question-text") == "one\ngate"
@@ -571,11 +576,11 @@ def test_partial_answers_say_why_they_are_partial(page: Page) -> None:
     page.ask("broken")
     page.wait_for("failed")
     assert page.text(".answer-text") == "Some of it"
-    assert page.text(".stat-note") == "Failed. the engine lost a page"
+    assert page.text(".stat-note") == "Failed: the engine lost a page"
     page.ask("cut")
     page.wait_for("interrupted")
     assert page.text(".answer-text") == "Half an ans"
-    assert page.text(".stat-note").startswith("Interrupted.")
+    assert page.text(".stat-note").startswith("Interrupted:")
     page.ask("length")
     page.wait_for("complete")
     assert page.text(".stat-note") == "Cut at the token limit."
@@ -588,6 +593,7 @@ def test_a_server_that_is_away_is_named_and_nothing_is_lost(page: Page) -> None:
     page.ask("are you there")
     assert "cannot be reached" in page.wait_for_error()
     assert page.box == "are you there" and page.num_turns == 0
+    assert page.text("#model-name") == "no connection" and page.one("#retry").is_displayed()
 
 
 @browser

@@ -32,7 +32,7 @@ async function connect() {
     model = (await listModels(keyPrompt.key))[0].id;
   } catch (error) {
     model = null;
-    showModel("away", error.status === 401 ? "locked" : "no connection");
+    showModel("away", "not ready");
     showError(error);
     return false;
   }
@@ -86,8 +86,10 @@ function endTurn(turn, view) {
 
 /** @param {ApiError} error */
 function showError(error) {
-  if (error.status === 404) model = null; // the server may have another model now: ask again
+  if ([0, 401, 404].includes(error.status)) model = null; // ask for it again before the next turn
+  if (error.status === 0) showModel("away", "no connection");
   if (error.status === 401) {
+    showModel("locked", "locked");
     keyPrompt.show();
     return;
   }
@@ -102,7 +104,7 @@ function showNotice(message, isError = false) {
   notice.hidden = message === "";
 }
 
-/** @param {"connecting" | "here" | "away"} state @param {string} text */
+/** @param {"connecting" | "here" | "away" | "locked"} state @param {string} text */
 function showModel(state, text) {
   byId("model").dataset.state = state;
   byId("model-name").textContent = text;
@@ -142,7 +144,8 @@ function newChat() {
 function onBoxKey(event) {
   const isPlainEnter =
     event.key === "Enter" && !(event.shiftKey || event.altKey || event.ctrlKey || event.metaKey);
-  if (!isPlainEnter || event.isComposing) return; // Enter also accepts a word of an input method
+  // Enter also accepts a word of an input method; Safari says so by the key code alone.
+  if (!isPlainEnter || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
   send();
 }

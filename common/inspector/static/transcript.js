@@ -147,8 +147,8 @@ function withUnit(value, digits, unit) {
 /** @param {Turn} turn @returns {string} empty where there is nothing to say */
 function noteOf(turn) {
   if (turn.ending === "stopped") return "Stopped.";
-  if (turn.ending === "interrupted") return `Interrupted. ${turn.error?.message}`;
-  if (turn.ending === "failed") return `Failed. ${turn.error?.message}`;
+  if (turn.ending === "interrupted") return "Interrupted: the connection broke.";
+  if (turn.ending === "failed") return `Failed: ${turn.error?.message}`;
   if (turn.finishReason === "length") return "Cut at the token limit.";
   if (turn.finishReason !== null && turn.finishReason !== "stop") {
     return `Ended by the server: ${turn.finishReason}.`;
