@@ -15,6 +15,7 @@ Percentiles over all ITLs weigh long requests more; over TPOT every request coun
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 PERCENTILES = (50, 95, 99)
@@ -46,8 +47,7 @@ class RequestRecord:
 
     @property
     def itls(self) -> list[float]:
-        pairs = zip(self.arrivals, self.arrivals[1:], strict=False)
-        return [later - earlier for earlier, later in pairs]
+        return [later - earlier for earlier, later in pairwise(self.arrivals)]
 
     @property
     def tpot(self) -> float | None:

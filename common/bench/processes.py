@@ -41,9 +41,12 @@ def part_package(part: int) -> str:
 
 
 def child_environment() -> dict[str, str]:
-    """This environment, with the repository importable and the child's output unbuffered."""
+    """This environment, with the repository importable and the child's output unbuffered, and
+    without a server's key, which the requests sent here would lack."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment.pop("ENGINE_API_KEY", None)
+    return environment
 
 
 def run_worker(job: dict[str, Any], timeout: float = 3600, verbose: bool = False) -> dict[str, Any]:
