@@ -33,7 +33,7 @@ async function connect() {
   } catch (error) {
     model = null;
     showModel("away", "not ready");
-    showError(error);
+    showError(/** @type {ApiError} */ (error));
     return false;
   }
   showModel("here", model);
