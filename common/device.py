@@ -1,0 +1,41 @@
+"""Where the arithmetic happens: device, number format and threads, resolved before anything is built."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def resolve_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """A device and a number format from their names.
+
+    `auto` is CUDA where there is one, else the CPU; then float32 on a CPU (bfloat16 products are
+    slow there) and bfloat16 on a GPU. Raises ValueError.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs")
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    return device, getattr(torch, dtype)
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and its control group's quota where there is one."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores

@@ -1,0 +1,147 @@
+"""From an engine's tokens to a user's text: detokenizing, stop strings, finish reasons.
+
+Engines know tokens only. An `OutputProcessor` follows one completion: it turns tokens into text,
+finds stop strings even where they straddle tokens, and holds back what may yet become one.
+"""
+
+from dataclasses import dataclass, field
+
+from common.sampling import SamplingParams
+from common.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities at one position, of the model's distribution before temperature.
+
+    top: (token id, logprob) of the most likely tokens, most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Completion:
+    """One finished completion. `token_ids` includes the token that ended it.
+
+    finish_reason: `stop` (EOS, a stop token or string), `length`, `abort` or `error`.
+    index: the place in the list that `generate` returns.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    index: int
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one or more new tokens add to a completion. `finish_reason` is set on the last."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class OutputProcessor:
+    """Follows one completion, token by token.
+
+    With no tokenizer (`random:*` models) the text stays empty.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, params: SamplingParams, num_prompt_tokens: int = 0
+    ) -> None:
+        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+        self.params = params
+        self._held = ""  # text that may be the start of a stop string
+        self._text: list[str] = []
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_cached_tokens = 0
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def process(
+        self,
+        token_ids: list[int],
+        finish_reason: str | None = None,
+        logprobs: list[TokenLogprobs] | None = None,
+    ) -> Delta:
+        """Take an engine's new tokens. Once finished, more tokens are dropped.
+
+        finish_reason: the engine's, when these are its last tokens. With `stop` the last token
+        ended the output: it counts, and its text is left out. When a stop string appears the
+        completion finishes here and the caller aborts the request in the engine.
+        """
+        if self.finished:
+            return Delta("", [])
+        text = ""
+        taken = 0
+        for i, token_id in enumerate(token_ids):
+            self.token_ids.append(token_id)
+            taken += 1
+            ends_output = finish_reason == "stop" and i == len(token_ids) - 1
+            if self._detokenizer is not None and not ends_output:
+                text += self._release(self._detokenizer.push(token_id))
+            if self.finished:
+                break
+        if finish_reason is not None and not self.finished:
+            if self._detokenizer is not None:
+                text += self._release(self._detokenizer.flush())
+            if not self.finished:
+                text, self._held = text + self._held, ""
+                self.finish_reason = finish_reason
+        new_logprobs = (logprobs or [])[:taken] if self.params.logprobs is not None else []
+        self.logprobs += new_logprobs
+        self._text.append(text)
+        return Delta(text, token_ids[:taken], new_logprobs, self.finish_reason)
+
+    def _release(self, new: str) -> str:
+        """Add text; return what can be given out, cut at the first stop string.
+
+        First means the one that is complete first, so that the result does not depend on how the
+        text was cut into tokens.
+        """
+        if not self.params.stop:
+            return new
+        text = self._held + new
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.params.stop]
+        found = [(end, start) for end, start in found if start >= 0]
+        if found:
+            self.finish_reason, self._held = "stop", ""
+            return text[: min(found)[1]]
+        longest = max(map(len, self.params.stop)) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self.params.stop):
+                self._held = text[-size:]
+                return text[:-size]
+        self._held = ""
+        return text
+
+    def completion(self, index: int = 0) -> Completion:
+        """The finished completion."""
+        assert self.finish_reason is not None, "completion() before the end"
+        return Completion(
+            text="".join(self._text),
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason,
+            index=index,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            logprobs=self.logprobs if self.params.logprobs is not None else None,
+        )

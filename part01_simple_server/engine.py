@@ -1,0 +1,86 @@
+"""The engine: a model, its KV cache, and the loop that asks for one token after another.
+
+Prefill runs the whole prompt at once and is limited by arithmetic; decode runs one token against
+the cached keys and values of all before it and is limited by reading the weights from memory.
+"""
+
+import random
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from common.checkpoint import context_length, eos_token_ids, load_transformers_model, resolve
+from common.device import resolve_device, usable_cores
+from common.output import Completion, OutputProcessor
+from common.prompts import ParamsForPrompts, Prompts, prepare_prompts
+from common.sampling import SamplingBatch, SamplingParams
+from common.tokenizer import Tokenizer
+
+from .config import EngineConfig
+from .sampler import sample
+
+
+class LLMEngine:
+    """One sequence at a time, from prompt to completion. Not safe from several threads."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the model. Raises ValueError when it cannot be had."""
+        self.config = config
+        self.device, dtype = resolve_device(config.device, config.dtype)
+        torch.set_num_threads(config.threads or usable_cores())
+        folder = resolve(config.model)
+        self.tokenizer = Tokenizer.load(folder)
+        self.model = load_transformers_model(folder, dtype, self.device)
+        self.eos_token_ids = eos_token_ids(folder, self.model.config)
+        self.vocab_size = self.model.config.vocab_size
+        self.max_model_len = context_length(self.model.config, config.max_model_len)
+        self.seeds = random.Random(config.seed)  # for requests that bring none
+
+    def generate(
+        self, prompts: Prompts, sampling_params: ParamsForPrompts = None, progress: bool = True
+    ) -> list[Completion]:
+        """Complete each prompt, text or token ids. Raises ValueError before any work is done."""
+        requests = prepare_prompts(self, prompts, sampling_params)
+        bar = tqdm(requests, desc="Completions", disable=not progress)
+        return [self.complete(*request).completion(index) for index, request in enumerate(bar)]
+
+    @torch.inference_mode()
+    def complete(self, prompt: list[int], params: SamplingParams) -> OutputProcessor:
+        """Prefill, then decode until something ends the output."""
+        output = OutputProcessor(self.tokenizer, params, len(prompt))
+        seed = self.seeds.getrandbits(64) if params.seed is None else params.seed
+        logits, cache = self.prefill(prompt)
+        while True:
+            batch = SamplingBatch.build(logits, [params], [seed], [len(prompt)], [output.token_ids])
+            [token_id], logprobs = sample(logits, batch)
+            output.process([token_id], self.finish_reason(token_id, output), logprobs)
+            if output.finished:
+                return output
+            if not self.config.kv_cache:
+                logits, cache = self.prefill(prompt + output.token_ids)
+            else:
+                logits = self.decode(token_id, cache)
+
+    def prefill(self, token_ids: list[int]) -> tuple[torch.Tensor, DynamicCache]:
+        """Run a whole prompt; returns the last position's logits, [1, vocab], and its KV cache."""
+        cache = DynamicCache(config=self.model.config)
+        return self.forward(token_ids, cache), cache
+
+    def decode(self, token_id: int, cache: DynamicCache) -> torch.Tensor:
+        """Run one more token against the cache, which grows by it; returns logits, [1, vocab]."""
+        return self.forward([token_id], cache)
+
+    def forward(self, token_ids: list[int], cache: DynamicCache) -> torch.Tensor:
+        input_ids = torch.tensor([token_ids], device=self.device)
+        output = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]
+
+    def finish_reason(self, token_id: int, output: OutputProcessor) -> str | None:
+        """Why `output` ends with this new token, `stop` or `length`; None when it goes on."""
+        is_eos = token_id in self.eos_token_ids and not output.params.ignore_eos
+        if is_eos or token_id in output.params.stop_token_ids:
+            return "stop"
+        num_tokens = len(output.token_ids) + 1
+        at_limit = output.num_prompt_tokens + num_tokens >= self.max_model_len
+        return "length" if at_limit or num_tokens == output.params.max_tokens else None

@@ -1,0 +1,41 @@
+"""The HTTP server: requests wait at a lock, and each gets its answer when it is whole.
+
+A client that goes away is not noticed: its completion runs to the end.
+"""
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+
+from common.api import Job
+from common.cli import parse
+from common.http import Admission, Frontend, ServerConfig, serve
+
+from .config import EngineConfig
+from .engine import LLMEngine
+
+
+def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
+    frontend = Frontend(engine, config, streaming=False, max_n=1)
+    admission = Admission(config.max_waiting + 1)
+    lock = asyncio.Lock()
+
+    async def answer(job: Job, request: Request) -> dict[str, Any]:
+        with admission.admit(len(job.prompts)):
+            async with lock:
+                outputs = await run_in_threadpool(engine.generate, job.prompts, job.params, False)
+        return job.response(outputs)
+
+    frontend.route(answer)
+    return frontend.app
+
+
+def main() -> None:
+    engine_config, server_config = parse([EngineConfig, ServerConfig], description=__doc__)
+    serve(lambda: create_app(LLMEngine(engine_config), server_config), server_config)
+
+
+if __name__ == "__main__":
+    main()
