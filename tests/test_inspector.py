@@ -246,6 +246,8 @@ def make_app(fake: Fake) -> FastAPI:
 
     @app.middleware("http")
     async def check_key(request: Request, call_next: Any) -> Any:
+        if request.headers.get("origin", fake.url) != fake.url:
+            return error(403, "requests from this Origin are refused")  # as the real server does
         is_allowed = fake.api_key is None or inspector.is_public(request.url.path)
         if is_allowed or request.headers.get("authorization") == f"Bearer {fake.api_key}":
             return await call_next(request)
@@ -480,10 +482,16 @@ def test_a_new_chat_during_an_answer_leaves_nothing_behind(page: Page) -> None:
     page.until(lambda: page.state == "streaming")
     page.one("#new-chat").click()
     assert page.fake.gone.wait(20)
+    page.fake.gone.clear()
+    page.ask("silent")
+    page.wait_for("waiting")
+    page.one("#new-chat").click()
+    assert page.fake.gone.wait(20)
     assert page.num_turns == 0 and page.box == "" and page.text("#notice") == ""
     page.ask("afresh")
     page.wait_for("complete")
-    assert len(page.fake.requests[1]["messages"]) == 1
+    assert len(page.fake.requests[-1]["messages"]) == 1
+    assert page.box == "" and page.text("#notice") == ""
 
 
 @browser
