@@ -24,6 +24,7 @@ from common.bench.costs import ModelShape, decode_cost, decode_steps, prefill_fl
 from common.bench.load import LoadReport, run_load
 from common.bench.machine import machine, versions
 from common.bench.metrics import RequestRecord, percentile, spread_percent, summarize
+from common.bench.noise import OtherWork, disturbance
 from common.bench.offline import offline_row
 from common.bench.results import column, load_result, make_result, save_result
 from common.bench.sse import Event, SSEParser
@@ -87,6 +88,13 @@ def test_end_to_end_is_first_token_plus_latencies(gaps: list[int]) -> None:
     record = RequestRecord(0, arrivals=arrivals)
     assert record.e2e == arrivals[-1]
     assert record.tpot is None or record.tpot == sum(record.itls) / len(record.itls)
+
+
+def test_other_work_is_told_where_it_matters() -> None:
+    others = OtherWork()
+    assert others.cores() is None or others.cores() >= 0
+    assert disturbance(None) is None and disturbance(0.01) is None
+    assert "kept 900.0 of" in disturbance(900.0)
 
 
 # Costs
@@ -639,7 +647,7 @@ def test_offline_on_a_fake_part(fake_parts: None, tmp_path: Path, capsys: Any) -
     (row,) = result["rows"]
     assert (row["num_prompts"], row["output_len"], len(row["whole_runs_s"])) == (3, 9, 2)
     assert row["decode_tps"] > 0 and row["prefill_tps"] > 0 and row["import_s"] >= 0
-    assert row["decode_mbu"] is None and "config is not known" in result["notes"][1]
+    assert row["decode_mbu"] is None and "config is not known" in " ".join(result["notes"])
     assert result["limits"]["read_gbps"] > 0
     assert main([*flags.split(), "--set", "nonsense=1"]) == 1
     error = capsys.readouterr().err
@@ -655,6 +663,7 @@ def test_offline_arithmetic() -> None:
 
     answer = {
         "runs": [runs(2.0, 6.0), runs(1.0, 5.0), runs(3.0, 7.0)],
+        "other_cores": None,
         "memory": {"peak_mib": 5.0}, "import_s": 1.0, "construct_s": 1.0, "device": "cpu",
         "dtype": "float32", "max_num_seqs": 2,
         "shape": {

@@ -14,6 +14,7 @@ from typing import Any
 from common.bench.costs import DTYPE_BYTES
 from common.bench.machine import last_level_cache_mib
 from common.bench.memory import process_memory
+from common.bench.noise import OtherWork
 from common.bench.processes import part_package
 from common.bench.workload import Lengths, random_prompts
 
@@ -52,9 +53,9 @@ def offline_job(job: dict[str, Any]) -> dict[str, Any]:
     job: part, model, settings, lengths {"prompt", "output"}, repeats, seed, vocab_size or None.
     Each run has new prompts of the same lengths, so that no prefix cache answers for the engine.
     """
-    from common.sampling import SamplingParams
-
     engine, config, answer = start_engine(job)
+    from common.sampling import SamplingParams  # not before: its imports are the part's
+
     shape = model_config(job["model"])
     vocab_size = job["vocab_size"] or (shape or {}).get("vocab_size") or 1000
     lengths = Lengths(**job["lengths"])
@@ -75,13 +76,15 @@ def offline_job(job: dict[str, Any]) -> dict[str, Any]:
 
     timed("warm-up", 4)
     longest = max(lengths.output)
-    runs = []
+    runs: list[dict[str, Any]] = []
+    others = OtherWork()
     for number in range(job["repeats"]):
         first = timed(f"first {number}", 1)
         whole = timed(f"whole {number}", longest) if longest > 1 else first
         runs.append({"first": first, "whole": whole})
     answer |= {
         "runs": runs,
+        "other_cores": others.cores(),
         "shape": shape,
         "memory": process_memory(),
         "vocab_size": vocab_size,

@@ -5,7 +5,7 @@ matrix rate bounds it. MBU and MFU are an engine's share of these two limits, wh
 from different machines comparable.
 
 A limit is the best of several runs, since noise only ever slows a run down; the median is kept
-beside it. Reading is measured with the three streaming products that PyTorch has (matrix times
+beside it, and how many cores others were using. Reading is measured with the three streaming products that PyTorch has (matrix times
 vector, sum, dot product) over a buffer far larger than the last-level cache: which of them comes
 nearest to the limit differs from CPU to CPU.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.bench.arguments import add_output_arguments, finish
 from common.bench.machine import last_level_cache_mib, memory_gib, usable_cores
+from common.bench.noise import OtherWork
 from common.bench.results import column, make_result
 
 if TYPE_CHECKING:
@@ -43,9 +44,11 @@ def measure_limits(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
         raise ValueError("device cuda: PyTorch finds no CUDA device here")
     threads = torch.get_num_threads()
     torch.set_num_threads(usable_cores())
+    others = OtherWork()
     try:
         with torch.inference_mode():
-            return measure(device, kind == "cuda", quick)
+            limits = measure(device, kind == "cuda", quick)
+        return limits | {"other_cores": others.cores()}
     finally:
         torch.set_num_threads(threads)
 

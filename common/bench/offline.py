@@ -26,6 +26,7 @@ from common.bench.arguments import (
 )
 from common.bench.costs import DTYPE_BYTES, ModelShape, decode_cost, prefill_flops
 from common.bench.metrics import spread_percent
+from common.bench.noise import disturbance
 from common.bench.processes import part_package, run_worker
 from common.bench.report import plural
 from common.bench.results import Result, column, make_result
@@ -114,7 +115,7 @@ def offline_result(
 def offline_row(
     lengths: Lengths, answer: dict[str, Any], limits: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """One row, and the reasons for what is null in it."""
+    """One row, and remarks: why something is null in it, and what disturbed it."""
     runs, memory = answer["runs"], answer["memory"]
     first = [run["first"]["seconds"] for run in runs]
     total = [run["whole"]["seconds"] for run in runs]
@@ -132,6 +133,8 @@ def offline_row(
         reasons.append("no decode speed, since its time is within the noise of the prefill's")
     if not memory:
         reasons.append("no memory, since this system has no /proc")
+    if remark := disturbance(answer["other_cores"]):
+        reasons.append(remark)
     prefill_s = statistics.median(first)
     measurable = decoded > 0 and decode_s > 0
     row = {
@@ -149,6 +152,7 @@ def offline_row(
         "peak_mib": memory.get("peak_mib"),
         "anon_mib": memory.get("anon_mib"),
         "file_mib": memory.get("file_mib"),
+        "other_cores": answer["other_cores"],
         "first_runs_s": first,
         "whole_runs_s": total,
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.bench import BenchError
+from common.bench.noise import disturbance
 from common.bench.processes import ROOT
 from common.bench.results import Result, code_hashes, load_result
 
@@ -78,6 +79,8 @@ def provenance(result: Result) -> str:
         facts.append(f"{limits['fp32_gflops']:,.0f} GFLOP/s fp32")
     if limits.get("bf16_tflops"):
         facts.append(f"{limits['bf16_tflops']:,.0f} TFLOP/s bf16")
+    if remark := disturbance(limits.get("other_cores")):
+        facts.append(f"while these were measured {remark.removesuffix(' meanwhile')}")
     if limits.get("unmeasured"):
         facts.append(f"limits not measured: {limits['unmeasured']}")
     named = [f"{name} {version}" for name, version in versions.items() if version]

@@ -19,6 +19,7 @@ from common.bench.arguments import (
     settings_of,
 )
 from common.bench.memory import tree_memory
+from common.bench.noise import OtherWork, disturbance
 from common.bench.processes import PartServer, part_package, post_json, run_worker
 from common.bench.results import column, make_result
 
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         part_package(part)
     samples: dict[int, list[dict[str, Any]]] = {part: [] for part in args.parts}
     rounds = [(number, part) for number in range(args.repeats + 1) for part in args.parts]
+    others = OtherWork()
     for number, part in progress(rounds, "starts"):
         sample = one_start(part, args)
         if number > 0:
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         f"Model {args.model}; medians of {args.repeats} starts with warm caches. Memory after one"
         " request of 16 tokens in and 8 out."
     ]
+    if remark := disturbance(others.cores()):
+        notes.append(f"Disturbed: {remark}.")
     if rows[0]["peak_mib"] is None:
         notes.append("No memory: this system has no /proc.")
     limits = run_worker({"job": "limits", "device": "cpu", "quick": args.quick_limits})

@@ -25,7 +25,9 @@ from common.bench.arguments import (
 from common.bench.client import Target
 from common.bench.load import LoadReport, run_load, served_model
 from common.bench.metrics import percentile
+from common.bench.noise import OtherWork, disturbance
 from common.bench.processes import PartServer, part_package, run_worker
+from common.bench.report import plural
 from common.bench.results import column, make_result
 from common.bench.workload import Lengths, random_work
 
@@ -76,16 +78,19 @@ def run(args: argparse.Namespace) -> int:
     rounds = []
     for number in range(args.repeats):
         rounds += [(number, part) for part in args.parts[:: -1 if number % 2 else 1]]
+    others = OtherWork()
     for number, part in progress(rounds, "servers"):
         with PartServer(part, args.model, settings_of(args), verbose=args.verbose) as server:
             asyncio.run(measure(server.url, part, number, args, samples[part]))
     rows = [row(part, samples[part]) for part in args.parts]
     notes = [
         f"Model {args.model}, {args.prompt_len} tokens in, {args.output_len} out, greedy. First"
-        f" byte, first token and whole response: a lone request, medians of {args.repeats} fresh"
-        f" servers. /health: probed every {args.probe_health:g} s while {args.streams} requests"
+        f" byte, first token and whole response: a lone request, median over"
+        f" {plural(args.repeats, 'fresh server')}. /health: probed every {args.probe_health:g} s while {args.streams} requests"
         " are open, all probes of all servers together."
     ]
+    if remark := disturbance(others.cores()):
+        notes.append(f"Disturbed: {remark}.")
     limits = run_worker({"job": "limits", "device": "cpu", "quick": args.quick_limits})
     title = "Whole responses and streams"
     finish(args, make_result(title, COLUMNS, rows, limits=limits, parts=args.parts, notes=notes))
