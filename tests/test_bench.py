@@ -151,7 +151,11 @@ def events_of(parser: SSEParser, stream: bytes, cuts: list[int]) -> list[Event]:
 
 
 @given(
-    st.lists(st.lists(st.text(st.characters(exclude_characters="\r\n"), max_size=8), min_size=1)),
+    st.lists(
+        st.lists(
+            st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=8), min_size=1
+        )
+    ),
     st.lists(st.sampled_from(["\n", "\r", "\r\n"]), min_size=1),
     st.lists(st.integers(0, 400)),
 )
