@@ -218,6 +218,7 @@ class Job:
     tokenizer: Tokenizer | None
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
+    _offsets: dict[int, int] = field(default_factory=dict)  # characters streamed, a choice
 
     @property
     def num_choices(self) -> int:
@@ -252,19 +253,17 @@ class Job:
             },
         }
 
-    def first_chunk(self, index: int) -> dict[str, Any] | None:
-        """What opens choice `index` of a stream: the role, in a chat."""
-        return self._chunk(index, {"role": "assistant", "content": ""}) if self.chat else None
+    def role_chunk(self, index: int) -> dict[str, Any]:
+        """What opens choice `index` of a chat's stream."""
+        return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def chunk(self, index: int, delta: Delta, offset: int = 0) -> dict[str, Any] | None:
-        """A stream chunk for choice `index`, or None when there is nothing to say yet.
-
-        offset: characters of this choice sent before, for the legacy logprobs format.
-        """
-        if not delta.text and not delta.logprobs and delta.finish_reason is None:
-            return None
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        """A stream chunk of choice `index`."""
         content = {"content": delta.text} if self.chat else delta.text
-        logprobs = self._logprobs(delta.logprobs, offset) if delta.logprobs else None
+        logprobs = None
+        if delta.logprobs:
+            logprobs = self._logprobs(delta.logprobs, self._offsets.get(index, 0))
+        self._offsets[index] = self._offsets.get(index, 0) + len(delta.text)
         return self._chunk(index, content, delta.finish_reason, logprobs)
 
     def usage_chunk(self, completions: Sequence[Any]) -> dict[str, Any]:

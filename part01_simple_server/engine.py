@@ -65,13 +65,13 @@ class LLMEngine:
     def prefill(self, token_ids: list[int]) -> tuple[torch.Tensor, DynamicCache]:
         """Run a whole prompt; returns the last position's logits, [1, vocab], and its KV cache."""
         cache = DynamicCache(config=self.model.config)
-        return self.forward(token_ids, cache), cache
+        return self.run_model(token_ids, cache), cache
 
     def decode(self, token_id: int, cache: DynamicCache) -> torch.Tensor:
         """Run one more token against the cache, which grows by it; returns logits, [1, vocab]."""
-        return self.forward([token_id], cache)
+        return self.run_model([token_id], cache)
 
-    def forward(self, token_ids: list[int], cache: DynamicCache) -> torch.Tensor:
+    def run_model(self, token_ids: list[int], cache: DynamicCache) -> torch.Tensor:
         input_ids = torch.tensor([token_ids], device=self.device)
         output = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]

@@ -4,14 +4,14 @@ A client that goes away is not noticed: its completion runs to the end.
 """
 
 import asyncio
-from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 
 from common.api import Job
 from common.cli import parse
-from common.http import Admission, Frontend, ServerConfig, serve
+from common.frontend import Admission, Frontend
+from common.serving import ServerConfig, serve
 
 from .config import EngineConfig
 from .engine import LLMEngine
@@ -22,7 +22,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     admission = Admission(config.max_waiting + 1)
     lock = asyncio.Lock()
 
-    async def answer(job: Job, request: Request) -> dict[str, Any]:
+    async def answer(job: Job, request: Request) -> dict[str, object]:
         with admission.admit(len(job.prompts)):
             async with lock:
                 outputs = await run_in_threadpool(engine.generate, job.prompts, job.params, False)

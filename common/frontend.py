@@ -1,0 +1,281 @@
+"""The app that every part starts from: health, models, checked requests, errors in one form."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sse_starlette import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from common.api import (
+    MAX_CHOICES,
+    ApiError,
+    ChatCompletionRequest,
+    CompletionRequest,
+    Job,
+    field_error,
+    internal_error,
+)
+from common.guard import ClientGone, Guard
+from common.prompts import check_prompt
+from common.serving import ServerConfig
+from common.tokenizer import Tokenizer
+from common.trace import Trace
+
+T = TypeVar("T")
+TRACE_SECONDS = 0.05  # between looks at what is new in a trace
+
+
+class Admission:
+    """Counts the completions under way and refuses beyond a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count = limit, 0
+
+    def check(self, count: int) -> None:
+        """Raises ApiError 503 with Retry-After unless `count` places are free."""
+        if self.count + count > self.limit:
+            raise ApiError(
+                503,
+                f"the server is full: {self.count} completions are running or waiting",
+                code="overloaded",
+                headers={"Retry-After": "1"},
+            )
+
+    @contextlib.contextmanager
+    def admit(self, count: int) -> Iterator[None]:
+        """Hold `count` places. Raises ApiError as `check` does."""
+        self.check(count)
+        self.count += count
+        try:
+            yield
+        finally:
+            self.count -= count
+
+
+async def unless_disconnected(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
+    """The coroutine's result; it is cancelled when the client goes away, and ClientGone raised."""
+
+    async def disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, gone = asyncio.ensure_future(coroutine), asyncio.ensure_future(disconnect())
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise ClientGone
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+class Frontend:
+    """The app with the routes that need no engine, and the way from a request to a `Job`.
+
+    engine: anything with `config.model`, `tokenizer`, `max_model_len`, `vocab_size`.
+    streaming, max_n: what this part can do.
+    health: None while all is well, else what is wrong.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        config: ServerConfig,
+        *,
+        streaming: bool,
+        max_n: int,
+        health: Callable[[], str | None] = lambda: None,
+        lifespan: Any = None,
+    ) -> None:
+        self.tokenizer: Tokenizer | None = engine.tokenizer
+        self.max_model_len: int = engine.max_model_len
+        self.vocab_size: int = engine.vocab_size
+        self.streaming, self.max_n, self.health = streaming, max_n, health
+        name = engine.config.model
+        self.model = config.served_model_name or (
+            os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
+        )
+        self.created = int(time.time())
+        self.app = FastAPI(
+            title="Fifteen Engines", docs_url=None, redoc_url=None, lifespan=lifespan
+        )
+        self.app.add_middleware(Guard, config=config)
+        self.app.add_exception_handler(ApiError, _answer_api_error)
+        self.app.add_exception_handler(HTTPException, _answer_http_exception)
+        self.app.add_exception_handler(RequestValidationError, _answer_validation_error)
+        self.app.add_exception_handler(ClientGone, _answer_client_gone)
+        self.app.add_exception_handler(Exception, _answer_exception)
+        self.app.add_api_route("/health", self._health, methods=["GET", "HEAD"])
+        self.app.add_api_route("/v1/models", self._models, methods=["GET"])
+        self.app.add_api_route("/v1/models/{name:path}", self._one_model, methods=["GET"])
+
+    async def _health(self) -> JSONResponse:
+        problem = self.health()
+        if problem:
+            return JSONResponse({"status": "unhealthy", "reason": problem}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def _models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._card()]}
+
+    async def _one_model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return self._card()
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "fifteen-engines",
+            "max_model_len": self.max_model_len,
+        }
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model:
+            shown = name if len(name) <= 100 else name[:100] + "…"
+            raise ApiError(
+                404,
+                f"the model {shown!r} does not exist; this server has {self.model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def route(self, answer: Callable[[Job, Request], Awaitable[Any]]) -> None:
+        """Add the two routes that complete text; `answer` gets the checked job."""
+
+        async def completions(body: CompletionRequest, request: Request) -> Any:
+            return await answer(await self.read(body), request)
+
+        async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
+            return await answer(await self.read(body), request)
+
+        for path, handler in (
+            ("/v1/completions", completions),
+            ("/v1/chat/completions", chat_completions),
+        ):
+            self.app.add_api_route(path, handler, methods=["POST"], response_model=None)
+
+    def add_trace(self, trace: Trace) -> None:
+        """Add `GET /trace`: the engine's steps as server-sent events, from now on."""
+
+        async def events() -> AsyncIterator[str]:
+            with trace.follow() as records:
+                while True:
+                    while records:
+                        yield json.dumps(dataclasses.asdict(records.popleft()))
+                    await asyncio.sleep(TRACE_SECONDS)
+
+        async def follow() -> EventSourceResponse:
+            return EventSourceResponse(events(), sep="\n", send_timeout=60)
+
+        self.app.add_api_route("/trace", follow, methods=["GET"], response_model=None)
+
+    async def read(self, request: CompletionRequest | ChatCompletionRequest) -> Job:
+        """Check a request and turn it into tokens. Raises ApiError."""
+        self._check_model(request.model)
+        request.check(self.streaming, self.max_n)
+        params = request.sampling_params()
+        chat = isinstance(request, ChatCompletionRequest)
+        texts: list[Any] = [request.messages] if chat else request.prompts()
+        if len(texts) * params.n > MAX_CHOICES:
+            raise ApiError(
+                400,
+                f"prompt asks for {len(texts)} x n={params.n} completions;"
+                f" one request may ask for {MAX_CHOICES}",
+                param="prompt",
+            )
+        try:
+            # In a thread: tokenizing a long prompt takes longer than other clients should wait.
+            prompts = await run_in_threadpool(lambda: [self._tokens(text) for text in texts])
+            for prompt in prompts:
+                check_prompt(prompt, params, self.max_model_len, self.vocab_size)
+        except ValueError as error:
+            raise field_error(str(error)) from None
+        options = request.stream_options
+        return Job(
+            chat=chat,
+            model=self.model,
+            prompts=prompts,
+            params=params,
+            stream=bool(request.stream),
+            include_usage=bool(options and options.include_usage),
+            tokenizer=self.tokenizer,
+        )
+
+    def _tokens(self, prompt: str | list[Any]) -> list[int]:
+        """Text, token ids or messages to token ids. Raises ValueError."""
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            return prompt
+        name = "prompt" if isinstance(prompt, str) else "messages"
+        if self.tokenizer is None:
+            raise ValueError(f"{name}: {self.model} has no tokenizer; send token ids as prompt")
+        messages = [] if isinstance(prompt, str) else [message.as_dict() for message in prompt]
+        size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in messages)
+        if size > self.max_model_len * self.tokenizer.longest_token:
+            raise ValueError(
+                f"{name} has {size} characters, more than the context of"
+                f" {self.max_model_len} tokens can hold"
+            )
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_chat(messages)
+
+
+async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = {404: "there is no such path here", 405: "this path does not take that method"}
+    text = message.get(error.status_code, str(error.detail))
+    return JSONResponse(ApiError(error.status_code, text).body(), error.status_code, error.headers)
+
+
+async def _answer_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; nginx's number for "client closed request"
+
+
+async def _answer_exception(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(internal_error().body(), 500)
+
+
+async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = [part for part in first["loc"] if part != "body"]
+    if "json" not in request.headers.get("content-type", ""):
+        answer = ApiError(400, "the body must be JSON; send Content-Type: application/json")
+    elif first["type"] == "json_invalid" or not where:
+        reason = first.get("ctx", {}).get("error") or first["msg"]
+        answer = ApiError(400, f"the body is not the JSON object that is needed: {reason}")
+    elif where[0] in ("prompt", "stop"):
+        kinds = "a string, a list of token ids, or a list of either"
+        kinds = kinds if where[0] == "prompt" else "a string or a list of strings"
+        given = "missing" if first["type"] == "missing" else "not that"
+        answer = ApiError(400, f"{where[0]} must be {kinds}; it is {given}", param=str(where[0]))
+    else:
+        path = str(where[0])
+        for part in where[1:]:
+            if isinstance(part, int):
+                path += f"[{part}]"
+            elif part in first.get("input", {}) or first["type"] in ("missing", "extra_forbidden"):
+                path += f".{part}"
+        value = repr(first.get("input"))
+        value = "" if first["type"] == "missing" else f", not {value[:80]}"
+        answer = ApiError(400, f"{path}: {first['msg']}{value}", param=path)
+    return JSONResponse(answer.body(), 400)

@@ -1,0 +1,229 @@
+"""The engine: a model, its KV cache, and the step that asks for one token after another.
+
+Prefill runs the whole prompt at once and is limited by arithmetic; decode runs one token against
+the cached keys and values of all before it and is limited by reading the weights from memory.
+
+Work is cut into steps so that whoever drives the engine can add and abort requests in between.
+"""
+
+import random
+from collections import deque
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from common.checkpoint import context_length, eos_token_ids, load_transformers_model, resolve
+from common.device import resolve_device, usable_cores
+from common.output import Completion, OutputProcessor, TokenLogprobs
+from common.prompts import ParamsForPrompts, Prompts, check_prompt, prepare_prompts
+from common.sampling import SamplingBatch, SamplingParams
+from common.tokenizer import Tokenizer
+from common.trace import Trace, phase
+
+from .config import EngineConfig
+from .sampler import sample
+from .sequence import RequestOutput, Sequence
+
+
+class LLMEngine:
+    """One sequence at a time, first come, first served. Not safe from several threads."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the model. Raises ValueError when it cannot be had."""
+        self.config = config
+        self.device, dtype = resolve_device(config.device, config.dtype)
+        torch.set_num_threads(config.threads or usable_cores())
+        folder = resolve(config.model)
+        self.tokenizer = Tokenizer.load(folder)
+        self.model = load_transformers_model(folder, dtype, self.device)
+        self.eos_token_ids = eos_token_ids(folder, self.model.config)
+        self.vocab_size = self.model.config.vocab_size
+        self.max_model_len = context_length(self.model.config, config.max_model_len)
+        self.seeds = random.Random(config.seed)  # for requests that bring none
+        self.waiting: deque[Sequence] = deque()
+        self.running: Sequence | None = None
+        self.aborted: list[RequestOutput] = []  # last outputs that the next step returns
+        self.trace = Trace()
+
+    def generate(
+        self, prompts: Prompts, sampling_params: ParamsForPrompts = None, progress: bool = True
+    ) -> list[Completion]:
+        """Complete each prompt, text or token ids. Raises ValueError before any work is done."""
+        requests = prepare_prompts(self, prompts, sampling_params)
+        outputs: dict[str, OutputProcessor] = {}
+        for prompt, params in requests:
+            request_id = f"generate-{len(outputs)}"
+            outputs[request_id] = OutputProcessor(self.tokenizer, params, len(prompt))
+            self.add_request(request_id, prompt, params)
+        try:
+            with tqdm(total=len(requests), desc="Completions", disable=not progress) as bar:
+                while not all(output.finished for output in outputs.values()):
+                    for step_output in self.step():
+                        output = outputs[step_output.request_id]
+                        was_finished = output.finished
+                        output.process(
+                            step_output.token_ids, step_output.finish_reason, step_output.logprobs
+                        )
+                        if output.finished and not was_finished:
+                            self.abort(step_output.request_id)  # ended by a stop string, perhaps
+                            bar.update()
+        finally:
+            for request_id in outputs:
+                self.abort(request_id)
+            self.aborted.clear()
+        return [output.completion(index) for index, output in enumerate(outputs.values())]
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: list[int], sampling_params: SamplingParams
+    ) -> None:
+        """Put a request at the end of the queue. Raises ValueError when it cannot be run."""
+        if any(sequence.request_id == request_id for sequence in self.unfinished()):
+            raise ValueError(f"request_id {request_id!r} is in use")
+        check_prompt(prompt_token_ids, sampling_params, self.max_model_len, self.vocab_size)
+        seed = sampling_params.seed
+        seed = self.seeds.getrandbits(64) if seed is None else seed
+        self.waiting.append(Sequence(request_id, prompt_token_ids, sampling_params, seed))
+
+    def abort(self, request_id: str, reason: str = "abort") -> None:
+        """End a request; the next step returns its last output. Unknown ids are finished ones."""
+        for sequence in self.unfinished():
+            if sequence.request_id == request_id:
+                self.remove(sequence)
+                self.aborted.append(RequestOutput(request_id, [], finish_reason=reason))
+
+    def step(self) -> list[RequestOutput]:
+        """Run the first request for one token. Returns what is new, at times nothing."""
+        outputs, self.aborted = self.aborted, []
+        with self.trace.step():
+            sequence = self.schedule()
+            if sequence is not None:
+                token_ids = self.prepare(sequence)
+                logits = self.forward(sequence, token_ids)
+                token_id, logprobs = self.sample(sequence, logits)
+                outputs.append(self.postprocess(sequence, token_id, logprobs))
+        return outputs
+
+    @phase
+    def schedule(self) -> Sequence | None:
+        """The sequence to run: the one under way, else the next in the queue."""
+        if self.running is None and self.waiting:
+            self.running = self.waiting.popleft()
+        return self.running
+
+    @phase
+    def prepare(self, sequence: Sequence) -> list[int]:
+        """The tokens to run: all of them before there is a cache, then the last one."""
+        if not self.config.kv_cache:
+            sequence.cache = None
+        token_ids = sequence.output_token_ids[-1:]
+        if sequence.cache is None:
+            token_ids = sequence.prompt_token_ids + sequence.output_token_ids
+        self.trace.scheduled(sequence.request_id, len(token_ids))
+        return token_ids
+
+    @phase
+    @torch.inference_mode()
+    def forward(self, sequence: Sequence, token_ids: list[int]) -> torch.Tensor:
+        """Logits of the last token, [1, vocab]."""
+        if sequence.cache is None:
+            logits, sequence.cache = self.prefill(token_ids)
+            return logits
+        return self.decode(token_ids[-1], sequence.cache)
+
+    def prefill(self, token_ids: list[int]) -> tuple[torch.Tensor, DynamicCache]:
+        """Run a whole prompt; returns the last position's logits, [1, vocab], and its KV cache."""
+        cache = DynamicCache(config=self.model.config)
+        return self.run_model(token_ids, cache), cache
+
+    def decode(self, token_id: int, cache: DynamicCache) -> torch.Tensor:
+        """Run one more token against the cache, which grows by it; returns logits, [1, vocab]."""
+        return self.run_model([token_id], cache)
+
+    def run_model(self, token_ids: list[int], cache: DynamicCache) -> torch.Tensor:
+        input_ids = torch.tensor([token_ids], device=self.device)
+        output = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]
+
+    @phase
+    def sample(
+        self, sequence: Sequence, logits: torch.Tensor
+    ) -> tuple[int, list[TokenLogprobs | None]]:
+        """The next token."""
+        row = (sequence.params, sequence.seed, len(sequence.prompt_token_ids))
+        batch = SamplingBatch.build(
+            logits, *([value] for value in row), [sequence.output_token_ids]
+        )
+        [token_id], logprobs = sample(logits, batch)
+        return token_id, logprobs
+
+    @phase
+    def postprocess(
+        self, sequence: Sequence, token_id: int, logprobs: list[TokenLogprobs | None]
+    ) -> RequestOutput:
+        """Append the token; let the sequence go when it ends with it."""
+        sequence.output_token_ids.append(token_id)
+        reason = self.finish_reason(sequence)
+        if reason is not None:
+            self.remove(sequence)
+            self.trace.finished(sequence.request_id, reason)
+        return RequestOutput(sequence.request_id, [token_id], logprobs, finish_reason=reason)
+
+    def finish_reason(self, sequence: Sequence) -> str | None:
+        """Why a sequence ends with its last token, `stop` or `length`; None when it goes on."""
+        params, token_id = sequence.params, sequence.output_token_ids[-1]
+        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
+        if is_eos or token_id in params.stop_token_ids:
+            return "stop"
+        at_limit = sequence.num_tokens >= self.max_model_len
+        return "length" if at_limit or len(sequence.output_token_ids) == params.max_tokens else None
+
+    def unfinished(self) -> list[Sequence]:
+        return [*([self.running] if self.running else []), *self.waiting]
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence and its KV cache."""
+        if sequence is self.running:
+            self.running = None
+        else:
+            self.waiting.remove(sequence)
+        sequence.cache = None
+
+    def fail_step(self) -> None:
+        """After an exception in `step`: end the sequence it ran with `error`. The engine goes on."""
+        if self.running is not None:
+            self.abort(self.running.request_id, "error")
+
+    def has_unfinished(self) -> bool:
+        """Whether a step has anything to do or to return."""
+        return self.running is not None or bool(self.waiting) or bool(self.aborted)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts, and what is held in memory, in bytes."""
+        cache = self.running.cache if self.running else None
+        layers = cache.layers if cache is not None else []
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        return {
+            "num_running": int(self.running is not None),
+            "num_waiting": len(self.waiting),
+            "weight_bytes": sum(p.nbytes for p in self.model.parameters()),
+            "kv_cache_bytes": sum(t.nbytes for t in tensors if t is not None),
+        }
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between steps."""
+        ids = [sequence.request_id for sequence in self.unfinished()]
+        assert len(ids) == len(set(ids)), f"a request is queued twice: {ids}"
+        for sequence in self.waiting:
+            assert sequence.cache is None, f"{sequence.request_id} waits and has a cache"
+        if self.running is not None and self.running.cache is not None:
+            cached = self.running.cache.get_seq_length()
+            total = self.running.num_tokens
+            assert cached == total - 1, f"{cached} tokens cached of {total}, not all but the last"
+
+    def shutdown(self) -> None:
+        """Drop every request. The engine is not to be used after."""
+        self.waiting.clear()
+        self.running = None
+        self.aborted.clear()
