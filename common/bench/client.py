@@ -2,7 +2,8 @@
 
 The clock is `time.perf_counter`, read just before the request goes to the HTTP client and each time
 a piece of the body has arrived, before it is parsed; request bodies are encoded beforehand. So the
-client's own work on a chunk delays the next reading, never its own. Tokens arrive with a chunk that
+client's own work on a chunk delays the next reading, never its own; it is about 0.1 ms of one core
+a chunk, so thousands of tokens a second come through before the client is what is measured. Tokens arrive with a chunk that
 carries text, token ids or logprobs: an opening chunk with the role alone and a closing one with the
 finish reason alone are no tokens.
 
