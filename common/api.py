@@ -257,6 +257,12 @@ class Job:
         """What opens choice `index` of a chat's stream."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
+    def has_news(self, delta: Delta) -> bool:
+        """Whether a delta is worth a chunk: half a character is not. A model without a tokenizer
+        has no text, and each of its tokens is."""
+        news = delta.text or delta.logprobs or delta.finish_reason
+        return bool(news) or (self.tokenizer is None and bool(delta.token_ids))
+
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         """A stream chunk of choice `index`."""
         content = {"content": delta.text} if self.chat else delta.text

@@ -65,7 +65,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
             outputs[index] = output
             if delta.finish_reason == "error":
                 raise internal_error()
-            if delta.text or delta.logprobs or delta.finish_reason:
+            if job.has_news(delta):
                 yield job.chunk(index, delta)
         if job.include_usage:
             yield job.usage_chunk(list(outputs.values()))

@@ -1,0 +1,46 @@
+"""The parts that exist, and engines built from them: what the one suite over all parts runs on."""
+
+import importlib
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def existing_parts() -> list[int]:
+    """Numbers of the parts in this repository, ascending."""
+    matches = (re.fullmatch(r"part(\d\d)_\w+", path.name) for path in ROOT.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+PARTS = existing_parts()
+
+
+def module_of(part: int, name: str) -> Any:
+    """A module of a part: `module_of(2, "engine")` is `part02.engine`."""
+    return importlib.import_module(f"part{part:02d}.{name}")
+
+
+def folder_of(part: int) -> Path:
+    """The folder of a part."""
+    [folder] = ROOT.glob(f"part{part:02d}_*")
+    return folder
+
+
+def distinct_files(name: str) -> list[int]:
+    """The parts in which a file has new content: unit tests run once for each."""
+    seen: dict[bytes, int] = {}
+    for part in PARTS:
+        path = folder_of(part) / name
+        if path.exists():
+            seen.setdefault(path.read_bytes(), part)
+    return list(seen.values())
+
+
+@cache
+def engine_of(part: int, model: str, **flags: Any) -> Any:
+    """An engine of a part, built once for the whole test run."""
+    config = module_of(part, "config").EngineConfig(model=model, **flags)
+    return module_of(part, "engine").LLMEngine(config)
