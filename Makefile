@@ -27,10 +27,11 @@ serve: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m common.chapters check
+	$(BIN)/python -m pytest -m "not exercise" $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench startup --parts 1 2
