@@ -22,6 +22,7 @@ from common.bench.arguments import (
     finish,
     length_range,
     positive,
+    setting,
     settings_of,
 )
 from common.bench.costs import DTYPE_BYTES, ModelShape, decode_cost, prefill_flops
@@ -55,6 +56,14 @@ COLUMNS = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", type=positive, nargs="+", required=True, help="part numbers")
     add_engine_arguments(parser)
+    parser.add_argument(
+        "--variant",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="measure each part once more with this field of its EngineConfig, as a row of its own",
+    )
     parser.add_argument("--num-prompts", type=positive, default=1, help="default: 1")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt-len", type=positive, help="tokens of each prompt (default: 128)")
@@ -80,17 +89,30 @@ def run(args: argparse.Namespace) -> int:
     job = {
         "job": "offline",
         "model": args.model,
-        "settings": settings_of(args),
         "lengths": {"prompt": lengths.prompt, "output": lengths.output},
         "repeats": args.repeats,
         "seed": args.seed,
         "vocab_size": args.vocab_size,
     }
-    measured = [run_worker({**job, "part": part}, verbose=args.verbose) for part in args.part]
+    measured = [
+        run_worker(
+            {**job, "part": part, "settings": settings_of(args) | settings}, verbose=args.verbose
+        )
+        for part, settings in variants(args)
+    ]
     device = measured[0]["device"].partition(":")[0]
     limits = run_worker({"job": "limits", "device": device, "quick": args.quick_limits})
     finish(args, offline_result(args, lengths, measured, limits))
     return 0
+
+
+def variants(args: argparse.Namespace) -> list[tuple[int, dict[str, Any]]]:
+    """(part, settings beside --set) of each row."""
+    return [
+        (part, settings)
+        for part in args.part
+        for settings in [{}, *({k: v} for k, v in args.variant)]
+    ]
 
 
 def offline_result(
@@ -104,12 +126,14 @@ def offline_result(
         f" {args.repeats} runs after a warm-up, greedy, one fresh process a part."
     ]
     rows = []
-    for part, answer in zip(args.part, measured, strict=True):
+    for (part, settings), answer in zip(variants(args), measured, strict=True):
         row, reasons = offline_row(lengths, answer, limits)
-        rows.append({"part": part, **row})
+        text = ", ".join(f"{key}={value}" for key, value in settings.items())
+        rows.append({"part": part, "variant": text or "as it comes", **row})
         notes += [f"Part {part:02d}: {reason}." for reason in reasons]
     title = f"Offline generation, {plural(args.num_prompts, 'prompt')}"
-    return make_result(title, COLUMNS, rows, limits=limits, parts=args.part, notes=notes)
+    columns = [COLUMNS[0], column("variant", "settings"), *COLUMNS[1:]] if args.variant else COLUMNS
+    return make_result(title, columns, rows, limits=limits, parts=args.part, notes=notes)
 
 
 def offline_row(
