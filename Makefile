@@ -33,9 +33,13 @@ test-all: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check
 	$(BIN)/python -m pytest -m "not exercise" $(ARGS)
 
+# Measures what the READMEs show, then writes their tables. Wants a quiet machine, and some minutes.
 bench: $(VENV)/.dev
-	$(BIN)/python -m common.bench startup --parts 1 2
-	$(BIN)/python -m common.bench streaming --parts 1 2
+	$(BIN)/python -m common.bench offline --part 1 --variant kv_cache=false --json part01_simple_server/results/kv_cache.json
+	$(BIN)/python -m common.bench startup --parts 1 --json part01_simple_server/results/startup.json
+	$(BIN)/python -m common.bench startup --parts 1 2 --json part02_async_streaming/results/startup.json
+	$(BIN)/python -m common.bench streaming --parts 1 2 --json part02_async_streaming/results/streaming.json
+	$(BIN)/python -m common.bench report --all --write
 
 notebooks: $(VENV)/.dev
 	$(BIN)/python -m common.notebooks $(ARGS)
