@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from common.output import Completion, Delta, TokenLogprobs
 from common.sampling import MAX_LOGPROBS, SamplingParams
@@ -18,6 +27,7 @@ from common.tokenizer import Tokenizer
 
 MAX_CHOICES = 128  # prompts times n in one request
 MAX_MESSAGES = 4096
+MAX_KEYS = 16  # of an object inside a request
 
 # Fields of OpenAI's interface that no part implements, with the value that asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -87,9 +97,27 @@ SAMPLING_FIELDS = (
 
 Number = StrictFloat | StrictInt
 
+# The first wrong item ends the check of a list. Without it a megabyte of wrong items becomes a
+# gigabyte of error objects.
+Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
+Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
 
-class StreamOptions(BaseModel):
+
+class _Object(BaseModel):
+    """An object inside a request, with known keys only."""
+
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        """Each unknown key is an error of its own: refuse before there are a million of them."""
+        if isinstance(value, dict) and len(value) > MAX_KEYS:
+            raise ValueError(f"at most {MAX_KEYS} keys, not {len(value)}")
+        return value
+
+
+class StreamOptions(_Object):
     include_usage: StrictBool = False
 
 
@@ -105,8 +133,8 @@ class _Request(BaseModel):
     min_p: Number | None = None
     seed: StrictInt | None = None
     max_tokens: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    stop: StrictStr | Texts | None = None
+    stop_token_ids: Ids | None = None
     ignore_eos: StrictBool | None = None
     n: StrictInt | None = None
     presence_penalty: Number | None = None
@@ -142,7 +170,7 @@ class _Request(BaseModel):
 class CompletionRequest(_Request):
     """POST /v1/completions. A prompt is text or token ids, or a list of either."""
 
-    prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
+    prompt: StrictStr | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: StrictInt | None = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -160,18 +188,16 @@ class CompletionRequest(_Request):
         return self._sampling_params(max_tokens=max_tokens, logprobs=self.logprobs)
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class TextPart(_Object):
     type: Literal["text"]
     text: StrictStr
 
 
-class Message(BaseModel):
+class Message(_Object):
     """One message of a conversation; content as text, or as a list of text parts."""
 
-    model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | list[TextPart]
+    content: StrictStr | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def as_dict(self) -> dict[str, str]:
         text = self.content
@@ -183,7 +209,7 @@ class Message(BaseModel):
 class ChatCompletionRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_completion_tokens: StrictInt | None = None

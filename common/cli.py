@@ -12,7 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 
@@ -100,6 +100,13 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
         group.add_argument(*flags, **keywords)
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse without the paragraph of usage above each error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def parse(
     config_classes: Sequence[type[Config]],
     argv: Sequence[str] | None = None,
@@ -114,7 +121,7 @@ def parse(
     if prog is None:
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         prog = f"python -m {spec.name}" if spec else None
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     for config_class in config_classes:
         add_flags(parser, config_class)
     values = vars(parser.parse_args(argv))

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import reprlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -111,6 +112,7 @@ class Frontend:
         self.app = FastAPI(
             title="Fifteen Engines", docs_url=None, redoc_url=None, lifespan=lifespan
         )
+        self.app.state.stopping = False  # set by the server when it is to end
         self.app.add_middleware(Guard, config=config)
         self.app.add_exception_handler(ApiError, _answer_api_error)
         self.app.add_exception_handler(HTTPException, _answer_http_exception)
@@ -169,11 +171,14 @@ class Frontend:
             self.app.add_api_route(path, handler, methods=["POST"], response_model=None)
 
     def add_trace(self, trace: Trace) -> None:
-        """Add `GET /trace`: the engine's steps as server-sent events, from now on."""
+        """Add `GET /trace`: the engine's steps as server-sent events, from now on.
+
+        This stream has no end of its own; it ends when the server is to end.
+        """
 
         async def events() -> AsyncIterator[str]:
             with trace.follow() as records:
-                while True:
+                while not self.app.state.stopping:
                     while records:
                         yield json.dumps(dataclasses.asdict(records.popleft()))
                     await asyncio.sleep(TRACE_SECONDS)
@@ -269,13 +274,15 @@ async def _answer_validation_error(request: Request, error: Exception) -> JSONRe
         given = "missing" if first["type"] == "missing" else "not that"
         answer = ApiError(400, f"{where[0]} must be {kinds}; it is {given}", param=str(where[0]))
     else:
-        path = str(where[0])
+        path, node = str(where[0]), error.body.get(where[0])
         for part in where[1:]:
-            if isinstance(part, int):
-                path += f"[{part}]"
-            elif part in first.get("input", {}) or first["type"] in ("missing", "extra_forbidden"):
-                path += f".{part}"
-        value = repr(first.get("input"))
+            if isinstance(part, int) and isinstance(node, list) and part < len(node):
+                path, node = f"{path}[{part}]", node[part]
+            elif isinstance(node, dict) and (part in node or first["type"] == "missing"):
+                path, node = f"{path}.{part}", node.get(part)
+            # else it is no key but the name of a type that a value may have
+        path = path[:100].encode("ascii", "backslashreplace").decode()
+        value = reprlib.repr(first.get("input"))  # cut: it may be megabytes, or nested deep
         value = "" if first["type"] == "missing" else f", not {value[:80]}"
         answer = ApiError(400, f"{path}: {first['msg']}{value}", param=path)
     return JSONResponse(answer.body(), 400)

@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -60,14 +61,21 @@ class ServerConfig:
         validate(self)
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("api_key must not be empty (it would admit everyone)")
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise ValueError("api_key must be printable ASCII without spaces, to fit in a header")
+        if not self.host:
+            raise ValueError("host must not be empty; 0.0.0.0 is every interface")
 
     @property
     def is_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
+        """Whether only this machine can reach the server: by address, also one in words (127.1)."""
         try:
             return ipaddress.ip_address(self.host.strip("[]")).is_loopback
         except ValueError:
+            pass
+        try:
+            return ipaddress.ip_address(socket.gethostbyname(self.host)).is_loopback
+        except (OSError, UnicodeError):
             return False
 
 
@@ -104,7 +112,7 @@ class PatientProtocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that says, in one line, when and where it is ready."""
+    """uvicorn that says, in one line, when and where it is ready, and tells the app when it ends."""
 
     on_ready: Callable[[], None] = staticmethod(lambda: None)
 
@@ -112,6 +120,10 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self.on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.stopping = True
+        await super().shutdown(sockets)
 
 
 def bind(config: ServerConfig) -> socket.socket:

@@ -54,6 +54,7 @@ class AsyncEngine:
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.streams: dict[str, tuple[int, asyncio.Queue[tuple[int, RequestOutput]]]] = {}
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.stopped = False
         self._ids = itertools.count()
 
     @contextlib.asynccontextmanager
@@ -72,7 +73,7 @@ class AsyncEngine:
 
     def problem(self) -> str | None:
         """What is wrong with the engine, or None while it lives."""
-        return None if self.thread.is_alive() else "the engine has stopped"
+        return "the engine has stopped" if self.stopped else None
 
     async def generate(
         self, prompts: list[list[int]], params: SamplingParams
@@ -130,6 +131,7 @@ class AsyncEngine:
                 if outputs:
                     self.loop.call_soon_threadsafe(self._deliver, outputs)
         finally:
+            self.stopped = True  # before the streams are told: who comes later sees it
             self.engine.shutdown()
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now
                 self.loop.call_soon_threadsafe(self._fail_streams)

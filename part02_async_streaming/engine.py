@@ -95,7 +95,7 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Run the first request for one token. Returns what is new, at times nothing."""
-        outputs, self.aborted = self.aborted, []
+        outputs = []
         with self.trace.step():
             sequence = self.schedule()
             if sequence is not None:
@@ -103,6 +103,7 @@ class LLMEngine:
                 logits = self.forward(sequence, token_ids)
                 token_id, logprobs = self.sample(sequence, logits)
                 outputs.append(self.postprocess(sequence, token_id, logprobs))
+        outputs, self.aborted = [*self.aborted, *outputs], []
         return outputs
 
     @phase
