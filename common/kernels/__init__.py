@@ -1,0 +1,129 @@
+"""The operations a transformer is made of, each in three implementations behind one interface.
+
+`reference` is plain PyTorch, written to be read, and the oracle of the others; `triton` is the GPU's;
+`cpu` is numba's, which needs no compiler on the user's machine. Models call an `Ops` object and never
+know which one it is.
+
+Tokens of all sequences lie flat in one row-major batch: [num_tokens, …], no padding. Attention has
+one signature for every mix of prefill, decode, chunks and drafts: lengths differ, nothing else.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Which tokens of the flat batch belong to which sequence, and where keys and values lie.
+
+    Sequence i has queries `cu_seqlens_q[i] : cu_seqlens_q[i + 1]` of the batch; they are the last
+    ones of its `seq_lens[i]` tokens, and each sees the tokens up to itself. Token t of sequence i
+    lies in block `block_tables[i, t // block_size]` at place `t % block_size`. A sequence may have
+    no queries, and entries of a block table beyond its length may hold anything.
+    """
+
+    cu_seqlens_q: torch.Tensor  # [num_seqs + 1] int32
+    seq_lens: torch.Tensor  # [num_seqs] int32, with the new tokens
+    block_tables: torch.Tensor  # [num_seqs, max_blocks] int32
+    slot_mapping: (
+        torch.Tensor
+    )  # [num_tokens] int64: block * block_size + place; below 0: do not store
+    max_query_len: int  # upper bounds, known on the host
+    max_seq_len: int
+
+
+class Ops(ABC):
+    """One implementation of the operations. Every tensor is on one device, in one floating dtype,
+    unless said otherwise; accumulation is in float32.
+
+    kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], keys then values; a
+    block is one contiguous piece of memory.
+    """
+
+    name: str
+
+    @abstractmethod
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x²) + eps) * weight over the last dimension. x: [num_tokens, hidden]."""
+
+    @abstractmethod
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Add x to `residual` in place and return the norm of the sum; both [num_tokens, hidden]."""
+
+    @abstractmethod
+    def rotary_and_store(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        kv_cache: torch.Tensor,
+        layer: int,
+        slot_mapping: torch.Tensor,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> torch.Tensor:
+        """Rotate queries and keys, write keys and values into the cache, return the queries.
+
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], may be overwritten.
+        cos_sin: [max_positions, head_dim] float32: head_dim / 2 cosines, then as many sines.
+        positions: [num_tokens] int64. The rotation pairs element e with e + head_dim / 2.
+        q_norm, k_norm: [head_dim], RMS norms of each head before the rotation (Qwen3).
+        Returns [num_tokens, num_heads, head_dim].
+        """
+
+    @abstractmethod
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up; gate_up: [num_tokens, 2 * size], gate first. Returns [num_tokens, size]."""
+
+    @abstractmethod
+    def prepare_weight(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        """A weight object for `linear` from [out_features, in_features], made once at load.
+
+        The object keeps the only copy of the weight: callers drop theirs.
+        """
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        """x @ weight.T + bias. x: [num_tokens, in_features]; returns [num_tokens, out_features]."""
+
+    @abstractmethod
+    def attention(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        layer: int,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of every query over its sequence's cached keys and values.
+
+        query: [num_tokens, num_heads, head_dim]; num_heads is a multiple of num_kv_heads, and head h
+        reads KV head h // (num_heads / num_kv_heads). With a sliding window a token at position p sees
+        positions p - sliding_window + 1 to p. Returns [num_tokens, num_heads * head_dim].
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """The next token of each row: greedy, or drawn as part 01's sampler draws.
+
+        logits: [batch, vocab] after penalties; the others are [batch] (top_k, seeds and positions
+        int64). Temperatures below 1e-5 are greedy. The result is the argmax of filtered logits plus
+        `common.sampling.gumbel_noise`, token for token what part 01's `sample` gives, up to the
+        rounding of logits that are equal within it. Returns [batch] int64.
+        """
