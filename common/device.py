@@ -17,11 +17,13 @@ def resolve_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     return device, getattr(torch, dtype)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from common.sampling import SamplingParams
+from common.sampling import SamplingParams, shown
 
 Prompt = str | list[int]
 Prompts = Prompt | Sequence[Prompt]
@@ -17,14 +17,14 @@ def check_prompt(token_ids: list[int], params: SamplingParams, limit: int, vocab
     """
     if not token_ids:
         raise ValueError("prompt must have at least one token")
-    for token_id in token_ids:
-        if not isinstance(token_id, int) or not 0 <= token_id < vocab:
-            raise ValueError(f"prompt has token id {token_id!r}; ids go from 0 to {vocab - 1}")
     if len(token_ids) >= limit:
         raise ValueError(
             f"prompt has {len(token_ids)} tokens; with a context of {limit} tokens"
             f" it may have at most {limit - 1}"
         )
+    for token_id in token_ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab:  # a bool is an int, no id
+            raise ValueError(f"prompt has token id {shown(token_id)}; ids go from 0 to {vocab - 1}")
     if params.max_tokens is not None and len(token_ids) + params.max_tokens > limit:
         raise ValueError(
             f"max_tokens is {params.max_tokens}, but a prompt of {len(token_ids)} tokens leaves"
@@ -56,10 +56,13 @@ def prepare_prompts(
     for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
         if isinstance(prompt, str) and engine.tokenizer is None:
             raise ValueError(f"prompts[{i}] is text, but this model has no tokenizer; give ids")
-        token_ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not isinstance(prompt, str | list | tuple):
+            raise ValueError(f"prompts[{i}] must be text or token ids, not {shown(prompt)}")
         if params.n > max_n:
             raise ValueError(f"n must be at most {max_n} in this part, not {params.n}")
         try:
+            is_text = isinstance(prompt, str)
+            token_ids = engine.tokenizer.encode(prompt) if is_text else list(prompt)
             check_prompt(token_ids, params, engine.max_model_len, engine.vocab_size)
         except ValueError as error:
             raise ValueError(f"prompts[{i}]: {error}") from None

@@ -20,6 +20,23 @@ MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 20
 MAX_N = 128
 
+# (field, smallest, largest); seed, max_tokens and logprobs may also be None.
+NUMBERS = (
+    ("temperature", 0.0, 100.0),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
+INTEGERS = (
+    ("top_k", -1, MAX_TOKENS),
+    ("n", 1, MAX_N),
+    ("seed", -(2**63), 2**64 - 1),
+    ("max_tokens", 1, MAX_TOKENS),
+    ("logprobs", 0, MAX_LOGPROBS),
+)
+SMALLEST_TOP_P = torch.finfo(torch.float32).tiny  # below it float32 may have 0: no token would stay
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -57,59 +74,78 @@ class SamplingParams:
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, 0.0, 100.0)
-        check_number("top_p", self.top_p, 0.0, 1.0)
+        # Numbers of other libraries become Python's own, so that no later arithmetic wraps.
+        checked: dict[str, Any] = {}
+        for name, low, high in NUMBERS:
+            checked[name] = check_number(name, getattr(self, name), low, high)
         if self.top_p == 0:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
-        check_integer("top_k", self.top_k, -1, MAX_TOKENS)
-        check_number("min_p", self.min_p, 0.0, 1.0)
-        check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        check_integer("n", self.n, 1, MAX_N)
-        if self.seed is not None:
-            check_integer("seed", self.seed, -(2**63), 2**64 - 1)
-        if self.max_tokens is not None:
-            check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        if self.logprobs is not None:
-            check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name, low, high in INTEGERS:
+            if getattr(self, name) is not None or name in ("top_k", "n"):
+                checked[name] = check_integer(name, getattr(self, name), low, high)
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+            raise ValueError(f"ignore_eos must be true or false, not {shown(self.ignore_eos)}")
+        checked["stop"] = self._checked_stop()
+        checked["stop_token_ids"] = self._checked_stop_token_ids()
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def _checked_stop(self) -> tuple[str, ...]:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        stop = () if stop is None else stop
+        if not isinstance(stop, list | tuple):
+            raise ValueError(f"stop must be a string or a list of strings, not {shown(stop)}")
         if len(stop) > MAX_STOPS:
             raise ValueError(f"stop must hold at most {MAX_STOPS} strings, not {len(stop)}")
         for string in stop:
             if not isinstance(string, str) or not 1 <= len(string) <= MAX_STOP_LENGTH:
-                shown = string[:20] + "…" if isinstance(string, str) and string else string
                 raise ValueError(
-                    f"stop must be strings of 1 to {MAX_STOP_LENGTH} characters, not {shown!r}"
+                    f"stop must be strings of 1 to {MAX_STOP_LENGTH} characters,"
+                    f" not {shown(string)}"
                 )
-        token_ids = tuple(self.stop_token_ids or ())
+        return tuple(stop)
+
+    def _checked_stop_token_ids(self) -> tuple[int, ...]:
+        token_ids = () if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(token_ids, list | tuple):
+            raise ValueError(f"stop_token_ids must be a list of ids, not {shown(token_ids)}")
         if len(token_ids) > MAX_STOPS:
             raise ValueError(
                 f"stop_token_ids must hold at most {MAX_STOPS} ids, not {len(token_ids)}"
             )
-        for token_id in token_ids:
-            check_integer("stop_token_ids", token_id, 0, MAX_TOKENS)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", token_ids)
+        return tuple(check_integer("stop_token_ids", id, 0, MAX_TOKENS) for id in token_ids)
 
     @property
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def check_number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """The value as a float. Raises ValueError naming the field and the value."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    # Not math.isfinite, which overflows for an integer beyond every float.
+    if not is_number or value != value or value in (math.inf, -math.inf):
+        raise ValueError(f"{name} must be a finite number, not {shown(value)}")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value!r}")
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, not {shown(value)}")
+    return float(value)
 
 
-def check_integer(name: str, value: Any, low: int, high: int) -> None:
+def check_integer(name: str, value: Any, low: int, high: int) -> int:
+    """The value as Python's int. Raises ValueError naming the field and the value."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name} must be an integer, not {value!r}")
+        raise ValueError(f"{name} must be an integer, not {shown(value)}")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, not {value!r}")
+        raise ValueError(f"{name} must be between {low} and {high}, not {shown(value)}")
+    return int(value)
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: cut when long; huge integers have no repr at all."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"
 
 
 def draw_seed() -> int:
@@ -196,9 +232,7 @@ class SamplingBatch:
     frequency_penalty: torch.Tensor
     seeds: torch.Tensor  # int64, the 64 bits of each seed
     positions: torch.Tensor  # int64: the number of tokens before the one to draw
-    output_counts: (
-        torch.Tensor | None
-    )  # [batch, vocab], how often each token was generated; or None
+    output_counts: torch.Tensor | None  # [batch, vocab]: how often each token was generated
     num_logprobs: list[int | None]  # a plain list: it decides what is computed
 
     @classmethod
@@ -215,7 +249,7 @@ class SamplingBatch:
         outputs: the tokens a row has generated so far. They are counted only when some row has
         penalties.
         """
-        device = logits.device
+        device, vocab = logits.device, logits.shape[1]
 
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
@@ -223,13 +257,13 @@ class SamplingBatch:
         counts = None
         if any(p.has_penalties for p in params):
             ids = [torch.tensor(output, dtype=torch.int64) for output in outputs]
-            rows = [torch.bincount(row, minlength=logits.shape[1]) for row in ids]
+            rows = [torch.bincount(row, minlength=vocab) for row in ids]
             counts = torch.stack(rows).to(device)
         lengths = [n + len(output) for n, output in zip(num_prompt_tokens, outputs, strict=True)]
         return cls(
             temperature=column([p.temperature for p in params]),
-            top_k=column([max(p.top_k, 0) for p in params], torch.int64),
-            top_p=column([p.top_p for p in params]),
+            top_k=column([min(max(p.top_k, 0), vocab) for p in params], torch.int64),
+            top_p=column([max(p.top_p, SMALLEST_TOP_P) for p in params]),
             min_p=column([p.min_p for p in params]),
             presence_penalty=column([p.presence_penalty for p in params]),
             frequency_penalty=column([p.frequency_penalty for p in params]),

@@ -17,7 +17,9 @@ from typing import Any
 from common.checkpoint import ModelError, is_random
 
 TEMPLATE_SECONDS = 2.0
-WINDOW = 24  # tokens decoded together; far more than the four bytes of any character
+WINDOW = 24  # tokens decoded together at most, and one more
+MAX_CHARACTER = 4  # bytes of the longest character in UTF-8, and so tokens
+HALF = "\ufffd"  # what stands for bytes that are no character, or not yet
 
 
 class Tokenizer:
@@ -27,6 +29,8 @@ class Tokenizer:
         """`tokenizer`: a transformers tokenizer backed by the tokenizers library."""
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()  # tokenizer.json may ask for either, and nobody would notice
+        self._backend.no_padding()
         self._plain_backend: Any = None
         self._bytes: dict[str, int] = {}
         added = tokenizer.added_tokens_decoder
@@ -60,12 +64,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """A raw prompt's tokens: special tokens in the text count, and BOS is put where the model
-        wants one."""
+        wants one. Raises ValueError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
+        _check_unicode("prompt", text)
         return self._backend.encode(text, add_special_tokens=True).ids
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of tokens, special tokens left out, invalid bytes as U+FFFD."""
         return self._backend.decode(token_ids, skip_special_tokens=True)
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether `decode` looks at a token: special ones and ids without a token are left out."""
+        return token_id not in self.special_ids and self._backend.id_to_token(token_id) is not None
 
     def detokenizer(self) -> "IncrementalDetokenizer":
         return IncrementalDetokenizer(self)
@@ -77,6 +86,7 @@ class Tokenizer:
         template or its template refuses the messages.
         """
         contents = "".join(message["content"] for message in messages)
+        _check_unicode("messages", contents)
         marks: dict[str, str] = {}
         if self._special_pattern.search(contents):
             # Each special text in a message becomes a mark that no template and no user has, the
@@ -161,6 +171,14 @@ class Tokenizer:
         return self._decoder
 
 
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        number = ord(text[error.start])
+        raise ValueError(f"{name}: U+{number:04X} is half of a character (a surrogate)") from None
+
+
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet (Radford et al., 2019): a printable character for each of the 256 bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -174,23 +192,30 @@ class IncrementalDetokenizer:
     """Text from tokens as they come, without ever giving out half a character.
 
     A sliding window of tokens is decoded together, since a token's text depends on the ones before
-    it. Text that ends in U+FFFD may be the start of a longer character: that last mark waits. What
-    comes out, put together, is what decoding all tokens at once gives. The cost a token is constant.
+    it. U+FFFD at the end of the text may be a part of a character that the next tokens complete: it
+    waits until they cannot. What comes out, put together, is what decoding all tokens at once
+    gives; with a byte-fallback decoder (SentencePiece) that holds for valid UTF-8 alone, since
+    there one wrong byte changes the text of those before it. The cost a token is constant.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
         self._given = 0  # characters of the window's text that are out
+        self._whole = (0, 0)  # the last two places in the window where a character ended
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is certain now, often empty."""
+        if not self._tokenizer.has_text(token_id):
+            return ""  # it must not push half a character out of the window
         self._window.append(token_id)
-        text = self._stable(self._window)
-        new, self._given = text[self._given :], max(self._given, len(text))
+        text = self._tokenizer.decode(self._window)
+        if not text.endswith(HALF):
+            self._whole = (self._whole[1], len(self._window))
+        end = max(self._given, self._certain(text))
+        new, self._given = text[self._given : end], end
         if len(self._window) > WINDOW:
-            self._window = self._window[-(WINDOW // 2) :]
-            self._given = len(self._stable(self._window))
+            self._shorten(len(text) - end)
         return new
 
     def flush(self) -> str:
@@ -199,22 +224,40 @@ class IncrementalDetokenizer:
         new, self._given = text[self._given :], len(text)
         return new
 
-    def _stable(self, token_ids: list[int]) -> str:
-        text = self._tokenizer.decode(token_ids)
-        return text[:-1] if text.endswith("\ufffd") else text
+    def _certain(self, text: str) -> int:
+        """How many characters of the window's text no later token can change."""
+        if not text.endswith(HALF):
+            return len(text)
+        if len(self._window) - self._whole[1] < MAX_CHARACTER:
+            return text.find(HALF, self._given)
+        # So many tokens are not one character: all but the last bytes are wrong for good.
+        waiting = len(text) - len(text.rstrip(HALF))
+        return len(text) - min(waiting, MAX_CHARACTER - 1)
+
+    def _shorten(self, waiting: int) -> None:
+        """Forget the window's beginning, up to where a character ended if there is such a place.
+
+        waiting: how many characters at the end of the window's text are not out.
+        """
+        start = self._whole[0]
+        if not 0 < len(self._window) - start <= WINDOW:
+            start = len(self._window) - WINDOW // 2
+        self._window = self._window[start:]
+        self._whole = (0, max(self._whole[1] - start, 0))
+        self._given = max(len(self._tokenizer.decode(self._window)) - waiting, 0)
 
 
 class _Deadline:
     """Raise TimeoutError in this thread's Python code once the time is up, loops included.
 
-    Works by a trace function, so it sees every line run; one call into C cannot be interrupted.
+    The time is the thread's own on a processor, so that a busy machine fails nobody. Works by a trace function, so it sees every line run; one call into C cannot be interrupted.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
+        self._end = time.thread_time() + seconds
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > self._end:
+        if time.thread_time() > self._end:
             raise TimeoutError
         return self._trace
 

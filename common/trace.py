@@ -104,7 +104,8 @@ class Trace:
             yield follower
         finally:
             with self._lock:
-                self._followers.remove(follower)
+                # By identity: two queues with the same records, or none, are equal.
+                self._followers = [other for other in self._followers if other is not follower]
 
     def save(self, path: Path) -> None:
         """Write the steps kept as JSON, one record a line."""
