@@ -23,6 +23,7 @@ from common.presets import PRESETS
 BUILT_IN = "smollm2-135m"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 RANDOM_MARK = "random_weights.json"
+READ_WHOLE = (".json", ".jinja", ".model", ".txt")  # read into memory, with the limit below
 MAX_JSON_BYTES = 64 << 20
 
 
@@ -35,7 +36,10 @@ def resolve(name: str) -> Path:
         return check_folder(embedded_model() or _download(HUB_NAME, embedded=True))
     if name.startswith("random:"):
         return _random_folder(name.removeprefix("random:"))
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ModelError(f"model {name!r}: {error}") from error
     if path.is_dir():
         return check_folder(path.resolve())
     if path.suffix == ".gguf":
@@ -111,24 +115,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_file(folder: Path, name: str) -> None:
+def _check_file(folder: Path, name: str, parent: Path | None = None) -> None:
     """A file of a model: a plain name, a regular file, and inside the folder once links are followed.
+
+    parent: where in the folder it lies, when not at its top.
 
     The hub's cache keeps its files as links into a `blobs` folder beside `snapshots`; that is the
     one place outside the folder that a link may lead to.
     """
     if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
         raise ModelError(f"{folder} names the file {name!r}, which is not a plain file name")
-    target = (folder / name).resolve()
+    path = (parent or folder) / name
+    target = path.resolve()
     roots = [folder.resolve()]
     if roots[0].parent.name == "snapshots":
         roots.append(roots[0].parent.parent / "blobs")
     if not any(target.is_relative_to(root) for root in roots):
-        raise ModelError(f"{folder / name} leads outside the model's folder")
+        raise ModelError(f"{path} leads outside the model's folder")
     if not target.exists():
-        raise ModelError(f"{folder / name} is missing")
+        raise ModelError(f"{path} is missing")
     if not target.is_file():
-        raise ModelError(f"{folder / name} is not a regular file")
+        raise ModelError(f"{path} is not a regular file")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -165,6 +172,14 @@ def check_folder(folder: Path) -> Path:
     config = read_json(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{folder}/config.json has no model_type")
+    # The libraries open these without a look at what they are: a FIFO would be waited for, and a
+    # link's target read.
+    templates = folder / "additional_chat_templates"
+    for file in [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else [])]:
+        if file.suffix in READ_WHOLE and not file.is_dir():
+            _check_file(folder, file.name, file.parent)
+            if file.stat().st_size > MAX_JSON_BYTES:
+                raise ModelError(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB")
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
@@ -191,7 +206,9 @@ def context_length(config: Any, wanted: int | None = None) -> int:
 
     wanted: a lower limit of the user's. Raises ValueError when it is above the model's.
     """
-    limit = int(config.get_text_config().max_position_embeddings)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 2:
+        raise ModelError(f"config.json has no usable max_position_embeddings, but {limit!r}")
     if wanted is not None and wanted > limit:
         raise ValueError(f"max_model_len is {wanted}, but the model's context is {limit}")
     return wanted or limit
@@ -265,7 +282,9 @@ def load_transformers_model(
     """The model as transformers has it, in evaluation mode: parts 01 and 02 run it, all tests
     compare with it.
 
-    On the CPU in the file's own dtype the weights stay views of the mapped file. Raises ModelError.
+    On the CPU in the file's own dtype the weights stay views of the mapped file. Raises ModelError,
+    also where transformers would only warn: for weights that are missing, which it makes up, and for
+    integers, which it takes as they are.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -273,26 +292,58 @@ def load_transformers_model(
     config = load_config(folder)  # a clear error first
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of missing weights: they are an error below
     try:
         if is_random(folder):
             state = dict(iter_weights(folder, device))
             model_class = type(_empty_model(config))
-            model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+            model, info = model_class.from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            _check_numbers(folder, config)
+            model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused just below, with the shapes
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        for name, found, needed in sorted(info["mismatched_keys"]):
+            raise ModelError(f"{folder} has {name} as {list(found)}, not {list(needed)}")
+        missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing:
+            raise ModelError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}")
+        if unused:
+            print(f"{folder}: {len(unused)} weights not used, such as {unused[0]}", file=sys.stderr)
+        return model.to(device).eval()
+    except ModelError:
+        raise
+    except Exception as error:
+        # A config can be wrong in any way, and so fail in any way.
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder} cannot be loaded: {first_line}") from error
     finally:
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    return model.to(device).eval()
+
+
+def _check_numbers(folder: Path, config: Any) -> None:
+    """Refuse weights that are not plain floating-point numbers. Raises ModelError."""
+    from safetensors import safe_open
+
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{folder} is quantised (quantization_config), which is not read here")
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in ("F16", "BF16", "F32", "F64"):
+                    raise ModelError(f"{path} has {name} as {dtype}, not floating-point numbers")
 
 
 if __name__ == "__main__":
