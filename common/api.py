@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from common.output import Completion, Delta, TokenLogprobs
-from common.sampling import MAX_LOGPROBS, SamplingParams
+from common.sampling import MAX_LOGPROBS, SamplingParams, shown
 from common.tokenizer import Tokenizer
 
 MAX_CHOICES = 128  # prompts times n in one request
@@ -145,7 +145,9 @@ class _Request(BaseModel):
     def check(self, streaming: bool, max_n: int) -> None:
         """Refuse what is not supported. Raises ApiError naming the field."""
         for name, value in (self.model_extra or {}).items():
-            if value is not None and value not in NEUTRAL.get(name, ()):
+            neutral = NEUTRAL.get(name, ())
+            # With the type, because 0 == False and 1 == True.
+            if value is not None and (type(value), value) not in [(type(v), v) for v in neutral]:
                 shown = name if len(name) <= 64 else name[:64] + "…"
                 raise ApiError(400, f"{shown} is not supported", param=shown, code="unsupported")
         if self.stream and not streaming:
@@ -155,7 +157,9 @@ class _Request(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
         if self.n is not None and self.n > max_n:
-            raise ApiError(400, f"n must be at most {max_n} in this part, not {self.n}", param="n")
+            raise ApiError(
+                400, f"n must be at most {max_n} in this part, not {shown(self.n)}", param="n"
+            )
 
     def _sampling_params(self, **values: Any) -> SamplingParams:
         """SamplingParams from the fields that were given. Raises ApiError."""
@@ -219,16 +223,39 @@ class ChatCompletionRequest(_Request):
         if len(limits) > 1:
             raise ApiError(
                 400,
-                f"max_tokens ({self.max_tokens}) and max_completion_tokens"
-                f" ({self.max_completion_tokens}) differ; give one of them",
+                f"max_tokens ({shown(self.max_tokens)}) and max_completion_tokens"
+                f" ({shown(self.max_completion_tokens)}) differ; give one of them",
                 param="max_tokens",
             )
+        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
+            wrong = shown(self.max_completion_tokens)
+            raise field_error(f"max_completion_tokens must be at least 1, not {wrong}")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         return self._sampling_params(
             max_tokens=limits.pop() if limits else None,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
+
+
+class TextOffsets:
+    """Where each token's text begins in a completion's text.
+
+    Counted in the text itself and not in what `tokens` shows: special tokens have no place in it,
+    and the tokens of one character share one. Text that is held back for a stop string counts, so
+    a stream has the same offsets as a whole answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+        self._length = 0
+
+    def push(self, token_id: int) -> int:
+        """The offset of the next token."""
+        begin = self._length
+        if self._detokenizer is not None:
+            self._length += len(self._detokenizer.push(token_id))
+        return begin
 
 
 @dataclass
@@ -244,7 +271,7 @@ class Job:
     tokenizer: Tokenizer | None
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
-    _offsets: dict[int, int] = field(default_factory=dict)  # characters streamed, a choice
+    _offsets: dict[int, "TextOffsets"] = field(default_factory=dict)  # of each choice streamed
 
     @property
     def num_choices(self) -> int:
@@ -261,7 +288,8 @@ class Job:
                 choice["message"] = {"role": "assistant", "content": completion.text}
             else:
                 choice["text"] = completion.text
-            choice["logprobs"] = self._logprobs(completion.logprobs, 0)
+            offsets = TextOffsets(self.tokenizer)
+            choice["logprobs"] = self._logprobs(completion.logprobs, offsets)
             choices.append(choice)
         head = self._head("chat.completion" if self.chat else "text_completion")
         return {**head, "choices": choices, "usage": self.usage(completions)}
@@ -294,8 +322,8 @@ class Job:
         content = {"content": delta.text} if self.chat else delta.text
         logprobs = None
         if delta.logprobs:
-            logprobs = self._logprobs(delta.logprobs, self._offsets.get(index, 0))
-        self._offsets[index] = self._offsets.get(index, 0) + len(delta.text)
+            offsets = self._offsets.setdefault(index, TextOffsets(self.tokenizer))
+            logprobs = self._logprobs(delta.logprobs, offsets)
         return self._chunk(index, content, delta.finish_reason, logprobs)
 
     def usage_chunk(self, completions: Sequence[Any]) -> dict[str, Any]:
@@ -330,7 +358,9 @@ class Job:
             "model": self.model,
         }
 
-    def _logprobs(self, logprobs: list[TokenLogprobs] | None, offset: int) -> dict[str, Any] | None:
+    def _logprobs(
+        self, logprobs: list[TokenLogprobs] | None, offsets: "TextOffsets"
+    ) -> dict[str, Any] | None:
         if logprobs is None:
             return None
         if self.chat:
@@ -340,21 +370,16 @@ class Job:
                 entry = self._token_entry(item.token_id, item.logprob)
                 entries.append({**entry, "top_logprobs": top})
             return {"content": entries}
-        texts = [self._token_text(item.token_id) for item in logprobs]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
         top = [
             {self._token_text(id): value for id, value in item.top}
             | {self._token_text(item.token_id): item.logprob}
             for item in logprobs
         ]
         return {
-            "tokens": texts,
+            "tokens": [self._token_text(item.token_id) for item in logprobs],
             "token_logprobs": [item.logprob for item in logprobs],
             "top_logprobs": top,
-            "text_offset": offsets,
+            "text_offset": [offsets.push(item.token_id) for item in logprobs],
         }
 
     def _token_text(self, token_id: int) -> str:

@@ -60,7 +60,7 @@ def validate(config: Any) -> None:
         if value is None and optional:
             continue
         if kind is float and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 2**1000 else math.inf
         if type(value) is not kind:
             raise ValueError(f"{field.name} must be {kind.__name__}, not {value!r}")
         if kind is float and not math.isfinite(value):
