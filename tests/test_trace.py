@@ -1,0 +1,209 @@
+"""The trace: bounded, whole even when a step fails, safe to read while the engine writes."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from common.trace import StepRecord, Trace, load, phase, to_perfetto
+
+
+def run_steps(trace: Trace, count: int) -> None:
+    for i in range(count):
+        with trace.step():
+            with trace.phase("schedule"):
+                trace.scheduled(f"request-{i}", i + 1)
+            with trace.phase("forward"):
+                pass
+
+
+def test_ring_keeps_the_last_steps() -> None:
+    trace = Trace(capacity=5)
+    run_steps(trace, 12)
+    assert [record.step for record in trace.records()] == [7, 8, 9, 10, 11]
+    assert trace.records()[0].scheduled == {"request-7": 8}
+
+
+def test_phases_are_in_order_within_their_step() -> None:
+    trace = Trace()
+    run_steps(trace, 3)
+    end_of_last = 0.0
+    for record in trace.records():
+        assert [name for name, _, _ in record.phases] == ["schedule", "forward"]
+        times = [record.begin, *(t for _, *span in record.phases for t in span), record.end]
+        assert times == sorted(times), "a phase overlaps another or leaves its step"
+        assert record.begin >= end_of_last
+        end_of_last = record.end
+        assert set(record.phase_seconds()) == {"schedule", "forward"}
+        assert sum(record.phase_seconds().values()) <= record.end - record.begin
+
+
+def test_phases_nest() -> None:
+    trace = Trace()
+    with trace.step(), trace.phase("outer"), trace.phase("inner"):
+        pass
+    spans = {name: (begin, end) for name, begin, end in trace.records()[0].phases}
+    assert spans["outer"][0] <= spans["inner"][0] <= spans["inner"][1] <= spans["outer"][1]
+
+
+def test_a_step_that_raises_is_kept_with_its_open_phase() -> None:
+    trace = Trace()
+    with pytest.raises(RuntimeError), trace.step(), trace.phase("forward"):
+        trace.scheduled("a", 3)
+        raise RuntimeError("out of memory")
+    [record] = trace.records()
+    assert record.scheduled == {"a": 3}
+    [(name, begin, end)] = record.phases
+    assert (name, record.begin <= begin <= end <= record.end) == ("forward", True)
+    run_steps(trace, 1)  # and the next step is a new one
+    assert [r.step for r in trace.records()] == [0, 1]
+    assert trace.records()[1].scheduled == {"request-0": 1}
+
+
+def test_outside_of_a_step_nothing_is_recorded() -> None:
+    trace = Trace()
+    with trace.phase("forward"):
+        trace.scheduled("a", 1)
+        trace.finished("a", "abort")
+    run_steps(trace, 1)
+    trace.finished("a", "abort")
+    [record] = trace.records()
+    assert record.finished == {}
+    assert [name for name, _, _ in record.phases] == ["schedule", "forward"]
+
+
+def test_decorated_methods_are_phases_under_their_name() -> None:
+    class Engine:
+        trace = Trace()
+
+        @phase
+        def forward(self, x: int, *, y: int) -> int:
+            """Its words stay."""
+            return x + y
+
+    engine = Engine()
+    with engine.trace.step():
+        assert engine.forward(1, y=2) == 3
+    assert [name for name, _, _ in engine.trace.records()[0].phases] == ["forward"]
+    assert Engine.forward.__doc__ == "Its words stay."
+
+
+def test_a_follower_that_falls_behind_loses_the_oldest() -> None:
+    trace = Trace()
+    with trace.follow(backlog=4) as records:
+        run_steps(trace, 10)
+        assert [record.step for record in records] == [6, 7, 8, 9]
+    run_steps(trace, 1)
+    assert len(records) == 4, "a follower that has left gets nothing more"
+
+
+def test_one_follower_leaving_takes_no_other_with_it() -> None:
+    """Two queues with the same content are equal, which is not to say the same."""
+    trace = Trace()
+    with trace.follow() as stays:
+        with trace.follow():
+            pass
+        run_steps(trace, 2)
+        with trace.follow() as late:
+            run_steps(trace, 1)
+        run_steps(trace, 1)
+        assert [record.step for record in stays] == [0, 1, 2, 3]
+        assert [record.step for record in late] == [2]
+
+
+def test_following_from_another_thread_while_the_engine_writes() -> None:
+    """Every record arrives once, in order and whole; readers of the ring never see a torn one."""
+    trace = Trace(capacity=16)
+    count = 2000
+    followed: list[int] = []
+    problems: list[str] = []
+    ready, done = threading.Event(), threading.Event()
+
+    def follow() -> None:
+        with trace.follow(backlog=count) as records:
+            ready.set()
+            while len(followed) < count and not (done.is_set() and not records):
+                if records:
+                    record = records.popleft()
+                    followed.append(record.step)
+                    if record.end < record.begin or len(record.phases) != 2:
+                        problems.append(f"step {record.step} is not whole")
+
+    def read() -> None:
+        while not done.is_set():
+            steps = [record.step for record in trace.records()]
+            if steps != list(range(steps[0], steps[0] + len(steps)) if steps else []):
+                problems.append(f"not consecutive: {steps}")
+            if len(steps) > 16:
+                problems.append(f"{len(steps)} records in a ring of 16")
+            json.dumps(trace.to_perfetto())
+
+    threads = [threading.Thread(target=target) for target in (follow, read, read)]
+    for thread in threads:
+        thread.start()
+    assert ready.wait(30)
+    run_steps(trace, count)
+    done.set()
+    for thread in threads:
+        thread.join(30)
+    assert not problems, problems[:3]
+    assert followed == list(range(count))
+
+
+def test_saved_and_loaded_again(tmp_path: Path) -> None:
+    trace = Trace()
+    run_steps(trace, 3)
+    with trace.step():
+        trace.scheduled("naïve \u2028 \n 😀", 1)  # names that a line format could trip over
+        trace.finished("naïve \u2028 \n 😀", "stop")
+    trace.save(tmp_path / "trace.jsonl")
+    assert load(tmp_path / "trace.jsonl") == trace.records()
+    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == 4
+
+
+def test_an_empty_trace_is_saved_and_loaded(tmp_path: Path) -> None:
+    Trace().save(tmp_path / "trace.jsonl")
+    assert load(tmp_path / "trace.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        "5",
+        "null",
+        '"text"',
+        "[]",
+        "{}",
+        '{"step": 1, "begin": 0.0}',
+        '{"step": 1, "phases": []}',
+        '{"step": 1, "begin": 0.0, "phases": [["forward", 1.0]]}',
+        '{"step": 1, "begin": 0.0, "phases": [], "surprise": 1}',
+        '{"step": 1, "begin": 0.0, "phases": [], ',
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    trace = Trace()
+    run_steps(trace, 2)
+    path = tmp_path / "trace.jsonl"
+    trace.save(path)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=r"trace\.jsonl line 3 is not a step record"):
+        load(path)
+
+
+def test_perfetto_events_are_complete_and_in_microseconds() -> None:
+    record = StepRecord(7, begin=2.0, end=2.5, scheduled={"a": 3}, finished={"a": "stop"})
+    record.phases = [("schedule", 2.0, 2.125), ("forward", 2.125, 2.5)]
+    trace = json.loads(json.dumps(to_perfetto([record]), allow_nan=False))
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    names = [event for event in trace["traceEvents"] if event["ph"] == "M"]
+    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert {event["tid"]: event["args"]["name"] for event in names} == {1: "steps", 2: "phases"}
+    assert [(e["name"], e["tid"], e["ts"], e["dur"]) for e in spans] == [
+        ("step 7", 1, 2e6, 0.5e6),
+        ("schedule", 2, 2e6, 0.125e6),
+        ("forward", 2, 2.125e6, 0.375e6),
+    ]
+    assert spans[0]["args"] == {"scheduled": {"a": 3}, "finished": {"a": "stop"}}
