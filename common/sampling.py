@@ -262,7 +262,8 @@ class SamplingBatch:
         lengths = [n + len(output) for n, output in zip(num_prompt_tokens, outputs, strict=True)]
         return cls(
             temperature=column([p.temperature for p in params]),
-            top_k=column([min(max(p.top_k, 0), vocab) for p in params], torch.int64),
+            # A top_k of the whole vocabulary keeps all too, and is spared the sort.
+            top_k=column([p.top_k if 0 < p.top_k < vocab else 0 for p in params], torch.int64),
             top_p=column([max(p.top_p, SMALLEST_TOP_P) for p in params]),
             min_p=column([p.min_p for p in params]),
             presence_penalty=column([p.presence_penalty for p in params]),
