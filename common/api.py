@@ -148,8 +148,8 @@ class _Request(BaseModel):
             neutral = NEUTRAL.get(name, ())
             # With the type, because 0 == False and 1 == True.
             if value is not None and (type(value), value) not in [(type(v), v) for v in neutral]:
-                shown = name if len(name) <= 64 else name[:64] + "…"
-                raise ApiError(400, f"{shown} is not supported", param=shown, code="unsupported")
+                field = name if len(name) <= 64 else name[:64] + "…"
+                raise ApiError(400, f"{field} is not supported", param=field, code="unsupported")
         if self.stream and not streaming:
             raise ApiError(
                 400, "stream is not supported by this part; part 02 has it", param="stream"
