@@ -7,6 +7,7 @@ checkpoints bring; both are refused, and there is no option to change that.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -302,7 +303,7 @@ def load_transformers_model(
                 None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
             )
         else:
-            _check_numbers(folder, config)
+            _check_weights(folder, config)
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -310,10 +311,7 @@ def load_transformers_model(
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused just below, with the shapes
             )
-        for name, found, needed in sorted(info["mismatched_keys"]):
-            raise ModelError(f"{folder} has {name} as {list(found)}, not {list(needed)}")
         missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
         if missing:
             raise ModelError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}")
@@ -332,18 +330,35 @@ def load_transformers_model(
             logging.enable_progress_bar()
 
 
-def _check_numbers(folder: Path, config: Any) -> None:
-    """Refuse weights that are not plain floating-point numbers. Raises ModelError."""
+def _check_weights(folder: Path, config: Any) -> None:
+    """Compare the files' headers with what the config asks for, before memory is taken for either.
+
+    Raises ModelError: transformers would fill what does not fit with random numbers, as many as a
+    wrong config wants, and would take integers (a quantised file) as if they were weights.
+    """
     from safetensors import safe_open
 
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{folder} is quantised (quantization_config), which is not read here")
+    shapes: dict[str, list[int]] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in ("F16", "BF16", "F32", "F64"):
                     raise ModelError(f"{path} has {name} as {dtype}, not floating-point numbers")
+                shapes[name] = file.get_slice(name).get_shape()
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if num_layers > len(shapes):
+        raise ModelError(f"{folder} lacks weights: {len(shapes)} of them for {num_layers} layers")
+    needed = 0
+    for name, tensor in _empty_model(config).state_dict().items():
+        if shapes.get(name, list(tensor.shape)) != list(tensor.shape):
+            raise ModelError(f"{folder} has {name} as {shapes[name]}, not {list(tensor.shape)}")
+        needed += tensor.numel()
+    found = sum(map(math.prod, shapes.values()))
+    if needed > 2 * found:  # twice: a tied weight counts two times in `needed`
+        raise ModelError(f"{folder} lacks weights: it has {found} numbers of {needed}")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,12 @@ def _convert(source: Path, folder: Path) -> None:
         )
     temporary = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", suffix=".tmp", dir=folder.parent))
     try:
-        _write_folder(source, temporary)
+        try:
+            _write_folder(source, temporary)
+        except OSError:
+            raise
+        except Exception as error:  # safetensors and tokenizers have errors of their own for writes
+            raise OSError(str(error).strip().split("\n")[0]) from error
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         manifest = {"source_sha256": GGUF_SHA256, "files": sizes}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -130,9 +135,8 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def _write_folder(source: Path, folder: Path) -> None:
-    """Config, weights and tokenizer in Hugging Face's layout. Raises OSError."""
+    """Config, weights and tokenizer in Hugging Face's layout."""
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -159,10 +163,7 @@ def _write_folder(source: Path, folder: Path) -> None:
     )
     state = model.state_dict()
     state.pop("lm_head.weight")  # tied to the embedding
-    try:
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"cannot write model.safetensors: {error}") from error
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.model_max_length = config["max_position_embeddings"]
     tokenizer.save_pretrained(folder)
     _restore_digit_splitting(folder / "tokenizer.json")

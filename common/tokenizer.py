@@ -17,6 +17,7 @@ from typing import Any
 from common.checkpoint import ModelError, is_random
 
 TEMPLATE_SECONDS = 2.0
+MAX_RENDERED = 1 << 24  # characters a chat template may write
 WINDOW = 24  # tokens decoded together at most, and one more
 MAX_CHARACTER = 4  # bytes of the longest character in UTF-8, and so tokens
 HALF = "\ufffd"  # what stands for bytes that are no character, or not yet
@@ -132,7 +133,7 @@ class Tokenizer:
             raise ValueError("messages: this model has no chat template; use /v1/completions")
         try:
             with _Deadline(TEMPLATE_SECONDS):
-                return self._tokenizer.apply_chat_template(
+                text = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True
                 )
         except TimeoutError:
@@ -144,6 +145,9 @@ class Tokenizer:
             # What a template computes with the messages can fail in any way Python code can.
             kind = type(error).__name__
             raise ValueError(f"messages: the chat template failed ({kind})") from error
+        if len(text) > MAX_RENDERED:
+            raise ValueError(f"messages: the chat template wrote {len(text)} characters")
+        return text
 
     def token_text(self, token_id: int) -> str:
         """One token's text, as logprobs report it; special tokens are shown."""
