@@ -214,12 +214,15 @@ class IncrementalDetokenizer:
             return ""  # it must not push half a character out of the window
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        if not text.endswith(HALF):
+        is_whole = not text.endswith(HALF)
+        if is_whole:
             self._whole = (self._whole[1], len(self._window))
         end = max(self._given, self._certain(text))
         new, self._given = text[self._given : end], end
-        if len(self._window) > WINDOW:
-            self._shorten(len(text) - end)
+        if is_whole and self._whole[0] > 0 and len(self._window) > WINDOW // 2:
+            self._forget(self._whole[0], waiting=0)
+        elif len(self._window) > WINDOW:  # a long run of halves
+            self._forget(len(self._window) - WINDOW // 2, waiting=len(text) - end)
         return new
 
     def flush(self) -> str:
@@ -238,14 +241,11 @@ class IncrementalDetokenizer:
         waiting = len(text) - len(text.rstrip(HALF))
         return len(text) - min(waiting, MAX_CHARACTER - 1)
 
-    def _shorten(self, waiting: int) -> None:
-        """Forget the window's beginning, up to where a character ended if there is such a place.
+    def _forget(self, start: int, waiting: int) -> None:
+        """Drop the window's first `start` tokens.
 
         waiting: how many characters at the end of the window's text are not out.
         """
-        start = self._whole[0]
-        if not 0 < len(self._window) - start <= WINDOW:
-            start = len(self._window) - WINDOW // 2
         self._window = self._window[start:]
         self._whole = (0, max(self._whole[1] - start, 0))
         self._given = max(len(self._tokenizer.decode(self._window)) - waiting, 0)
