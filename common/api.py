@@ -111,10 +111,15 @@ class _Object(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_size(cls, value: Any) -> Any:
-        """Each unknown key is an error of its own: refuse before there are a million of them."""
-        if isinstance(value, dict) and len(value) > MAX_KEYS:
+        """Each unknown key is an error of its own: refuse before there are a million of them.
+
+        A null is left out: messages that come back as a client dumped them are full of them.
+        """
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MAX_KEYS:
             raise ValueError(f"at most {MAX_KEYS} keys, not {len(value)}")
-        return value
+        return {name: item for name, item in value.items() if item is not None}
 
 
 class StreamOptions(_Object):
