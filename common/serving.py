@@ -126,6 +126,21 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def make_server(app: FastAPI, config: ServerConfig) -> _Server:
+    """uvicorn as every part runs it: HTTP/1.1 only, no WebSockets, patient but not for ever."""
+    return _Server(
+        uvicorn.Config(
+            app,
+            http=PatientProtocol,
+            ws="none",
+            log_level="info" if config.access_log else "warning",
+            access_log=config.access_log,
+            timeout_graceful_shutdown=config.shutdown_timeout,
+            server_header=False,
+        )
+    )
+
+
 def bind(config: ServerConfig) -> socket.socket:
     """A socket bound to the configured address. Ends the process with one line when it cannot."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -153,17 +168,7 @@ def serve(build: Callable[[], FastAPI], config: ServerConfig) -> None:
     sock = bind(config)
     try:
         app = build()
-        server = _Server(
-            uvicorn.Config(
-                app,
-                http=PatientProtocol,
-                ws="none",
-                log_level="info" if config.access_log else "warning",
-                access_log=config.access_log,
-                timeout_graceful_shutdown=config.shutdown_timeout,
-                server_header=False,
-            )
-        )
+        server = make_server(app, config)
         host, port = sock.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
 

@@ -1,4 +1,4 @@
-"""A part's real server in a process of its own, for tests that need the process as well."""
+"""Servers for tests: a part's real one in a process of its own, or an app in a thread of this one."""
 
 import contextlib
 import os
@@ -7,8 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import IO
+
+from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
+
+from common.serving import ServerConfig, bind, make_server
 
 START_SECONDS = 120.0  # for a server to be ready, on a busy machine
 STOP_SECONDS = 60.0  # for a server to end after SIGTERM
@@ -74,10 +80,10 @@ class RunningServer:
         self.process.wait()
         self._reader.join()
 
-    def rss(self) -> int:
-        """Bytes of memory that the process holds now."""
+    def peak_rss(self) -> int:
+        """Bytes of memory that the process held at most until now."""
         with open(f"/proc/{self.process.pid}/status") as file:
-            [line] = [line for line in file if line.startswith("VmRSS")]
+            [line] = [line for line in file if line.startswith("VmHWM")]
         return int(line.split()[1]) * 1024
 
 
@@ -101,3 +107,28 @@ def running_server(part: int, *args: str) -> Iterator[str]:
     """The base URL of a server that is ready, ended by SIGTERM afterwards."""
     with server_process(part, *args) as server:
         yield server.base_url
+
+
+@contextlib.contextmanager
+def serving_thread(app: FastAPI, config: ServerConfig | None = None) -> Iterator[str]:
+    """The base URL of an app served in a thread, as `serve` would, so that a test can reach inside.
+
+    Leaving ends it as SIGTERM does, and raises AssertionError when it stays.
+    """
+    config = config or ServerConfig(port=0)
+    AppStatus.disable_automatic_graceful_drain()
+    sock = bind(config)
+    server = make_server(app, config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server")
+    thread.start()
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not server.started and thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert server.started, "the server did not start"
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(STOP_SECONDS)
+        sock.close()
+    assert not thread.is_alive(), "the server did not end"
