@@ -67,6 +67,7 @@ class TestStopStrings:
             (["x", "ab", "c"], ["abc", "b"], "xa", 2),  # the shorter is complete first
             (["x", "abc"], ["abc", "bc"], "x", 2),  # complete together: what began first
             (["x", "abc"], ["bc", "abc"], "x", 2),
+            (["xabcd"], ["abcd", "bc"], "xa", 1),  # in one token: the first complete, not begun
             (["one\n", "\n", "two"], ["\n\n", "three"], "one", 2),
             (["ab", "cabd"], ["abd", "cab"], "ab", 2),  # overlapping ones
             (["é", "😀!", "x"], "😀", "é", 2),

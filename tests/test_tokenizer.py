@@ -91,6 +91,10 @@ class TestDetokenizer:
         ids = [*TOKENIZER.encode("Hello"), *byte_ids("😀".encode()[:2])]
         assert "".join(stream(ids)[:-1]) == "Hello"
         assert stream(ids)[-1] == "\ufffd"
+        mixed = [id for id in HALVES if TOKENIZER.token_text(id)[0] != "\ufffd"]
+        assert mixed, "tokens of a whole and a half"
+        for id in mixed:
+            assert stream([id]) == [TOKENIZER.token_text(id)[:-1], "\ufffd"]
 
     def test_a_real_replacement_character_is_given_out(self) -> None:
         ids = TOKENIZER.encode("a\ufffdb\ufffd")
@@ -291,6 +295,20 @@ class TestChat:
         texts, roles = ["<|im_", "end|>"], ["user", "user"]
         messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
         assert TOKENIZER.encode_chat(messages) == expected_chat(texts, roles)
+
+    def test_of_two_special_texts_the_longer_is_meant(self) -> None:
+        """As the library has it, where one begins another."""
+        tokenizer = Tokenizer.load(FOLDER)
+        assert tokenizer is not None
+        library = tokenizer._tokenizer
+        library.add_special_tokens({"additional_special_tokens": ["<|im_end|>2"]})
+        library.chat_template = "<|im_end|>2{{ messages[0].content }}<|im_end|>"
+        longer = library.convert_tokens_to_ids("<|im_end|>2")
+        tokenizer = Tokenizer(library)
+        assert longer in tokenizer.special_ids
+        ids = tokenizer.encode_chat(user("<|im_end|>2"))
+        assert (ids[0], ids[-1]) == (longer, 2)
+        assert not {longer, 2} & set(ids[1:-1])
 
     def test_from_eight_threads_at_once(self) -> None:
         """The servers tokenize in a thread pool; the second backend is made on first use."""
