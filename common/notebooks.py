@@ -8,6 +8,7 @@ or paths of the machine, so that a second run changes measured numbers and pictu
 
 import argparse
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -45,7 +46,7 @@ class Kernel(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        argv.append("--log-level=ERROR")
+        argv.append("--log-level=CRITICAL")  # a notebook's own errors come back as outputs
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 
@@ -87,7 +88,7 @@ def execute(
     """Run a notebook from the top; returns it with its outputs, cleaned. Nothing is written.
 
     fast: the short form, NOTEBOOK_FAST=1. progress: called with a line after each code cell.
-    Raises NotebookError.
+    Raises NotebookError, and KeyboardInterrupt on SIGINT and SIGTERM.
     """
     notebook = load(path)
     total = len(notebook.cells)
@@ -120,6 +121,8 @@ def execute(
     except CellTimeoutError:
         problem = f"no end after {CELL_SECONDS} s"
         raise NotebookError(f"{place} {at['index'] + 1} of {total}: {problem}") from None
+    except AssertionError:  # nbclient takes SIGINT and SIGTERM, and then misses its kernel
+        raise KeyboardInterrupt from None
     except (DeadKernelError, RuntimeError) as error:
         problem = f"the kernel died: {one_line(error)}"
         raise NotebookError(f"{place} {at['index'] + 1} of {total}: {problem}") from None
@@ -240,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="such as part01; all without")
     parser.add_argument("--check", action="store_true", help="run the short form, write nothing")
     args = parser.parse_args(arguments)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks that an interrupt leaves behind
     failed = False
     try:
         for path in find(args.names):

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -185,3 +187,23 @@ def test_exit_status(
         "error: no notebook 'nothing'; there are: small",
         "error: small: cell 1 of 1: ZeroDivisionError: division by zero",
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_line_and_leaves_the_file(tmp_path: Path, number: int) -> None:
+    path = a_notebook(tmp_path, "print(1)", "import time; time.sleep(100)")
+    before = path.read_bytes()
+    code = (
+        "import pathlib, sys; from common import notebooks;"
+        f"notebooks.FOLDER = pathlib.Path({str(tmp_path)!r}); sys.exit(notebooks.main())"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline().startswith("small: cell 1 of 2")
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert errors == "interrupted; the notebook under way is as it was\n"
+    assert process.returncode == 130
+    assert path.read_bytes() == before
