@@ -205,6 +205,10 @@ class Frontend:
         try:
             # In a thread: tokenizing a long prompt takes longer than other clients should wait.
             prompts = await run_in_threadpool(lambda: [self._tokens(text) for text in texts])
+            room = self.max_model_len - max(map(len, prompts))
+            if not chat and request.max_tokens is None and room > 0:
+                # Nobody asked for the default: near the context's end it is what is left.
+                params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
             for prompt in prompts:
                 check_prompt(prompt, params, self.max_model_len, self.vocab_size)
         except ValueError as error:
@@ -256,7 +260,8 @@ async def _answer_client_gone(request: Request, error: Exception) -> Response:
 
 
 async def _answer_exception(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse(internal_error().body(), 500)
+    # uvicorn closes the connection after an exception: the client must not use it again.
+    return JSONResponse(internal_error().body(), 500, {"Connection": "close"})
 
 
 async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:

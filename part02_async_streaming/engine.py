@@ -52,6 +52,8 @@ class LLMEngine:
     ) -> list[Completion]:
         """Complete each prompt, text or token ids. Raises ValueError before any work is done."""
         requests = prepare_prompts(self, prompts, sampling_params)
+        if self.has_unfinished():
+            raise ValueError("generate needs an engine that has no requests of add_request")
         outputs: dict[str, OutputProcessor] = {}
         for prompt, params in requests:
             request_id = f"generate-{len(outputs)}"

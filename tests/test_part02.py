@@ -100,6 +100,30 @@ def test_generate_leaves_nothing_behind_when_interrupted(
     assert len(engine.generate([[2], [3]], GREEDY, progress=False)) == 2
 
 
+def test_generate_does_not_mix_with_add_request(engine: Any) -> None:
+    """Its loop would swallow the other requests' outputs."""
+    engine.add_request("a", [2], GREEDY)
+    with pytest.raises(ValueError, match="requests of add_request"):
+        engine.generate([[2]], GREEDY, progress=False)
+    assert drain(engine)["a"][1] == "length"
+
+
+@pytest.mark.parametrize(("length", "max_tokens"), [(5, 16), (1008, 16), (1020, 4), (1023, 1)])
+def test_default_max_tokens_is_what_is_left_of_the_context(
+    engine: Any, length: int, max_tokens: int
+) -> None:
+    """A client that did not send max_tokens must not be told that it is too large."""
+    from common.api import ApiError, CompletionRequest
+    from common.frontend import Frontend
+    from common.serving import ServerConfig
+
+    frontend = Frontend(engine, ServerConfig(), streaming=True, max_n=1)
+    job = asyncio.run(frontend.read(CompletionRequest(prompt=[2] * length)))
+    assert job.params.max_tokens == max_tokens
+    with pytest.raises(ApiError, match="max_tokens is 1020"):
+        asyncio.run(frontend.read(CompletionRequest(prompt=[2] * length, max_tokens=1020)))
+
+
 class QueueMachine(RuleBasedStateMachine):
     """Adds, aborts, failures and steps in any order: every request ends exactly once, with a prefix
     of what it gives alone, and the engine is empty when all have."""
