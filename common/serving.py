@@ -168,6 +168,7 @@ def serve(build: Callable[[], FastAPI], config: ServerConfig) -> None:
     sock = bind(config)
     try:
         app = build()
+        sock.listen()  # the port may have been taken since
         server = make_server(app, config)
         host, port = sock.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
