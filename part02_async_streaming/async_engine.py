@@ -25,8 +25,9 @@ from .sequence import RequestOutput
 
 logger = logging.getLogger(__name__)
 
-# The engine's thread holds the interpreter between its calls into torch, and by default gives it up
-# only every 5 ms: each small thing the event loop does would wait that long.
+# A step is a thousand small calls into torch. Each lets go of the interpreter's lock, and beside a
+# busy Python thread waits for it again: 5 ms each time by default, which makes steps many times
+# longer. The same holds for the event loop beside any thread that is busy in Python.
 SWITCH_INTERVAL = 0.0002  # seconds
 
 

@@ -105,7 +105,10 @@ class LLMEngine:
                 logits = self.forward(sequence, token_ids)
                 token_id, logprobs = self.sample(sequence, logits)
                 outputs.append(self.postprocess(sequence, token_id, logprobs))
-        outputs, self.aborted = [*self.aborted, *outputs], []
+            outputs, self.aborted = [*self.aborted, *outputs], []
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self.trace.finished(output.request_id, output.finish_reason)
         return outputs
 
     @phase
@@ -170,7 +173,6 @@ class LLMEngine:
         reason = self.finish_reason(sequence)
         if reason is not None:
             self.remove(sequence)
-            self.trace.finished(sequence.request_id, reason)
         return RequestOutput(sequence.request_id, [token_id], logprobs, finish_reason=reason)
 
     def finish_reason(self, sequence: Sequence) -> str | None:
