@@ -41,7 +41,7 @@ def resolve(name: str) -> Path:
         path = Path(name).expanduser()
     except RuntimeError as error:  # ~nobody
         raise ModelError(f"model {name!r}: {error}") from error
-    if path.is_dir():
+    if name and path.is_dir():
         return check_folder(path.resolve())
     if path.suffix == ".gguf":
         raise ModelError(f"model {name!r}: GGUF files are not read; give a folder with safetensors")

@@ -65,6 +65,8 @@ class ServerConfig:
             raise ValueError("api_key must be printable ASCII without spaces, to fit in a header")
         if not self.host:
             raise ValueError("host must not be empty; 0.0.0.0 is every interface")
+        if not self.host.isprintable():
+            raise ValueError(f"host must be an address or a name, not {self.host!r}")
 
     @property
     def is_loopback(self) -> bool:
@@ -149,7 +151,7 @@ def bind(config: ServerConfig) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((config.host.strip("[]"), config.port))
-    except (OSError, OverflowError) as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the last two: no host name
         reason = getattr(error, "strerror", None) or error
         sys.exit(f"error: cannot listen on {config.host} port {config.port}: {reason}")
     return sock
