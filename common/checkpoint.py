@@ -45,7 +45,7 @@ def resolve(name: str) -> Path:
         return check_folder(path.resolve())
     if path.suffix == ".gguf":
         raise ModelError(f"model {name!r}: GGUF files are not read; give a folder with safetensors")
-    if path.exists():
+    if name and path.exists():
         raise ModelError(f"model {name!r} is a file; give the folder that holds config.json")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and ".." not in name:
         return check_folder(_download(name))

@@ -5,12 +5,10 @@ say nothing of the machine. A victim's greedy tokens, asked for meanwhile and af
 same. Classes after published holes of other servers.
 """
 
-import ast
 import contextlib
 import http.client
 import json
 import pickle
-import re
 import socket
 import threading
 import time
@@ -22,15 +20,14 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 
 from common.api import NEUTRAL
 from common.checkpoint import resolve
-from common.guard import Guard
 from common.serving import ServerConfig
-from common.testing.parts import PARTS, ROOT, engine_of, module_of
+from common.testing.http import INTERNALS, SECRET_PROMPT, check_error, raw_request, routes, send
+from common.testing.parts import PARTS, engine_of, module_of
 from common.testing.server import RunningServer, server_process, serving_thread
 from common.tokenizer import Tokenizer
 
@@ -38,13 +35,12 @@ MODEL = "random:tiny-llama"  # context 1024, vocabulary 512, no tokenizer
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 BASE: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0}
 VICTIM: dict[str, Any] = {
-    "prompt": [101, 202, 303],
+    "prompt": SECRET_PROMPT,
     "max_tokens": 12,
     "temperature": 0,
     "ignore_eos": True,
     "logprobs": 0,
 }
-INTERNALS = re.compile(r"Traceback|0x[0-9a-f]{6}|\.py\b|site-packages|token_id:|101, 202, 303")
 MIB = 1 << 20
 
 
@@ -99,45 +95,10 @@ def victim(client: httpx.Client, victim_tokens: list[str]) -> Iterator[None]:
     assert ask_as_victim(client) == victim_tokens
 
 
-def check_error(status: int, text: str, param: str | None = None) -> dict[str, Any]:
-    """Check OpenAI's form, the field's name, and that no internals are in it; returns the error."""
-    assert 400 <= status < 500, (status, text[:300])
-    assert not INTERNALS.search(text), text[:300]
-    assert str(ROOT) not in text and str(Path.home()) not in text, text[:300]
-    assert len(text) < 2000, "an error repeats what was sent"
-    error = json.loads(text)["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"] and isinstance(error["message"], str)
-    if param is not None:
-        assert re.fullmatch(re.escape(param) + r"([.\[].*)?", str(error["param"])), error
-        assert error["message"].startswith(param), error
-    return error
-
-
 def post(client: httpx.Client, path: str, body: Any) -> httpx.Response:
     """POST an object, NaN and infinities included, which httpx's own JSON refuses."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return client.post(path, content=content, headers={"Content-Type": "application/json"})
-
-
-def send(url: str, data: bytes, timeout: float = 60.0) -> tuple[int, dict[str, str], bytes]:
-    """Send raw bytes; returns status, headers and body. Raises ConnectionError without an answer."""
-    host, port = re.fullmatch(r"http://(.*):(\d+)", url).groups()
-    with socket.create_connection((host, int(port)), timeout=timeout) as sock:
-        with contextlib.suppress(ConnectionError):  # it may answer before it has all
-            sock.sendall(data)
-        answer = http.client.HTTPResponse(sock, method=data[:4].decode("latin-1").strip())
-        answer.begin()
-        headers = {name.lower(): value for name, value in answer.getheaders()}
-        return answer.status, headers, answer.read()
-
-
-def request(method: str, path: str, *headers: str, host: str | None = "127.0.0.1") -> bytes:
-    """A raw request without a body."""
-    lines = [f"{method} {path} HTTP/1.1", *headers, "Connection: close"]
-    if host is not None:
-        lines.insert(1, f"Host: {host}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 # One bad field must not reach the engine.
@@ -547,7 +508,7 @@ def test_bodies_of_one_byte_chunks(
 def test_hostile_headers(server: RunningServer, victim: None, headers: str) -> None:
     before = server.peak_rss()
     try:
-        status, _, body = send(server.base_url, request("POST", COMPLETIONS, headers))
+        status, _, body = send(server.base_url, raw_request("POST", COMPLETIONS, headers))
         assert 400 <= status < 500 or status == 501, (status, body)
         assert not INTERNALS.search(body.decode())
     except (ConnectionError, http.client.HTTPException):
@@ -561,7 +522,7 @@ def test_hostile_request_lines(server: RunningServer, victim: None) -> None:
             status, _, _ = send(server.base_url, line + b"\r\n\r\n", timeout=5)
             assert 400 <= status < 500
     path = "/" + "a" * 60_000
-    status, _, body = send(server.base_url, request("GET", path))
+    status, _, body = send(server.base_url, raw_request("GET", path))
     check_error(status, body.decode())
     assert status == 404
 
@@ -569,7 +530,7 @@ def test_hostile_request_lines(server: RunningServer, victim: None) -> None:
 def test_websockets_are_refused(server: RunningServer) -> None:
     upgrade = ("Upgrade: websocket", "Sec-WebSocket-Key: dGhlIHNhbXBsZQ==")
     for path in ("/", "/trace", COMPLETIONS, "/ws"):
-        data = request("GET", path, *upgrade, "Sec-WebSocket-Version: 13")
+        data = raw_request("GET", path, *upgrade, "Sec-WebSocket-Version: 13")
         data = data.replace(b"Connection: close", b"Connection: Upgrade, close")
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
             sock.sendall(data)
@@ -615,7 +576,7 @@ def read_until_closed(sock: socket.socket, seconds: float = 30.0) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "before", [b"", request("GET", "/health").replace(b"close", b"keep-alive")]
+    "before", [b"", raw_request("GET", "/health").replace(b"close", b"keep-alive")]
 )
 def test_slow_headers_end_the_connection(
     part: int, monkeypatch: pytest.MonkeyPatch, before: bytes
@@ -645,7 +606,7 @@ def test_slow_headers_end_the_connection(
 def test_slow_bodies_are_answered_408(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.guard.BODY_SECONDS", 0.3)
     with serving_thread(app_of(part, ServerConfig(port=0))) as url:
-        data = request("POST", COMPLETIONS, "Content-Length: 100") + b'{"prompt"'
+        data = raw_request("POST", COMPLETIONS, "Content-Length: 100") + b'{"prompt"'
         status, _, body = send(url, data)
         check_error(status, body.decode())
         assert status == 408
@@ -660,280 +621,6 @@ def test_a_patient_limit_does_not_cut_a_running_answer(
         body = BASE | {"max_tokens": 100, "ignore_eos": True}
         answer = httpx.post(url + COMPLETIONS, json=body, timeout=60)
         assert answer.json()["usage"]["completion_tokens"] == 100
-
-
-# Keys.
-
-KEY = "secret-key-123"
-
-
-def routes(app: Any) -> list[tuple[str, str]]:
-    """(path, method) of every route of an app."""
-    found = []
-    for route in app.routes:
-        path = re.sub(r"\{.*?\}", "x", route.path)
-        found += [(path, method) for method in sorted(route.methods)]
-    return found
-
-
-@pytest.fixture(scope="module")
-def keyed(part: int) -> Iterator[tuple[str, Any]]:
-    """(base URL, app) of a server that asks for a key."""
-    app = app_of(part, ServerConfig(port=0, api_key=KEY))
-    with serving_thread(app) as url:
-        yield url, app
-
-
-WRONG_KEYS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "wrong": ("Authorization: Bearer wrong",),
-    "empty": ("Authorization: Bearer ",),
-    "no value": ("Authorization:",),
-    "prefix": (f"Authorization: Bearer {KEY[:-1]}",),
-    "longer": (f"Authorization: Bearer {KEY}4",),
-    "other case": (f"Authorization: Bearer {KEY.upper()}",),
-    "no scheme": (f"Authorization: {KEY}",),
-    "basic": (f"Authorization: Basic {KEY}",),
-    "two spaces": (f"Authorization: Bearer  {KEY}",),
-    "not ASCII": ("Authorization: Bearer \xff\xfe",),
-    "another header": (f"X-API-Key: {KEY}",),
-    "forwarded": ("X-Forwarded-For: 127.0.0.1", "X-Original-URL: /health"),
-}
-
-
-def is_open(path: str, method: str) -> bool:
-    """What is said to need no key."""
-    public = path == "/" or path.startswith("/inspector/")
-    return method in ("GET", "HEAD") and (path == "/health" or public)
-
-
-@pytest.mark.parametrize("key", WRONG_KEYS)
-def test_every_route_needs_the_key(keyed: tuple[str, Any], key: str) -> None:
-    url, app = keyed
-    table = routes(app)
-    assert {path for path, _ in table} >= {"/health", "/v1/models", COMPLETIONS, CHAT}
-    for path, method in table:
-        status, headers, body = send(url, request(method, path, *WRONG_KEYS[key]))
-        assert KEY.encode() not in body
-        if is_open(path, method):
-            assert status == 200, (path, method, status)
-        else:
-            assert status == 401, (path, method, status)
-            if method != "HEAD":
-                check_error(status, body.decode())
-        assert not any(name.startswith("access-control") for name in headers)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/%761/models",
-        "/%76%31/%6dodels",
-        "//v1/models",
-        "/v1//models",
-        "/v1/models/",
-        "/v1/models?x",
-        "/v1/models?/health",
-        "/v1/models#/health",
-        "/V1/MODELS",
-        "/Health",
-        "/health/",
-        "/health/x",
-        "/health/../v1/models",
-        "/health/%2e%2e/v1/models",
-        "/health%2f..%2fv1/models",
-        "/inspector/../v1/models",
-        "/inspector/app.js/../../v1/models",
-        "/inspector/",
-        "/inspector",
-        "/v1/models;/health",
-        "/v1/models%00/health",
-        "/v1/models%0a/health",
-        "/v1/models%3f/health",
-        "/./v1/models",
-        "/openapi.json",
-        "/openapi.json/",
-        "/docs",
-        "/trace",
-        "/metrics",
-        "http://127.0.0.1/v1/models",
-        "http://127.0.0.1/health",
-        "*",
-    ],
-)
-def test_spellings_of_paths_need_the_key(keyed: tuple[str, Any], path: str) -> None:
-    url, _ = keyed
-    for method in ("GET", "HEAD", "POST", "OPTIONS"):
-        status, _, _ = send(url, request(method, path))
-        assert status == 401, (method, status)
-
-
-def test_the_right_key_opens(keyed: tuple[str, Any]) -> None:
-    url, _ = keyed
-    right = f"Authorization: Bearer {KEY}"
-    assert send(url, request("GET", "/v1/models", right))[0] == 200
-    assert send(url, request("GET", "/v1/models", right, right))[0] == 400
-    wrong = "Authorization: Bearer wrong"
-    assert send(url, request("GET", "/v1/models", right, wrong))[0] == 400
-    assert send(url, request("GET", "/v1/models", wrong, right))[0] == 400
-    # The key is no way around the rule about hosts, and health is none either.
-    for path in ("/v1/models", "/health", "/"):
-        assert send(url, request("GET", path, right, host="evil.com"))[0] == 403
-        assert send(url, request("GET", path, host="evil.com"))[0] == 403
-
-
-def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every key given goes through hmac.compare_digest, whole."""
-    import hmac
-
-    seen: list[bytes] = []
-    compare = hmac.compare_digest
-
-    def spy(a: bytes, b: bytes) -> bool:
-        seen.append(a)
-        return compare(a, b)
-
-    monkeypatch.setattr("common.guard.hmac.compare_digest", spy)
-    app = app_of(1, ServerConfig(api_key=KEY))
-    client = TestClient(app, base_url="http://127.0.0.1")
-    given = [b"", b"Bearer s", b"Bearer " + KEY[:-1].encode(), b"Bearer " + KEY.encode()]
-    for value in given:
-        client.get("/v1/models", headers={"Authorization": value.decode()})
-    assert seen == given
-    tree = ast.parse(Path(str(Guard.__init__.__code__.co_filename)).read_text())
-    compares = [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
-    named = [ast.unparse(node) for node in compares if "api_key" in ast.unparse(node)]
-    assert named == ["self.config.api_key is not None"]
-
-
-@pytest.mark.parametrize(
-    "key", ["", " ", "\t\n", "with space", "line\nbreak", "schlüssel", "\udcff"]
-)
-def test_keys_that_cannot_work_are_refused_at_the_start(
-    key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ValueError, match=r"^api_key must") as raised:
-        ServerConfig(api_key=key)
-    assert "\n" not in str(raised.value)
-    if "\udcff" not in key:
-        monkeypatch.setenv("ENGINE_API_KEY", key)
-        with pytest.raises(ValueError, match=r"^api_key must"):
-            ServerConfig()
-
-
-def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENGINE_API_KEY", KEY)
-    assert ServerConfig().api_key == KEY
-    assert ServerConfig(api_key="other").api_key == "other"
-    client = TestClient(app_of(1, ServerConfig()), base_url="http://127.0.0.1")
-    assert client.get("/v1/models").status_code == 401
-    assert client.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"}).is_success
-
-
-# Hosts and origins: a page in the user's browser must not reach the server.
-
-
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("127.0.0.1", 200),
-        ("127.0.0.1:8000", 200),
-        ("localhost", 200),
-        ("LocalHost:1", 200),
-        ("[::1]", 200),
-        ("[::1]:8000", 200),
-        ("evil.com", 403),
-        ("evil.com:8000", 403),
-        ("127.0.0.1.evil.com", 403),
-        ("localhost.evil.com", 403),
-        ("evil.com#127.0.0.1", 403),
-        ("127.0.0.1@evil.com", 403),
-        ("127.0.0.1:8000@evil.com:80", 403),
-        ("127.0.0.1:evil", 403),
-        ("127.0.0.1, evil.com", 403),
-        ("127.0.0.2", 403),
-        ("0.0.0.0", 403),
-        ("[::2]", 403),
-        ("::1", 403),
-        ("1", 403),
-        (":8000", 403),
-        ("", 403),
-        (None, 400),
-    ],
-)
-def test_hosts(server: RunningServer, host: str | None, status: int) -> None:
-    """DNS rebinding: the attacker's name leads to 127.0.0.1, and the Host header says so."""
-    for path in ("/health", "/v1/models"):
-        assert send(server.base_url, request("GET", path, host=host))[0] == status
-
-
-def test_no_host_or_two(server: RunningServer) -> None:
-    old = b"GET /v1/models HTTP/1.0\r\n\r\n"
-    assert send(server.base_url, old)[0] == 403
-    assert send(server.base_url, request("GET", "/v1/models", "Host: evil.com"))[0] == 400
-
-
-@pytest.mark.parametrize(
-    ("origin", "is_own"),
-    [
-        ("http://127.0.0.1:1234", True),
-        ("https://127.0.0.1:1234", True),
-        ("http://127.0.0.1", False),
-        ("http://127.0.0.1:1235", False),
-        ("http://localhost:1234", False),
-        ("null", False),
-        ("http://evil.com", False),
-        ("http://127.0.0.1:1234.evil.com", False),
-        ("http://evil.com/127.0.0.1:1234", False),
-        ("file://127.0.0.1:1234", False),
-        ("http://127.0.0.1:1234, http://evil.com", False),
-        ("127.0.0.1:1234", False),
-    ],
-)
-def test_origins(server: RunningServer, origin: str, is_own: bool) -> None:
-    content = json.dumps(BASE)
-    length = (f"Content-Length: {len(content)}", "Content-Type: application/json")
-    for method, path, body in (("GET", "/v1/models", ""), ("POST", COMPLETIONS, content)):
-        more = length if body else ()
-        head = request(method, path, f"Origin: {origin}", *more, host="127.0.0.1:1234")
-        status, headers, text = send(server.base_url, head + body.encode())
-        assert status == (200 if is_own else 403), text
-        assert not any(name.startswith("access-control") for name in headers)
-    preflight = ("Access-Control-Request-Method: POST", f"Origin: {origin}")
-    status, headers, _ = send(
-        server.base_url, request("OPTIONS", COMPLETIONS, *preflight, host="127.0.0.1:1234")
-    )
-    assert status in (403, 405)
-    assert not any(name.startswith("access-control") for name in headers)
-
-
-@pytest.mark.parametrize(
-    ("config", "host", "is_served"),
-    [
-        ({"host": "0.0.0.0"}, "engine.example", True),
-        ({"host": "0.0.0.0", "allowed_hosts": "engine.example"}, "engine.example:80", True),
-        ({"host": "0.0.0.0", "allowed_hosts": "engine.example"}, "evil.com", False),
-        ({"host": "0.0.0.0", "allowed_hosts": "engine.example"}, "127.0.0.1", False),
-        ({"host": "0.0.0.0", "allowed_hosts": ""}, "127.0.0.1", False),
-        ({"host": "localhost"}, "evil.com", False),
-        ({"host": "127.0.0.2"}, "evil.com", False),
-        ({"host": "127.0.0.2"}, "127.0.0.2", True),
-        ({"host": "127.1"}, "evil.com", False),
-        ({"host": "2130706433"}, "evil.com", False),
-        ({"host": "::1"}, "evil.com", False),
-    ],
-)
-def test_hosts_follow_the_address(config: dict[str, str], host: str, is_served: bool) -> None:
-    """Any name of loopback, in any spelling, has loopback's rule."""
-    client = TestClient(app_of(1, ServerConfig(**config)), base_url="http://127.0.0.1")
-    status = client.get("/health", headers={"Host": host}).status_code
-    assert status == (200 if is_served else 403)
-
-
-def test_an_empty_host_is_not_every_interface() -> None:
-    """What `bind` takes for 0.0.0.0."""
-    with pytest.raises(ValueError, match=r"^host must not be empty"):
-        ServerConfig(host="")
 
 
 # What errors say, and what text may do.
@@ -1029,82 +716,3 @@ def ask_by_schema(strategy: Any) -> None:
 
     with contextlib.suppress(Unsatisfiable):  # nothing can be wrong with GET /health
         ask()
-
-
-# What no code here may do.
-
-BANNED_MODULES = {
-    "pickle",
-    "cPickle",
-    "_pickle",
-    "dill",
-    "cloudpickle",
-    "marshal",
-    "shelve",
-    "joblib",
-}
-BANNED_CALLS = {
-    "eval",
-    "exec",
-    "__import__",
-    "torch.load",
-    "numpy.load",
-    "np.load",
-    "os.system",
-    "os.popen",
-    "yaml.load",
-    "jinja2.Template",
-    "jinja2.Environment",
-}
-
-
-def banned(source: str) -> list[str]:
-    """What a source does that would run bytes or text of others as code."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [name.name for name in node.names if name.name in BANNED_MODULES]
-        elif isinstance(node, ast.ImportFrom) and node.module in BANNED_MODULES:
-            found.append(node.module)
-        elif isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if name in BANNED_CALLS:
-                found.append(name)
-            for keyword in node.keywords:
-                value = ast.unparse(keyword.value)
-                if keyword.arg in ("trust_remote_code", "shell", "allow_pickle"):
-                    found += [f"{keyword.arg}={value}"] if value != "False" else []
-    return found
-
-
-def test_nothing_runs_the_bytes_of_others() -> None:
-    sources = [
-        path
-        for folder in [ROOT / "common", *ROOT.glob("part[0-9][0-9]_*")]
-        for path in folder.rglob("*.py")
-    ]
-    assert len(sources) > 20
-    found = {str(path): banned(path.read_text()) for path in sources}
-    assert {path: names for path, names in found.items() if names} == {}
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "from pickle import loads",
-        "def f():\n    import dill",
-        "torch.load(path)",
-        "eval(text)",
-        "exec(text)",
-        "os.system(text)",
-        "AutoModel.from_pretrained(x, trust_remote_code=True)",
-        "AutoModel.from_pretrained(x, trust_remote_code=trust)",
-        "subprocess.run(text, shell=True)",
-        "np.load(path, allow_pickle=True)",
-    ],
-)
-def test_the_ban_sees(source: str) -> None:
-    """The control: each of these is found."""
-    assert banned(source)
-    assert banned("model.eval()\ntorch.loads\nf(trust_remote_code=False)") == []
