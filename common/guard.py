@@ -1,7 +1,8 @@
 """What stands before the app and refuses by default.
 
 Foreign hosts and origins (a page in the user's browser must not reach a server on their machine),
-missing keys, bodies that are too large or too slow, and more requests than there is room for.
+missing keys, and bodies that are too large or too slow. (How many requests there is room for is
+`Admission`'s business, in `frontend.py`.)
 """
 
 import asyncio

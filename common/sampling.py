@@ -40,7 +40,7 @@ SMALLEST_TOP_P = torch.finfo(torch.float32).tiny  # below it float32 may have 0:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled. Field names and defaults are vLLM's, and so OpenAI's.
+    """How one request is sampled. Field names and defaults are vLLM's, and where it has them OpenAI's.
 
     temperature: 0 is greedy; otherwise logits are divided by it.
     top_p: keep the smallest set of most likely tokens whose probability reaches top_p.

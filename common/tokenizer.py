@@ -254,7 +254,8 @@ class IncrementalDetokenizer:
 class _Deadline:
     """Raise TimeoutError in this thread's Python code once the time is up, loops included.
 
-    The time is the thread's own on a processor, so that a busy machine fails nobody. Works by a trace function, so it sees every line run; one call into C cannot be interrupted.
+    The time is the thread's own on a processor, so that a busy machine fails nobody. Works by a
+    trace function, so it sees every line run; one call into C cannot be interrupted.
     """
 
     def __init__(self, seconds: float) -> None:
