@@ -157,9 +157,12 @@ class LLMEngine:
         self, sequence: Sequence, logits: torch.Tensor
     ) -> tuple[int, list[TokenLogprobs | None]]:
         """The next token."""
-        row = (sequence.params, sequence.seed, len(sequence.prompt_token_ids))
         batch = SamplingBatch.build(
-            logits, *([value] for value in row), [sequence.output_token_ids]
+            logits,
+            [sequence.params],
+            [sequence.seed],
+            [len(sequence.prompt_token_ids)],
+            [sequence.output_token_ids],
         )
         [token_id], logprobs = sample(logits, batch)
         return token_id, logprobs
