@@ -32,13 +32,18 @@ MAX_KEYS = 16  # of an object inside a request
 # Fields of OpenAI's interface that no part implements, with the value that asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
+    "chat_template_kwargs": ({},),
     "echo": (False,),
     "function_call": ("none",),
     "logit_bias": ({},),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
+    "repetition_penalty": (1.0, 1),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),

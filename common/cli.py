@@ -107,6 +107,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+def _with_dashes(word: str) -> str:
+    """A flag written with underscores, `--max_model_len=100`, as it is written here."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
 def parse(
     config_classes: Sequence[type[Config]],
     argv: Sequence[str] | None = None,
@@ -124,7 +132,8 @@ def parse(
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     for config_class in config_classes:
         add_flags(parser, config_class)
-    values = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    values = vars(parser.parse_args([_with_dashes(word) for word in words]))
     configs = []
     for config_class in config_classes:
         names = [field.name for field in dataclasses.fields(config_class)]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
@@ -26,7 +27,7 @@ from common.api import (
     field_error,
     internal_error,
 )
-from common.guard import ClientGone, Guard
+from common.guard import ClientGone, Guard, split_list
 from common.prompts import check_prompt
 from common.serving import ServerConfig
 from common.tokenizer import Tokenizer
@@ -43,7 +44,12 @@ class Admission:
         self.limit, self.count = limit, 0
 
     def check(self, count: int) -> None:
-        """Raises ApiError 503 with Retry-After unless `count` places are free."""
+        """Raises ApiError 503 with Retry-After unless `count` places are free; 400 when there are
+        not so many at all."""
+        if count > self.limit:
+            raise ApiError(
+                400, f"one request may ask for {self.limit} completions here, not {count}"
+            )
         if self.count + count > self.limit:
             raise ApiError(
                 503,
@@ -114,6 +120,13 @@ class Frontend:
         )
         self.app.state.stopping = False  # set by the server when it is to end
         self.app.add_middleware(Guard, config=config)
+        if origins := split_list(config.allowed_origins):
+            self.app.add_middleware(  # browsers ask before they send JSON or a key
+                CORSMiddleware,
+                allow_origins=sorted(origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+            )
         self.app.add_exception_handler(ApiError, _answer_api_error)
         self.app.add_exception_handler(HTTPException, _answer_http_exception)
         self.app.add_exception_handler(RequestValidationError, _answer_validation_error)

@@ -33,6 +33,8 @@ class Guard:
             self.hosts = split_list(config.allowed_hosts)
         elif config.is_loopback:
             self.hosts = frozenset((*LOOPBACK, config.host.lower()))
+        elif config.host not in ("0.0.0.0", "::", "[::]"):
+            self.hosts = frozenset({config.host.lower(), f"[{config.host.lower().strip('[]')}]"})
         self.origins = split_list(config.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,7 +6,6 @@ in any other, today or after a restart.
 """
 
 import math
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -146,11 +145,6 @@ def shown(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 100 else text[:100] + "…"
-
-
-def draw_seed() -> int:
-    """64 random bits for a request that brought no seed."""
-    return secrets.randbits(64)
 
 
 def as_int64(seed: int) -> int:

@@ -47,7 +47,7 @@ class ServerConfig:
     allowed_hosts: str | None = option(
         None,
         "comma-separated Host names to answer to (default: loopback names when listening on"
-        " loopback, else any)",
+        " loopback, any when listening on every interface, else the name given by --host)",
     )
     allowed_origins: str = option(
         "",
@@ -63,6 +63,11 @@ class ServerConfig:
             raise ValueError("api_key must not be empty (it would admit everyone)")
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
             raise ValueError("api_key must be printable ASCII without spaces, to fit in a header")
+        for origin in filter(None, map(str.strip, self.allowed_origins.split(","))):
+            if not re.fullmatch(r"https?://[^/*]+", origin):
+                raise ValueError(
+                    f"allowed_origins must be origins such as http://localhost:3000, not {origin!r}"
+                )
         if not self.host:
             raise ValueError("host must not be empty; 0.0.0.0 is every interface")
         if not self.host.isprintable():
@@ -100,7 +105,7 @@ class PatientProtocol(H11Protocol):
             self._header_timer.cancel()
 
     def _watch_headers(self) -> None:
-        waiting = self.conn.their_state is h11.IDLE
+        waiting = self._is_waiting()
         if waiting and self._header_timer is None:
             self._header_timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
         elif not waiting and self._header_timer is not None:
@@ -109,8 +114,13 @@ class PatientProtocol(H11Protocol):
 
     def _give_up(self) -> None:
         self._header_timer = None
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        if self._is_waiting() and not self.transport.is_closing():
             self.transport.close()
+
+    def _is_waiting(self) -> bool:
+        """Whether the client owes headers, or the rest of a body that was answered already."""
+        theirs, ours = self.conn.their_state, self.conn.our_state
+        return theirs is h11.IDLE or (theirs is h11.SEND_BODY and ours is h11.DONE)
 
 
 class _Server(uvicorn.Server):

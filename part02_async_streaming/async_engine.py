@@ -1,7 +1,7 @@
 """asyncio on one side, the engine's thread on the other, and messages in between.
 
-The event loop must never wait for the model, and the engine never for a client. So they share
-nothing but two queues of plain messages: requests go in, outputs come back by
+The event loop must never wait for the model, and the engine never for a client. So what passes
+between them is plain messages: requests go in, outputs come back by
 `loop.call_soon_threadsafe`. Each stream has a queue of its own and ends by itself, aborts its
 requests when it is dropped, and so a client that goes away costs at most one more token.
 """

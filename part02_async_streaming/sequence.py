@@ -37,7 +37,6 @@ class RequestOutput:
     request_id: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    num_cached_tokens: int = 0
     finish_reason: str | None = None
 
     @property

@@ -290,6 +290,9 @@ def test_origins(url: str, origin: str, is_own: bool) -> None:
         ({"host": "127.1"}, "evil.com", False),
         ({"host": "2130706433"}, "evil.com", False),
         ({"host": "::1"}, "evil.com", False),
+        ({"host": "192.168.7.7"}, "evil.com", False),
+        ({"host": "192.168.7.7"}, "192.168.7.7:8000", True),
+        ({"host": "::"}, "engine.example", True),
     ],
 )
 def test_hosts_follow_the_address(config: dict[str, str], host: str, is_served: bool) -> None:
@@ -297,6 +300,32 @@ def test_hosts_follow_the_address(config: dict[str, str], host: str, is_served: 
     client = TestClient(app_of(1, ServerConfig(**config)), base_url="http://127.0.0.1")
     status = client.get("/health", headers={"Host": host}).status_code
     assert status == (200 if is_served else 403)
+
+
+def test_a_named_origin_may_ask_and_read(part: int) -> None:
+    """A page of an allowed origin gets its preflight and can read the answer; others get neither."""
+    config = ServerConfig(allowed_origins="http://localhost:3000", api_key=KEY)
+    client = TestClient(app_of(part, config), base_url="http://127.0.0.1")
+    preflight = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    for origin, is_allowed in (("http://localhost:3000", True), ("http://localhost:3001", False)):
+        headers = {"Origin": origin}
+        asked = client.options(COMPLETIONS, headers=headers | preflight)
+        answer = client.get("/health", headers=headers)
+        assert (asked.status_code == 200) == is_allowed
+        assert (answer.status_code == 200) == is_allowed
+        for response in (asked, answer):
+            named = response.headers.get("access-control-allow-origin")
+            assert named == (origin if is_allowed else None)
+        assert client.post(COMPLETIONS, headers=headers, json=BASE).status_code in (401, 403)
+
+
+@pytest.mark.parametrize("origins", ["*", "localhost:3000", "http://a.example/x"])
+def test_origins_must_be_origins(origins: str) -> None:
+    with pytest.raises(ValueError, match=r"^allowed_origins must be origins"):
+        ServerConfig(allowed_origins=origins)
 
 
 def test_an_empty_host_is_not_every_interface() -> None:

@@ -11,6 +11,7 @@ from common.checkpoint import _empty_model, iter_weights, load_config, resolve
 from common.cli import option, parse, validate, value_type
 from common.device import DTYPES, resolve_device, usable_cores
 from common.presets import PRESETS
+from common.serving import ServerConfig
 from common.testing.parts import distinct_files, module_of
 
 
@@ -143,6 +144,11 @@ class TestParse:
         settings = parsed(*argv)
         assert settings == dataclasses.replace(Settings(), **{name: value})
         assert type(getattr(settings, name)) is type(value)
+
+    def test_underscores_are_dashes(self) -> None:
+        """As vLLM takes them; a value keeps its own."""
+        [server] = parse([ServerConfig], ["--max_waiting=3", "--served_model_name", "a_b"])
+        assert (server.max_waiting, server.served_model_name) == (3, "a_b")
 
     def test_several_configs_from_one_line(self) -> None:
         configs = parse([Settings, Other], ["--port", "8", "--count", "2"], prog="prog")

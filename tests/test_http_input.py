@@ -305,7 +305,7 @@ def test_unknown_models(client: httpx.Client) -> None:
         ("functions", [{"name": "f"}]),
         ("prompt_embeds", "gASVCgAAAAAAAABLAS4="),
         ("chat_template", "{{ 1 }}"),
-        ("chat_template_kwargs", {}),
+        ("chat_template_kwargs", {"enable_thinking": True}),
         ("cache_salt", "x"),
         ("kv_transfer_params", {"remote_host": "10.0.0.1"}),
         ("lora_path", "/etc"),
@@ -576,12 +576,19 @@ def read_until_closed(sock: socket.socket, seconds: float = 30.0) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "before", [b"", raw_request("GET", "/health").replace(b"close", b"keep-alive")]
+    "before",
+    [
+        b"",
+        raw_request("GET", "/health").replace(b"close", b"keep-alive"),
+        # A body that is announced, never read, and answered without.
+        raw_request("GET", "/health", "Content-Length: 99999").replace(b"close", b"keep-alive"),
+    ],
 )
 def test_slow_headers_end_the_connection(
     part: int, monkeypatch: pytest.MonkeyPatch, before: bytes
 ) -> None:
-    """Slow-loris: bytes that keep coming do not keep it open; on a fresh one or after a request."""
+    """Slow-loris: bytes that keep coming do not keep it open; on a fresh one, after a request, or
+    as the rest of a body that was answered already."""
     monkeypatch.setattr("common.serving.HEADER_SECONDS", 0.5)
     with serving_thread(app_of(part, ServerConfig(port=0))) as url:
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
