@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
@@ -25,6 +26,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.testclient import TestClient
 
 from common import inspector
+from common.testing.parts import PARTS
+from common.testing.server import running_server
 
 STATIC = inspector.STATIC
 FILES = sorted(path.name for path in STATIC.iterdir())
@@ -864,3 +867,27 @@ def test_an_answer_looks_the_same_however_it_was_cut(page: Page) -> None:
     ]
     seen = page.driver.execute_async_script(SHOW_AT_RANDOM_BORDERS, text)
     assert [json.loads(one) for one in seen] == [expected]
+
+
+# --- the real servers -------------------------------------------------------------------------
+
+
+@browser
+@pytest.mark.parametrize("part", [part for part in PARTS if part > 1])
+def test_the_real_server_talks_to_the_page(page: Page, part: int) -> None:
+    """A real model streams into the page, which counts what the server counts; Stop ends the work
+    in the engine, as its trace shows."""
+    with running_server(part, "--model", "smollm2-135m") as url:
+        page.open(url)
+        assert page.text("#model-name") == "smollm2-135m"
+        page.ask("What is the capital of France?")
+        page.wait_for("complete")
+        assert "Paris" in page.text(".answer-text")
+        assert re.fullmatch(r"\d+ tokens", page.text(".stat-tokens"))
+        with httpx.stream("GET", f"{url}/trace", timeout=60) as trace:
+            page.ask("Tell me a very long story about the sea, in many chapters.")
+            page.until(lambda: page.state == "streaming" and len(page.text(".answer-text")) > 40)
+            page.type(ESCAPE)
+            page.wait_for("stopped")
+            assert any('"abort"' in line for line in trace.iter_lines()), "the engine went on"
+        page.driver.get(f"{page.fake.url}/inspector/icon.svg")
