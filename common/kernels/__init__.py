@@ -8,8 +8,10 @@ Tokens of all sequences lie flat in one row-major batch: [num_tokens, …], no p
 one signature for every mix of prefill, decode, chunks and drafts: lengths differ, nothing else.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -127,3 +129,39 @@ class Ops(ABC):
         `common.sampling.gumbel_noise`, token for token what part 01's `sample` gives, up to the
         rounding of logits that are equal within it. Returns [batch] int64.
         """
+
+
+KERNELS = ("auto", "reference", "cpu", "triton", "flash")
+
+
+def select_ops(
+    name: str = "auto", device: torch.device | str = "cpu", num_threads: int | None = None
+) -> Ops:
+    """The implementation of that name for that device.
+
+    auto: numba's on a CPU, Triton's on a GPU, the reference where those cannot be imported.
+    num_threads: cores for numba's; all usable ones unless given.
+    Raises ValueError where the name is unknown, or cannot be had on this device or machine.
+    """
+    kind = torch.device(device).type
+    if name not in KERNELS:
+        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {name!r}")
+    if name in ("triton", "flash") and kind != "cuda":
+        raise ValueError(f"kernels {name!r} need a CUDA device, not {kind!r}")
+    if name == "cpu" and kind != "cpu":
+        raise ValueError(f"kernels 'cpu' need the device 'cpu', not {kind!r}")
+    wanted = {"cpu": "cpu", "cuda": "triton"}.get(kind, "reference") if name == "auto" else name
+    try:
+        if wanted == "cpu":
+            return import_module("common.kernels.cpu").CpuOps(num_threads)
+        if wanted == "triton":
+            return import_module("common.kernels.triton_ops").TritonOps()
+        if wanted == "flash":
+            return import_module("common.kernels.flash").FlashOps()
+    except ImportError as error:
+        if name != "auto":
+            raise ValueError(f"kernels {name!r} cannot be used here: {error}") from None
+        print(
+            f"Kernels: the slow reference, since {wanted} has no use here: {error}", file=sys.stderr
+        )
+    return import_module("common.kernels.reference").ReferenceOps()

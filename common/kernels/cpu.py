@@ -1,0 +1,335 @@
+"""The operations on a CPU: numba's kernels behind checked wrappers, in float32.
+
+What the kernels do not take (other dtypes, head sizes that are no multiple of the vector width) goes
+to the reference, which is slower and right. Kernels work on raw addresses, so each wrapper checks
+its tensors: float32, contiguous, shapes that fit.
+
+An object serves one thread at a time; the number of threads is set for the thread that calls.
+"""
+
+import contextlib
+import platform
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+import torch
+from torch import Tensor
+
+from common.device import usable_cores
+from common.kernels import AttentionMetadata, Ops, cpu_elementwise
+from common.kernels.cpu_attention import attention
+from common.kernels.cpu_jit import CACHE_FOLDER
+from common.kernels.cpu_linear import linear
+from common.kernels.cpu_sampler import sample
+from common.kernels.cpu_vector import LANES, PANEL
+from common.kernels.reference import ReferenceOps
+
+FLOAT = torch.float32
+# Elements from which a second core is worth its waking, some 3 to 5 microseconds.
+PARALLEL_NORM = 100_000
+PARALLEL_SILU = 12_000
+PARALLEL_ROTARY = 30_000
+PARALLEL_LINEAR = 50_000
+
+_compile_lock = threading.Lock()
+_is_compiled_here = False  # whether this process has compiled, or loaded, every kernel
+_num_threads_of: dict[int, int] = {}  # thread id: what numba was last told there
+
+
+@dataclass(frozen=True)
+class PanelWeight:
+    """A weight as `cpu_linear` reads it, and its bias, zeros where there is none."""
+
+    panels: Tensor  # [num_panels, in_features, PANEL]
+    bias: Tensor  # [num_panels * PANEL]
+    out_features: int
+    panels_address: int
+    bias_address: int
+    is_large: bool  # worth a second core for one token
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> "PanelWeight":
+        out_features, in_features = weight.shape
+        num_panels = -(-out_features // PANEL)
+        padded_bias = torch.zeros(num_panels * PANEL)
+        if bias is not None:
+            padded_bias[:out_features] = bias
+        panels = torch.empty(num_panels, in_features, PANEL)
+        whole = out_features // PANEL
+        by_panel = weight[: whole * PANEL].reshape(whole, PANEL, in_features)
+        panels[:whole] = by_panel.transpose(1, 2)
+        if whole < num_panels:
+            panels[whole] = 0
+            panels[whole, :, : out_features - whole * PANEL] = weight[whole * PANEL :].T
+        addresses = panels.data_ptr(), padded_bias.data_ptr()
+        return cls(panels, padded_bias, out_features, *addresses, weight.numel() >= PARALLEL_LINEAR)
+
+
+def is_plain(x: Tensor) -> bool:
+    return x.dtype is FLOAT and x.is_contiguous()
+
+
+def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, contiguous and in that dtype."""
+    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+class CpuOps(Ops):
+    """float32 on a CPU, on `num_threads` cores: all usable ones unless told, and not more.
+
+    Compiles, or loads from the cache, every kernel when it is made. ValueError if num_threads < 1.
+    """
+
+    name = "cpu"
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, not {num_threads}")
+        self.num_threads = min(num_threads or usable_cores(), numba.config.NUMBA_NUM_THREADS)
+        self.reference = ReferenceOps()
+        self.warm_up()
+
+    def threads_for(self, is_large: bool = True) -> int:
+        """How many threads the next kernel uses; tells numba, which keeps a count for each thread."""
+        thread = threading.get_ident()
+        if _num_threads_of.get(thread) != self.num_threads:
+            numba.set_num_threads(self.num_threads)
+            _num_threads_of[thread] = self.num_threads
+        return self.num_threads if is_large else 1
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not (is_plain(x) and is_plain(weight) and x.dim() == 2):
+            return self.reference.rms_norm(x, weight, eps)
+        return self._norm(x, x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        is_simple = is_plain(x) and is_plain(residual) and is_plain(weight) and x.dim() == 2
+        if not is_simple or x.data_ptr() == residual.data_ptr():
+            return self.reference.add_rms_norm(x, residual, weight, eps)
+        return self._norm(x, residual, weight, eps)
+
+    def _norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        num_rows, size = x.shape
+        assert residual.shape == x.shape and weight.shape == (size,), (residual.shape, weight.shape)
+        out = torch.empty_like(x)
+        cpu_elementwise.norm(
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            eps,
+            num_rows,
+            size,
+            self.threads_for(num_rows * size >= PARALLEL_NORM),
+        )
+        return out
+
+    def rotary_and_store(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        positions: Tensor,
+        kv_cache: Tensor,
+        layer: int,
+        slot_mapping: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        tensors = [qkv, cos_sin, kv_cache, *(w for w in (q_norm, k_norm) if w is not None)]
+        if not all(map(is_plain, tensors)):
+            arguments = (qkv, cos_sin, positions, kv_cache, layer, slot_mapping)
+            return self.reference.rotary_and_store(*arguments, q_norm, k_norm, eps)
+        positions, slots = plain(positions, torch.int64), plain(slot_mapping, torch.int64)
+        _, num_layers, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+        num_tokens = len(qkv)
+        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+        assert 0 <= layer < num_layers and len(positions) == len(slots) == num_tokens, layer
+        assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, qkv.shape
+        out = torch.empty(num_tokens, num_heads, head_dim)
+        half = block_size * num_kv_heads * head_dim  # the keys of a block and layer
+        cpu_elementwise.rotary_and_store(
+            qkv.data_ptr(),
+            cos_sin.data_ptr(),
+            positions.data_ptr(),
+            kv_cache.data_ptr() + layer * 2 * half * 4,
+            slots.data_ptr(),
+            0 if q_norm is None else q_norm.data_ptr(),
+            0 if k_norm is None else k_norm.data_ptr(),
+            out.data_ptr(),
+            eps,
+            num_tokens,
+            len(cos_sin),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            num_layers * 2 * half,
+            half,
+            block_size,
+            kv_cache.numel() - layer * 2 * half,
+            self.threads_for(qkv.numel() >= PARALLEL_ROTARY),
+        )
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        if not (is_plain(gate_up) and gate_up.dim() == 2):
+            return self.reference.silu_and_mul(gate_up)
+        num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(num_rows, size)
+        num_threads = self.threads_for(num_rows * size >= PARALLEL_SILU)
+        cpu_elementwise.silu_and_mul(
+            gate_up.data_ptr(), out.data_ptr(), num_rows, size, num_threads
+        )
+        return out
+
+    def prepare_weight(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+        if weight.dtype is not FLOAT:
+            return self.reference.prepare_weight(weight, bias)
+        return PanelWeight.pack(weight, bias)
+
+    def linear(self, x: Tensor, weight: Any) -> Tensor:
+        if not isinstance(weight, PanelWeight):
+            return self.reference.linear(x, weight)
+        x = plain(x, FLOAT)
+        num_tokens, in_features = x.shape
+        assert in_features == weight.panels.shape[1], (x.shape, weight.panels.shape)
+        out = torch.empty(num_tokens, weight.out_features)
+        linear(
+            x.data_ptr(),
+            weight.panels_address,
+            weight.bias_address,
+            out.data_ptr(),
+            num_tokens,
+            in_features,
+            weight.out_features,
+            self.threads_for(weight.is_large or num_tokens > 4),
+        )
+        return out
+
+    def attention(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        layer: int,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> Tensor:
+        _, num_layers, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+        if query.dtype is not FLOAT or not is_plain(kv_cache) or head_dim % LANES:
+            arguments = (query, kv_cache, layer, metadata, scale, sliding_window)
+            return self.reference.attention(*arguments)
+        query = plain(query, FLOAT)
+        starts = plain(metadata.cu_seqlens_q, torch.int32)
+        lengths = plain(metadata.seq_lens, torch.int32)
+        tables = plain(metadata.block_tables, torch.int32)
+        num_tokens, num_heads = query.shape[:2]
+        assert num_heads % num_kv_heads == 0 and 0 <= layer < num_layers, (num_heads, layer)
+        assert sliding_window is None or sliding_window > 0, sliding_window
+        out = torch.empty(num_tokens, num_heads * head_dim)
+        half = block_size * num_kv_heads * head_dim * 4
+        attention(
+            query.data_ptr(),
+            out.data_ptr(),
+            kv_cache.data_ptr() + layer * 2 * half,
+            num_layers * 2 * half,
+            half,
+            block_size,
+            starts.data_ptr(),
+            lengths.data_ptr(),
+            tables.data_ptr(),
+            tables.shape[1],
+            num_tokens,
+            len(lengths),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            scale,
+            sliding_window or 0,
+            metadata.max_query_len,
+            self.threads_for(),
+        )
+        return out
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        logits = plain(logits, FLOAT)
+        num_rows, vocab = logits.shape
+        floats = [plain(x, FLOAT) for x in (temperature, top_p, min_p.float().log())]
+        integers = [plain(x, torch.int64) for x in (top_k, seeds, positions)]
+        out = torch.empty(num_rows, dtype=torch.int64)
+        assert all(len(x) == num_rows for x in floats + integers), num_rows
+        temperature, top_p, log_min_p = (x.data_ptr() for x in floats)
+        top_k, seeds, positions = (x.data_ptr() for x in integers)
+        sample(
+            logits.data_ptr(),
+            temperature,
+            top_k,
+            top_p,
+            log_min_p,
+            seeds,
+            positions,
+            out.data_ptr(),
+            num_rows,
+            vocab,
+            self.threads_for(),
+        )
+        return out
+
+    def warm_up(self) -> None:
+        """Compile every kernel, or load it from the cache, so that no request waits for it."""
+        with _compile_lock:
+            is_cached = is_compiled()
+            if not is_cached:
+                print("Compiling CPU kernels (once, about 30 s) …", file=sys.stderr, flush=True)
+            start = time.perf_counter()
+            self._run_each()
+            if not is_cached:
+                seconds = time.perf_counter() - start
+                print(f"CPU kernels compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
+                mark_compiled()
+
+    def _run_each(self) -> None:
+        """Every kernel once, on a token."""
+        token = torch.zeros(1, dtype=torch.int64)
+        x, kv_cache = torch.zeros(1, LANES), torch.zeros(1, 1, 2, 1, 1, LANES)
+        self.add_rms_norm(x, x.clone(), x[0], 1e-6)
+        self.silu_and_mul(torch.zeros(1, 2))
+        self.linear(x, self.prepare_weight(x))
+        query = self.rotary_and_store(x.repeat(1, 3), x, token, kv_cache, 0, token)
+        starts, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        metadata = AttentionMetadata(starts, one, token[None].int(), token, 1, 1)
+        self.attention(query, kv_cache, 0, metadata, 1.0)
+        column = torch.zeros(1)
+        self.sample(x, column, token, column, column, token, token)
+
+
+def _marker() -> str:
+    versions = (numba.__version__, platform.python_version(), numba.config.CPU_NAME)
+    return "compiled-" + "-".join(map(str, (*versions, llvm.get_host_cpu_name())))
+
+
+def is_compiled() -> bool:
+    """Whether the cache holds every kernel, for this CPU and these versions."""
+    return _is_compiled_here or (CACHE_FOLDER is not None and (CACHE_FOLDER / _marker()).exists())
+
+
+def mark_compiled() -> None:
+    global _is_compiled_here
+    _is_compiled_here = True
+    if CACHE_FOLDER is not None:
+        with contextlib.suppress(OSError):
+            (CACHE_FOLDER / _marker()).touch()
