@@ -880,10 +880,14 @@ def test_the_real_server_talks_to_the_page(page: Page, part: int) -> None:
     with running_server(part, "--model", "smollm2-135m") as url:
         page.open(url)
         assert page.text("#model-name") == "smollm2-135m"
+        page.js("settings.open = true")
+        for name, value in {"temperature": "0", "max_tokens": "12"}.items():
+            page.one(f"#{name}").send_keys(value)
         page.ask("What is the capital of France?")
         page.wait_for("complete")
         assert "Paris" in page.text(".answer-text")
         assert re.fullmatch(r"\d+ tokens", page.text(".stat-tokens"))
+        page.one("#max_tokens").clear()
         with httpx.stream("GET", f"{url}/trace", timeout=60) as trace:
             page.ask("Tell me a very long story about the sea, in many chapters.")
             page.until(lambda: page.state == "streaming" and len(page.text(".answer-text")) > 40)
