@@ -10,6 +10,7 @@ from common.bench import BenchError
 
 SUBCOMMANDS = {
     "limits": "measure what this machine can do",
+    "kernels": "each operation's kernels, against the limits",
     "offline": "a part's generate: prefill, decode, memory, start-up, MBU, MFU",
     "serve": "load on an OpenAI-compatible server: TTFT, ITL, TPOT, E2E",
     "startup": "how long parts take to start, and their memory",
