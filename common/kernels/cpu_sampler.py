@@ -33,15 +33,28 @@ LEAST = np.finfo(np.float32).min  # -inf is below it
 
 
 @helper(exact=True)
+def two_rounds(c0, c1, c2, c3, k0, k1):
+    p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+    c0, c1, c2, c3 = (p1 >> SHIFT) ^ c1 ^ k0, p1 & MASK, (p0 >> SHIFT) ^ c3 ^ k1, p0 & MASK
+    k0, k1 = (k0 + WEYL_0) & MASK, (k1 + WEYL_1) & MASK
+    p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+    c0, c1, c2, c3 = (p1 >> SHIFT) ^ c1 ^ k0, p1 & MASK, (p0 >> SHIFT) ^ c3 ^ k1, p0 & MASK
+    return c0, c1, c2, c3, (k0 + WEYL_0) & MASK, (k1 + WEYL_1) & MASK
+
+
+@helper(exact=True)
 def philox_word(seed, position, token):
-    """The first word of Philox4x32-10 for counter (token, position, 0, 0)."""
-    k0, k1 = seed & MASK, seed >> SHIFT
-    c0, c1, c2, c3 = token, position, np.uint64(0), np.uint64(0)
-    for _ in range(10):
-        p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
-        c0, c1, c2, c3 = (p1 >> SHIFT) ^ c1 ^ k0, p1 & MASK, (p0 >> SHIFT) ^ c3 ^ k1, p0 & MASK
-        k0, k1 = (k0 + WEYL_0) & MASK, (k1 + WEYL_1) & MASK
-    return c0
+    """The first word of Philox4x32-10 for counter (token, position, 0, 0).
+
+    Its ten rounds are written out, since LLVM does not vectorise a loop around a loop.
+    """
+    # Masked, so that LLVM knows each product to be one of 32 bits by 32.
+    zero = np.uint64(0)
+    state = two_rounds(token & MASK, position & MASK, zero, zero, seed & MASK, seed >> SHIFT)
+    state = two_rounds(*state)
+    state = two_rounds(*state)
+    state = two_rounds(*state)
+    return two_rounds(*state)[0]
 
 
 @helper(exact=True)
@@ -73,18 +86,42 @@ def split_float(x):
     return np.int32(mantissa).view(np.float32) - np.float32(1), np.float32(exponent)
 
 
-@helper
-def rough_noise(seed, position, first, noise):
-    """Noise of tokens first, first + 1, … into `noise`, within ROUGHNESS."""
+@helper(exact=True)
+def draw_words(seed, position, first, words):
+    """The upper 24 bits of the words of tokens first, first + 1, …, which float32 holds exactly."""
+    for i in range(len(words)):
+        word = philox_word(seed, position, np.uint64(first + i)) >> np.uint64(8)
+        words[i] = np.float32(np.int32(word))
+
+
+@helper(exact=True)
+def words_to_exponentials(noise):
+    """u = (x + 0.5) / 2^24 of each word x, then -log(u), in place."""
     for i in range(len(noise)):
-        x = np.int32(philox_word(seed, position, np.uint64(first + i)) >> np.uint64(8))
-        u = (np.float32(x) + np.float32(0.5)) * np.float32(2.0**-24)
-        f, e = split_float(u)
-        # Near 1 float32 cannot hold u, but it holds u - 1.
-        below_1 = np.float32(2 * x + 1 - (1 << 25)) * np.float32(2.0**-25)
-        f = below_1 if e == 0 else f
-        f, e = split_float(-log32(f, e))
+        x = noise[i]
+        f, e = split_float((x + np.float32(0.5)) * np.float32(2.0**-24))
+        # Near 1 float32 cannot hold u, but it holds u - 1; no faster arithmetic must reorder this.
+        below_1 = ((x - np.float32(2.0**24)) + np.float32(0.5)) * np.float32(2.0**-24)
+        noise[i] = -log32(below_1 if e == np.float32(0) else f, e)
+
+
+@helper(exact=True)
+def negative_logs(noise):
+    for i in range(len(noise)):
+        f, e = split_float(noise[i])
         noise[i] = -log32(f, e)
+
+
+@helper(exact=True)
+def rough_noise(seed, position, first, noise):
+    """Noise of tokens first, first + 1, … into `noise`, within ROUGHNESS.
+
+    Each loop is a function of its own: together LLVM does not vectorise them, and takes four times
+    as long.
+    """
+    draw_words(seed, position, first, noise)
+    words_to_exponentials(noise)
+    negative_logs(noise)
 
 
 @helper
