@@ -12,11 +12,13 @@ at once, and exactly only for tokens whose rough sum comes near the best one.
 import math
 
 import numpy as np
-from numba import prange
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic
 
 from common.kernels.cpu_elementwise import exp32
 from common.kernels.cpu_jit import float32_array, helper, int64_array, kernel, next_index
-from common.kernels.cpu_vector import LANES, highest
+from common.kernels.cpu_vector import INT, LANES, VECTOR, highest, store
 from common.sampling import _MULTIPLIERS, _WEYL
 
 MASK = np.uint64(0xFFFFFFFF)
@@ -33,28 +35,53 @@ LEAST = np.finfo(np.float32).min  # -inf is below it
 
 
 @helper(exact=True)
-def two_rounds(c0, c1, c2, c3, k0, k1):
-    p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
-    c0, c1, c2, c3 = (p1 >> SHIFT) ^ c1 ^ k0, p1 & MASK, (p0 >> SHIFT) ^ c3 ^ k1, p0 & MASK
-    k0, k1 = (k0 + WEYL_0) & MASK, (k1 + WEYL_1) & MASK
-    p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
-    c0, c1, c2, c3 = (p1 >> SHIFT) ^ c1 ^ k0, p1 & MASK, (p0 >> SHIFT) ^ c3 ^ k1, p0 & MASK
-    return c0, c1, c2, c3, (k0 + WEYL_0) & MASK, (k1 + WEYL_1) & MASK
-
-
-@helper(exact=True)
 def philox_word(seed, position, token):
-    """The first word of Philox4x32-10 for counter (token, position, 0, 0).
+    """The first word of Philox4x32-10 for counter (token, position, 0, 0)."""
+    k0, k1 = seed & MASK, seed >> SHIFT
+    c0, c1, c2, c3 = token, position, np.uint64(0), np.uint64(0)
+    for _ in range(10):
+        p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+        c0, c1, c2, c3 = (p1 >> SHIFT) ^ c1 ^ k0, p1 & MASK, (p0 >> SHIFT) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + WEYL_0) & MASK, (k1 + WEYL_1) & MASK
+    return c0
 
-    Its ten rounds are written out, since LLVM does not vectorise a loop around a loop.
+
+@intrinsic
+def draw_words(typing_context, seed, position, first, words):
+    """The upper 24 bits of the words of LANES tokens from `first` on, as floats, to an address.
+
+    The same arithmetic as philox_word's, in vectors: LLVM would not decide for them by itself.
     """
-    # Masked, so that LLVM knows each product to be one of 32 bits by 32.
-    zero = np.uint64(0)
-    state = two_rounds(token & MASK, position & MASK, zero, zero, seed & MASK, seed >> SHIFT)
-    state = two_rounds(*state)
-    state = two_rounds(*state)
-    state = two_rounds(*state)
-    return two_rounds(*state)[0]
+
+    def codegen(context, builder, signature, args):
+        wide = ir.VectorType(INT, LANES)
+
+        def every(value: int | ir.Value) -> ir.Value:
+            if isinstance(value, int):
+                return ir.Constant(wide, [value] * LANES)
+            zero = ir.Constant(ir.IntType(32), 0)
+            first = builder.insert_element(ir.Constant(wide, ir.Undefined), value, zero)
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+            return builder.shuffle_vector(first, ir.Constant(wide, ir.Undefined), zeros)
+
+        low, half = INT(0xFFFFFFFF), every(32)
+        k0, k1 = builder.and_(args[0], low), builder.lshr(args[0], INT(32))
+        c0 = builder.add(every(args[2]), ir.Constant(wide, list(range(LANES))))
+        c0, c1 = builder.and_(c0, every(0xFFFFFFFF)), every(builder.and_(args[1], low))
+        c2 = c3 = every(0)
+        for _ in range(10):
+            p0 = builder.mul(c0, every(_MULTIPLIERS[0]))
+            p1 = builder.mul(c2, every(_MULTIPLIERS[1]))
+            c0 = builder.xor(builder.xor(builder.lshr(p1, half), c1), every(k0))
+            c2 = builder.xor(builder.xor(builder.lshr(p0, half), c3), every(k1))
+            c1, c3 = builder.and_(p1, every(0xFFFFFFFF)), builder.and_(p0, every(0xFFFFFFFF))
+            k0 = builder.and_(builder.add(k0, INT(_WEYL[0])), low)
+            k1 = builder.and_(builder.add(k1, INT(_WEYL[1])), low)
+        word = builder.trunc(builder.lshr(c0, every(8)), ir.VectorType(ir.IntType(32), LANES))
+        store(builder, builder.sitofp(word, VECTOR), args[3])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.intp, types.intp), codegen
 
 
 @helper(exact=True)
@@ -87,14 +114,6 @@ def split_float(x):
 
 
 @helper(exact=True)
-def draw_words(seed, position, first, words):
-    """The upper 24 bits of the words of tokens first, first + 1, …, which float32 holds exactly."""
-    for i in range(len(words)):
-        word = philox_word(seed, position, np.uint64(first + i)) >> np.uint64(8)
-        words[i] = np.float32(np.int32(word))
-
-
-@helper(exact=True)
 def words_to_exponentials(noise):
     """u = (x + 0.5) / 2^24 of each word x, then -log(u), in place."""
     for i in range(len(noise)):
@@ -114,12 +133,9 @@ def negative_logs(noise):
 
 @helper(exact=True)
 def rough_noise(seed, position, first, noise):
-    """Noise of tokens first, first + 1, … into `noise`, within ROUGHNESS.
-
-    Each loop is a function of its own: together LLVM does not vectorise them, and takes four times
-    as long.
-    """
-    draw_words(seed, position, first, noise)
+    """Noise of tokens first, first + 1, … into `noise`, [WIDTH], within ROUGHNESS."""
+    for i in range(0, WIDTH, LANES):
+        draw_words(seed, position, first + i, noise.ctypes.data + i * 4)
     words_to_exponentials(noise)
     negative_logs(noise)
 
@@ -268,7 +284,7 @@ def draw(scaled, largest, first, smallest, seed, position, noise):
             continue
         is_crowded = num_worth > WIDTH // 16
         if is_crowded:
-            rough_noise(seed, position, begin, noise[: len(block)])
+            rough_noise(seed, position, begin, noise)
         for i in range(len(block)):
             if block[i] < worth or (is_crowded and block[i] + noise[i] < best - ROUGHNESS):
                 continue
