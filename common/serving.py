@@ -167,6 +167,12 @@ def bind(config: ServerConfig) -> socket.socket:
     return sock
 
 
+def _exit_once(*_: Any) -> None:
+    """End the process. A second SIGTERM must not interrupt the clean-up that this one begins."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
+
+
 def serve(build: Callable[[], FastAPI], config: ServerConfig) -> None:
     """Bind, build the app (which loads the model), and serve until SIGTERM or Ctrl+C.
 
@@ -174,7 +180,7 @@ def serve(build: Callable[[], FastAPI], config: ServerConfig) -> None:
     Bad models and busy ports end the process with one line and status 1.
     """
     start = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, _exit_once)
     # A stream is cut by the timeout below, not the moment SIGTERM arrives.
     AppStatus.disable_automatic_graceful_drain()
     sock = bind(config)

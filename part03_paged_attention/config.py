@@ -1,0 +1,33 @@
+"""Every setting of the engine in one frozen place; each field is also a command-line flag."""
+
+from dataclasses import dataclass
+
+from common.cli import option, validate
+from common.device import DTYPES
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    # model
+    model: str = option("smollm2-135m", "built-in name, folder, hub name or random:<preset>")
+    max_model_len: int | None = option(None, "tokens a sequence may have (model's own)", minimum=2)
+    seed: int | None = option(None, "makes requests that bring no seed repeat from run to run")
+    # device
+    device: str = option("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is one")
+    dtype: str = option("auto", "auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)
+    kernels: str = option("auto", "auto, reference, cpu, triton or flash")
+    threads: int | None = option(None, "CPU threads (all usable cores)", minimum=1, maximum=1024)
+    # memory
+    block_size: int = option(16, "tokens in a block of the KV cache", minimum=1, maximum=4096)
+    num_blocks: int | None = option(None, "blocks of the KV cache (as memory allows)", minimum=1)
+    kv_cache_memory: int | None = option(
+        None, "bytes for the KV cache (a share of what is free)", minimum=1
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "share of a GPU's memory to use in all", minimum=0.05, maximum=1.0
+    )
+    # scheduling
+    max_num_seqs: int = option(32, "sequences in one batch", minimum=1, maximum=4096)
+
+    def __post_init__(self) -> None:
+        validate(self)

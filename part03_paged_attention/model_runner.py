@@ -1,0 +1,104 @@
+"""From scheduled sequences to tensors, through the model, and back to sampled tokens.
+
+The runner does not know prefill from decode: a sequence has so many new tokens, and their keys and
+values go to such places in the cache.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import context_length, iter_weights, load_config
+from common.device import resolve_device, usable_cores
+from common.kernels import AttentionMetadata, select_ops
+from common.output import TokenLogprobs
+from common.sampling import SamplingBatch
+
+from .config import EngineConfig
+from .kv_cache import KVCache
+from .model import CausalLM, ModelConfig
+from .sampler import sample
+from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The model's input: the new tokens of all sequences, flat."""
+
+    token_ids: torch.Tensor  # [num_tokens] int64
+    positions: torch.Tensor  # [num_tokens] int64
+    metadata: AttentionMetadata
+    last_tokens: torch.Tensor  # [num_seqs] int64: each sequence's last place in the batch
+
+
+class ModelRunner:
+    """The model, its KV cache, and the way in and out of them."""
+
+    def __init__(self, config: EngineConfig, folder: Path) -> None:
+        """Load the model and allocate the cache. Raises ValueError."""
+        self.device, self.dtype = resolve_device(config.device, config.dtype)
+        threads = config.threads or usable_cores()
+        torch.set_num_threads(threads)
+        ops = select_ops(config.kernels, self.device, threads)
+        hf_config = load_config(folder)
+        max_model_len = context_length(hf_config, config.max_model_len)
+        self.config = ModelConfig.from_transformers(hf_config, max_model_len)
+        tensors = iter_weights(folder, self.device)
+        self.model = CausalLM(self.config, ops, tensors, self.dtype, self.device)
+        self.kv = KVCache(config, self.config, self.dtype, self.device)
+
+    def prepare(self, scheduled: dict[Sequence, int]) -> Batch:
+        """Tensors for the next `scheduled[sequence]` tokens of each sequence."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        ends = [0]
+        block_size = self.kv.block_size
+        for sequence, count in scheduled.items():
+            start = sequence.num_computed_tokens
+            new = range(start, start + count)
+            token_ids += sequence.token_ids[start : start + count]
+            positions += new
+            table = sequence.block_table
+            slots += [table[i // block_size] * block_size + i % block_size for i in new]
+            ends.append(len(token_ids))
+        lengths = [sequence.num_computed_tokens + n for sequence, n in scheduled.items()]
+        width = max(len(sequence.block_table) for sequence in scheduled)
+        tables = [s.block_table + [0] * (width - len(s.block_table)) for s in scheduled]
+
+        def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        metadata = AttentionMetadata(
+            cu_seqlens_q=tensor(ends, torch.int32),
+            seq_lens=tensor(lengths, torch.int32),
+            block_tables=tensor(tables, torch.int32),
+            slot_mapping=tensor(slots, torch.int64),
+            max_query_len=max(scheduled.values()),
+            max_seq_len=max(lengths),
+        )
+        last_tokens = tensor([end - 1 for end in ends[1:]], torch.int64)
+        return Batch(
+            tensor(token_ids, torch.int64), tensor(positions, torch.int64), metadata, last_tokens
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits after each sequence's last token, [num_seqs, vocab]."""
+        hidden = self.model.forward(batch.token_ids, batch.positions, self.kv.data, batch.metadata)
+        return self.model.logits(hidden[batch.last_tokens])
+
+    @torch.inference_mode()
+    def sample(
+        self, sequences: list[Sequence], logits: torch.Tensor
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """The next token of each sequence, and its log probabilities where asked for."""
+        batch = SamplingBatch.build(
+            logits,
+            [sequence.params for sequence in sequences],
+            [sequence.seed for sequence in sequences],
+            [len(sequence.prompt_token_ids) for sequence in sequences],
+            [sequence.output_token_ids for sequence in sequences],
+        )
+        return sample(logits, batch)
