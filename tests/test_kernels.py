@@ -404,6 +404,25 @@ def test_sample_of_a_real_vocabulary() -> None:
     check_sample(CPU, logits, 61)
 
 
+def test_choices_have_noise_of_their_own(ops: Ops) -> None:
+    """Rows that differ in their choice index only; choice 0 is what no choices give."""
+    logits = torch.zeros(64, 300)
+    ones, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int64)
+    row = (logits, ones, zeros, ones, ones * 0, zeros + 7, zeros + 3)
+    choices = torch.arange(64) // 2
+    tokens = ops.sample(*row, choices)
+    assert tokens.tolist() == REFERENCE.sample(*row, choices).tolist()
+    assert tokens[::2].tolist() == tokens[1::2].tolist()
+    assert len(set(tokens.tolist())) > 20
+    assert set(ops.sample(*row).tolist()) == {tokens[0].item()}
+
+
+@pytest.mark.parametrize("vocab", [1, 16, 17, 300])
+def test_embedding(ops: Ops, vocab: int) -> None:
+    weight, tokens = randn(vocab, 48), torch.randint(0, vocab, (40,))
+    assert torch.equal(ops.embedding(tokens, ops.prepare_weight(weight)), weight[tokens])
+
+
 def test_reference_samples_as_part01_does() -> None:
     for vocab in (1, 17, 1000):
         check_sample(REFERENCE, randn(280, vocab, seed=vocab) * 2, vocab)

@@ -94,6 +94,13 @@ class Ops(ABC):
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         """x @ weight.T + bias. x: [num_tokens, in_features]; returns [num_tokens, out_features]."""
 
+    def embedding(self, token_ids: torch.Tensor, weight: Any) -> torch.Tensor:
+        """Rows of a weight that `prepare_weight` made, [num_tokens, in_features].
+
+        So a table that is tied to the output's weight is held once. token_ids: [num_tokens] int64.
+        """
+        return weight[0][token_ids]
+
     @abstractmethod
     def attention(
         self,
@@ -121,11 +128,13 @@ class Ops(ABC):
         min_p: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
+        choices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The next token of each row: greedy, or drawn as part 01's sampler draws.
 
-        logits: [batch, vocab] after penalties; the others are [batch] (top_k, seeds and positions
-        int64). Temperatures below 1e-5 are greedy. The result is the argmax of filtered logits plus
+        logits: [batch, vocab] after penalties; the others are [batch] (top_k, seeds, positions and
+        choices int64). choices: which of several completions of one prompt a row belongs to, all 0
+        unless given; with seed, position and token it is the noise's counter. Temperatures below 1e-5 are greedy. The result is the argmax of filtered logits plus
         `common.sampling.gumbel_noise`, token for token what part 01's `sample` gives, up to the
         rounding of logits that are equal within it. Returns [batch] int64.
         """

@@ -211,6 +211,11 @@ class CpuOps(Ops):
         )
         return out
 
+    def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
+        if not isinstance(weight, PanelWeight):
+            return self.reference.embedding(token_ids, weight)
+        return weight.panels[token_ids // PANEL, :, token_ids % PANEL]
+
     def attention(
         self,
         query: Tensor,
@@ -265,15 +270,17 @@ class CpuOps(Ops):
         min_p: Tensor,
         seeds: Tensor,
         positions: Tensor,
+        choices: Tensor | None = None,
     ) -> Tensor:
         logits = plain(logits, FLOAT)
         num_rows, vocab = logits.shape
         floats = [plain(x, FLOAT) for x in (temperature, top_p, min_p.float().log())]
-        integers = [plain(x, torch.int64) for x in (top_k, seeds, positions)]
+        choices = torch.zeros_like(positions) if choices is None else choices
+        integers = [plain(x, torch.int64) for x in (top_k, seeds, positions, choices)]
         out = torch.empty(num_rows, dtype=torch.int64)
         assert all(len(x) == num_rows for x in floats + integers), num_rows
         temperature, top_p, log_min_p = (x.data_ptr() for x in floats)
-        top_k, seeds, positions = (x.data_ptr() for x in integers)
+        top_k, seeds, positions, choices = (x.data_ptr() for x in integers)
         sample(
             logits.data_ptr(),
             temperature,
@@ -282,6 +289,7 @@ class CpuOps(Ops):
             log_min_p,
             seeds,
             positions,
+            choices,
             out.data_ptr(),
             num_rows,
             vocab,

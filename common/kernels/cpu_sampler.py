@@ -35,10 +35,10 @@ LEAST = np.finfo(np.float32).min  # -inf is below it
 
 
 @helper(exact=True)
-def philox_word(seed, position, token):
-    """The first word of Philox4x32-10 for counter (token, position, 0, 0)."""
+def philox_word(seed, position, choice, token):
+    """The first word of Philox4x32-10 for counter (token, position, choice, 0)."""
     k0, k1 = seed & MASK, seed >> SHIFT
-    c0, c1, c2, c3 = token, position, np.uint64(0), np.uint64(0)
+    c0, c1, c2, c3 = token, position, choice, np.uint64(0)
     for _ in range(10):
         p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
         c0, c1, c2, c3 = (p1 >> SHIFT) ^ c1 ^ k0, p1 & MASK, (p0 >> SHIFT) ^ c3 ^ k1, p0 & MASK
@@ -47,7 +47,7 @@ def philox_word(seed, position, token):
 
 
 @intrinsic
-def draw_words(typing_context, seed, position, first, words):
+def draw_words(typing_context, seed, position, choice, first, words):
     """The upper 24 bits of the words of LANES tokens from `first` on, as floats, to an address.
 
     The same arithmetic as philox_word's, in vectors: LLVM would not decide for them by itself.
@@ -66,9 +66,9 @@ def draw_words(typing_context, seed, position, first, words):
 
         low, half = INT(0xFFFFFFFF), every(32)
         k0, k1 = builder.and_(args[0], low), builder.lshr(args[0], INT(32))
-        c0 = builder.add(every(args[2]), ir.Constant(wide, list(range(LANES))))
+        c0 = builder.add(every(args[3]), ir.Constant(wide, list(range(LANES))))
         c0, c1 = builder.and_(c0, every(0xFFFFFFFF)), every(builder.and_(args[1], low))
-        c2 = c3 = every(0)
+        c2, c3 = every(builder.and_(args[2], low)), every(0)
         for _ in range(10):
             p0 = builder.mul(c0, every(_MULTIPLIERS[0]))
             p1 = builder.mul(c2, every(_MULTIPLIERS[1]))
@@ -78,15 +78,15 @@ def draw_words(typing_context, seed, position, first, words):
             k0 = builder.and_(builder.add(k0, INT(_WEYL[0])), low)
             k1 = builder.and_(builder.add(k1, INT(_WEYL[1])), low)
         word = builder.trunc(builder.lshr(c0, every(8)), ir.VectorType(ir.IntType(32), LANES))
-        store(builder, builder.sitofp(word, VECTOR), args[3])
+        store(builder, builder.sitofp(word, VECTOR), args[4])
         return context.get_dummy_value()
 
-    return types.void(types.uint64, types.uint64, types.intp, types.intp), codegen
+    return types.void(types.uint64, types.uint64, types.uint64, types.intp, types.intp), codegen
 
 
 @helper(exact=True)
-def exact_noise(seed, position, token):
-    x = np.float64(philox_word(seed, position, np.uint64(token)) >> np.uint64(8))
+def exact_noise(seed, position, choice, token):
+    x = np.float64(philox_word(seed, position, choice, np.uint64(token)) >> np.uint64(8))
     return -math.log(-math.log((x + 0.5) / 16777216.0))
 
 
@@ -132,10 +132,10 @@ def negative_logs(noise):
 
 
 @helper(exact=True)
-def rough_noise(seed, position, first, noise):
+def rough_noise(seed, position, choice, first, noise):
     """Noise of tokens first, first + 1, … into `noise`, [WIDTH], within ROUGHNESS."""
     for i in range(0, WIDTH, LANES):
-        draw_words(seed, position, first + i, noise.ctypes.data + i * 4)
+        draw_words(seed, position, choice, first + i, noise.ctypes.data + i * 4)
     words_to_exponentials(noise)
     negative_logs(noise)
 
@@ -271,9 +271,9 @@ def find_largest(values):
 
 
 @helper(exact=True)
-def draw(scaled, largest, first, smallest, seed, position, noise):
+def draw(scaled, largest, first, smallest, seed, position, choice, noise):
     """The argmax of logits that are at least `smallest`, plus noise; `first` is the largest's place."""
-    token, best = first, np.float64(largest) + exact_noise(seed, position, first)
+    token, best = first, np.float64(largest) + exact_noise(seed, position, choice, first)
     for begin in range(0, len(scaled), WIDTH):
         block = scaled[begin : begin + WIDTH]
         worth = max(smallest, np.float32(best - MOST_NOISE), LEAST)
@@ -284,18 +284,20 @@ def draw(scaled, largest, first, smallest, seed, position, noise):
             continue
         is_crowded = num_worth > WIDTH // 16
         if is_crowded:
-            rough_noise(seed, position, begin, noise)
+            rough_noise(seed, position, choice, begin, noise)
         for i in range(len(block)):
             if block[i] < worth or (is_crowded and block[i] + noise[i] < best - ROUGHNESS):
                 continue
-            noisy = block[i] + exact_noise(seed, position, begin + i)
+            noisy = block[i] + exact_noise(seed, position, choice, begin + i)
             if noisy > best or (noisy == best and begin + i < token):
                 token, best = begin + i, noisy
     return token
 
 
 @helper(exact=True)
-def sample_row(logits, temperature, top_k, top_p, log_min_p, seed, position, scratch, noise):
+def sample_row(
+    logits, temperature, top_k, top_p, log_min_p, seed, position, choice, scratch, noise
+):
     """The token of one row; an impossible one, -inf or NaN, is not drawn if there is any other."""
     if not temperature >= GREEDY_BELOW:
         return find_largest(logits)[1]
@@ -309,7 +311,7 @@ def sample_row(logits, temperature, top_k, top_p, log_min_p, seed, position, scr
     smallest = np.float32(largest + log_min_p)
     if 0 < top_k < len(scaled) or top_p < 1:
         smallest = max(smallest, threshold(scaled, largest, top_k, top_p, scratch[1:]))
-    return draw(scaled, largest, first, smallest, seed, position, noise)
+    return draw(scaled, largest, first, smallest, seed, position, choice, noise)
 
 
 @kernel(exact=True)
@@ -321,6 +323,7 @@ def sample(
     log_min_p,
     seeds,
     positions,
+    choices,
     out,
     num_rows,
     vocab,
@@ -331,6 +334,7 @@ def sample(
     top_ks, top_ps = int64_array(top_k, (num_rows,)), float32_array(top_p, (num_rows,))
     log_min_ps = float32_array(log_min_p, (num_rows,))
     seeds_of, positions_of = int64_array(seeds, (num_rows,)), int64_array(positions, (num_rows,))
+    choices_of = int64_array(choices, (num_rows,))
     tokens = int64_array(out, (num_rows,))
     next = np.zeros(1, np.int64)
     for _ in prange(num_threads):
@@ -347,6 +351,7 @@ def sample(
                 log_min_ps[row],
                 np.uint64(seeds_of[row]),
                 np.uint64(positions_of[row]),
+                np.uint64(choices_of[row]),
                 scratch,
                 noise,
             )

@@ -133,6 +133,7 @@ class ReferenceOps(Ops):
         min_p: Tensor,
         seeds: Tensor,
         positions: Tensor,
+        choices: Tensor | None = None,
     ) -> Tensor:
         logits = logits.float()
         is_greedy = temperature < GREEDY_BELOW
@@ -142,7 +143,8 @@ class ReferenceOps(Ops):
         scaled = logits / temperature.float().clamp(min=GREEDY_BELOW).unsqueeze(1)
         smallest = smallest_kept(scaled, top_k, top_p, min_p)
         rows, tokens = (scaled >= smallest.unsqueeze(1)).nonzero(as_tuple=True)
-        noise = gumbel_noise(seeds[rows], positions[rows], tokens)
+        choices = torch.zeros_like(positions) if choices is None else choices
+        noise = gumbel_noise(seeds[rows], positions[rows], tokens, choices[rows])
         noisy = torch.full_like(scaled, -torch.inf, dtype=noise.dtype)
         noisy[rows, tokens] = scaled[rows, tokens] + noise
         return torch.where(is_greedy, greedy, noisy.argmax(dim=-1))
