@@ -186,14 +186,21 @@ class Frontend:
     def add_trace(self, trace: Trace) -> None:
         """Add `GET /trace`: the engine's steps as server-sent events, from now on.
 
+        An event named `state` comes first, and again after steps that a slow reader has lost.
         This stream has no end of its own; it ends when the server is to end.
         """
 
-        async def events() -> AsyncIterator[str]:
+        async def events() -> AsyncIterator[dict[str, str]]:
             with trace.follow() as records:
+                following = None  # the step that should come next
                 while not self.app.state.stopping:
-                    while records:
-                        yield json.dumps(dataclasses.asdict(records.popleft()))
+                    if following is None or (records and records[0].step != following):
+                        state = trace.catch_up(records)
+                        following = state.step + 1
+                        yield {"event": "state", "data": json.dumps(dataclasses.asdict(state))}
+                    while records and records[0].step == following:
+                        following += 1
+                        yield {"data": json.dumps(dataclasses.asdict(records.popleft()))}
                     await asyncio.sleep(TRACE_SECONDS)
 
         async def follow() -> EventSourceResponse:

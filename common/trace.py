@@ -1,12 +1,15 @@
 """What an engine did, step by step: a ring of records that can be watched, saved and drawn.
 
-One `StepRecord` a step: which sequences were scheduled with how many tokens, and when each phase
-(schedule, prepare, forward, sample, postprocess) began and ended. Times are seconds of
-`time.perf_counter`. The engine's thread writes; any thread may read or follow. Memory is bounded:
-the ring keeps the last `capacity` steps, and a follower that falls behind loses the oldest.
+One `StepRecord` a step: which sequences were scheduled with how many tokens, when each phase
+(schedule, prepare, forward, sample, postprocess) began and ended, and what changed: who came, who
+took which blocks, who ended. `EngineState` is the sum of such changes, so a step costs what happens
+in it and not what the engine holds. Times are seconds of `time.perf_counter`. The engine's thread
+writes; any thread may read or follow. Memory is bounded: the ring keeps the last `capacity` steps,
+and a follower that falls behind is told so.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -25,8 +28,11 @@ CAPACITY = 4096  # steps kept
 
 @dataclass
 class StepRecord:
-    """One step of an engine.
+    """One step of an engine, with what happened since the step before.
 
+    arrived: request id -> number of prompt tokens.
+    allocated, freed: request id -> blocks that it took and gave up.
+    preempted: requests that went back to waiting.
     scheduled: request id -> number of tokens run for it in this step.
     phases: (name, begin, end), in order, in seconds.
     finished: request id -> finish reason.
@@ -38,34 +44,85 @@ class StepRecord:
     scheduled: dict[str, int] = field(default_factory=dict)
     phases: list[tuple[str, float, float]] = field(default_factory=list)
     finished: dict[str, str] = field(default_factory=dict)
+    arrived: dict[str, int] = field(default_factory=dict)
+    allocated: dict[str, list[int]] = field(default_factory=dict)
+    freed: dict[str, list[int]] = field(default_factory=dict)
+    preempted: list[str] = field(default_factory=list)
 
     def phase_seconds(self) -> dict[str, float]:
         """Name of each phase -> how long it took."""
         return {name: end - begin for name, begin, end in self.phases}
 
 
-class Trace:
-    """The last steps of one engine."""
+@dataclass
+class EngineState:
+    """Who waits, who runs and who owns which blocks, after some step.
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
-        self._records: deque[StepRecord] = deque(maxlen=capacity)
-        self._current: StepRecord | None = None
-        self._count = 0
+    A batch may still compute a sequence that has ended: it is scheduled, but does not run.
+
+    waiting, running: request id -> number of tokens so far that were run for it; in order.
+    blocks: request id -> the blocks it holds, also while others of its batch still run.
+    """
+
+    num_blocks: int = 0
+    block_size: int = 0
+    step: int = -1
+    waiting: dict[str, int] = field(default_factory=dict)
+    running: dict[str, int] = field(default_factory=dict)
+    blocks: dict[str, list[int]] = field(default_factory=dict)
+
+    def apply(self, record: StepRecord) -> None:
+        """Go on by one step."""
+        self.step = record.step
+        self.waiting |= dict.fromkeys(record.arrived, 0)
+        for request_id in record.preempted:
+            self.running.pop(request_id, None)
+            self.waiting = {request_id: 0} | self.waiting
+        for request_id, count in record.scheduled.items():
+            if request_id in self.waiting or request_id in self.running:
+                self.waiting.pop(request_id, None)
+                self.running[request_id] = self.running.get(request_id, 0) + count
+        for request_id in record.finished:
+            self.waiting.pop(request_id, None)
+            self.running.pop(request_id, None)
+        # A request may give up its blocks and take others in one step, in this order.
+        for request_id, freed in record.freed.items():
+            kept = [block for block in self.blocks.pop(request_id, []) if block not in freed]
+            if kept:
+                self.blocks[request_id] = kept
+        for request_id, blocks in record.allocated.items():
+            self.blocks.setdefault(request_id, []).extend(blocks)
+
+
+class Trace:
+    """The last steps of one engine, and its state before the first and after the last of them."""
+
+    def __init__(self, capacity: int = CAPACITY, num_blocks: int = 0, block_size: int = 0) -> None:
+        self.capacity = capacity
+        self._records: deque[StepRecord] = deque()
+        self._next = StepRecord(0, 0.0)
+        self._in_step = False
         self._lock = threading.Lock()
         self._followers: list[deque[StepRecord]] = []
+        self._first = EngineState(num_blocks, block_size)  # before the oldest record
+        self._last = EngineState(num_blocks, block_size)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[StepRecord]:
         """Record one step; the record is kept even when the step raises."""
-        record = self._current = StepRecord(self._count, time.perf_counter())
+        record, self._in_step = self._next, True
+        record.begin = time.perf_counter()
         try:
             yield record
         finally:
             record.end = time.perf_counter()
-            self._current = None
+            self._in_step = False
+            self._next = StepRecord(record.step + 1, 0.0)
             with self._lock:
-                self._count += 1
+                self._last.apply(record)
                 self._records.append(record)
+                if len(self._records) > self.capacity:
+                    self._first.apply(self._records.popleft())
                 for follower in self._followers:
                     follower.append(record)
 
@@ -76,18 +133,34 @@ class Trace:
         try:
             yield
         finally:
-            if self._current is not None:
-                self._current.phases.append((name, begin, time.perf_counter()))
+            if self._in_step:
+                self._next.phases.append((name, begin, time.perf_counter()))
+
+    # What happens between two steps is noted in the second.
+
+    def arrived(self, request_id: str, num_tokens: int) -> None:
+        """Note that a request with a prompt of `num_tokens` waits."""
+        self._next.arrived[request_id] = num_tokens
 
     def scheduled(self, request_id: str, num_tokens: int) -> None:
-        """Note that the current step runs `num_tokens` tokens of a request."""
-        if self._current is not None:
-            self._current.scheduled[request_id] = num_tokens
+        """Note that the step runs `num_tokens` tokens of a request."""
+        self._next.scheduled[request_id] = num_tokens
+
+    def allocated(self, request_id: str, blocks: list[int]) -> None:
+        """Note that a request took blocks."""
+        self._next.allocated.setdefault(request_id, []).extend(blocks)
+
+    def freed(self, request_id: str, blocks: list[int]) -> None:
+        """Note that a request gave up blocks."""
+        self._next.freed.setdefault(request_id, []).extend(blocks)
+
+    def preempted(self, request_id: str) -> None:
+        """Note that a running request went back to waiting."""
+        self._next.preempted.append(request_id)
 
     def finished(self, request_id: str, reason: str) -> None:
-        """Note that a request ended in the current step."""
-        if self._current is not None:
-            self._current.finished[request_id] = reason
+        """Note that a request ended."""
+        self._next.finished[request_id] = reason
 
     def records(self) -> list[StepRecord]:
         """The steps kept, oldest first."""
@@ -107,27 +180,52 @@ class Trace:
                 # By identity: two queues with the same records, or none, are equal.
                 self._followers = [other for other in self._followers if other is not follower]
 
+    def catch_up(self, follower: deque[StepRecord]) -> EngineState:
+        """Empty a follower's queue; returns the state from which its next record goes on."""
+        with self._lock:
+            follower.clear()
+            return copy.deepcopy(self._last)
+
     def save(self, path: Path) -> None:
-        """Write the steps kept as JSON, one record a line."""
-        lines = [json.dumps(dataclasses.asdict(record)) for record in self.records()]
-        path.write_text("\n".join(lines) + "\n" if lines else "")
+        """Write the steps kept as JSON: a line with the state before them, then one a step."""
+        with self._lock:
+            items = [self._first, *self._records]
+            lines = [json.dumps(dataclasses.asdict(item)) for item in items]
+        path.write_text("\n".join(lines) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Trace":
+        """Read what `save` wrote. Raises ValueError naming the line."""
+        first, *lines = path.read_text().split("\n")[:-1] or [""]
+        trace = cls(capacity=max(len(lines), 1))
+        try:
+            trace._first = EngineState(**json.loads(first))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} line 1 is not an engine state: {error}") from error
+        trace._last = copy.deepcopy(trace._first)
+        for number, line in enumerate(lines, start=2):
+            try:
+                values = json.loads(line)
+                values["phases"] = [(name, begin, end) for name, begin, end in values["phases"]]
+                record = StepRecord(**values)
+                trace._last.apply(record)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path} line {number} is not a step record: {error}") from error
+            trace._records.append(record)
+        trace._next = StepRecord(trace._last.step + 1, 0.0)
+        return trace
+
+    def states(self) -> Iterator[tuple[StepRecord, EngineState]]:
+        """Each step kept, with the state after it (one object, which changes)."""
+        with self._lock:
+            state, records = copy.deepcopy(self._first), list(self._records)
+        for record in records:
+            state.apply(record)
+            yield record, state
 
     def to_perfetto(self) -> dict[str, Any]:
         """The steps as a Chrome trace, which ui.perfetto.dev and chrome://tracing open."""
         return to_perfetto(self.records())
-
-
-def load(path: Path) -> list[StepRecord]:
-    """Read what `Trace.save` wrote. Raises ValueError naming the line."""
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            values = json.loads(line)
-            values["phases"] = [(name, begin, end) for name, begin, end in values["phases"]]
-            records.append(StepRecord(**values))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} line {number} is not a step record: {error}") from error
-    return records
 
 
 def to_perfetto(records: list[StepRecord]) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class LLMEngine:
         check_prompt(prompt_token_ids, sampling_params, self.max_model_len, self.vocab_size)
         seed = sampling_params.seed
         seed = self.seeds.getrandbits(64) if seed is None else seed
+        self.trace.arrived(request_id, len(prompt_token_ids))
         self.waiting.append(Sequence(request_id, prompt_token_ids, sampling_params, seed))
 
     def abort(self, request_id: str, reason: str = "abort") -> None:

@@ -37,13 +37,13 @@ class LLMEngine:
         self.runner = ModelRunner(config, folder)
         self.eos_token_ids = eos_token_ids(folder, load_config(folder))
         self.vocab_size = self.runner.config.vocab_size
-        self.max_model_len = self.runner.config.max_model_len
         self.kv = self.runner.kv
+        self.max_model_len = self.kv.max_model_len
         self.seeds = random.Random(config.seed)  # for requests that bring none
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the batch, with those of it that have finished
         self.aborted: list[RequestOutput] = []  # last outputs that the next step returns
-        self.trace = Trace()
+        self.trace = Trace(num_blocks=self.kv.num_blocks, block_size=self.kv.block_size)
 
     def generate(
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None, progress: bool = True
@@ -82,16 +82,10 @@ class LLMEngine:
         if any(sequence.request_id == request_id for sequence in self.unfinished()):
             raise ValueError(f"request_id {request_id!r} is in use")
         check_prompt(prompt_token_ids, sampling_params, self.max_model_len, self.vocab_size)
-        sequence = Sequence(request_id, prompt_token_ids, sampling_params, seed=0)
-        needed = self.blocks_needed(sequence)
-        if needed > self.kv.num_blocks:
-            raise ValueError(
-                f"prompt and max_tokens need {needed} blocks of {self.kv.block_size} tokens;"
-                f" the KV cache has {self.kv.num_blocks}"
-            )
         seed = sampling_params.seed
-        sequence.seed = self.seeds.getrandbits(64) if seed is None else seed
-        self.waiting.append(sequence)
+        seed = self.seeds.getrandbits(64) if seed is None else seed
+        self.trace.arrived(request_id, len(prompt_token_ids))
+        self.waiting.append(Sequence(request_id, prompt_token_ids, sampling_params, seed))
 
     def blocks_needed(self, sequence: Sequence) -> int:
         """Blocks that hold a sequence to its very end."""
@@ -136,6 +130,7 @@ class LLMEngine:
                     break
                 sequence = self.waiting.popleft()
                 sequence.block_table = self.kv.pool.allocate(needed)
+                self.trace.allocated(sequence.request_id, sequence.block_table)
                 self.running.append(sequence)
         # A finished sequence computes one token again and again: what a static batch wastes.
         return {
@@ -205,6 +200,7 @@ class LLMEngine:
         if all(other.finish_reason is not None for other in self.running):
             for other in self.running:
                 self.kv.pool.free(other.block_table)
+                self.trace.freed(other.request_id, other.block_table)
             self.running = []
 
     def fail_step(self) -> None:

@@ -6,6 +6,7 @@ operating system (Kwon et al., "Efficient Memory Management for Large Language M
 PagedAttention", SOSP 2023). What is wasted is at most the rest of each sequence's last block.
 """
 
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -93,6 +94,21 @@ class KVCache:
                 f"num_blocks is {self.num_blocks}: no memory for {total:.1f} GiB"
             ) from error
         self.pool = BlockPool(self.num_blocks)
+        self.max_model_len = self._longest_sequence(config, model)
+
+    def _longest_sequence(self, config: EngineConfig, model: ModelConfig) -> int:
+        """Tokens of the longest sequence that model and cache can hold. Raises ValueError."""
+        room = self.num_blocks * self.block_size
+        if config.max_model_len is not None and config.max_model_len > room:
+            raise ValueError(
+                f"max_model_len is {config.max_model_len}; the KV cache holds {room} tokens"
+                f" in {self.num_blocks} blocks of {self.block_size}"
+            )
+        if room < 2:
+            raise ValueError(f"num_blocks is {self.num_blocks}: a sequence needs room for 2 tokens")
+        if room < model.max_model_len:
+            print(f"Context: {room} tokens, which is what the KV cache holds", file=sys.stderr)
+        return min(model.max_model_len, room)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""

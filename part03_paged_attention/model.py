@@ -183,11 +183,11 @@ class CausalLM:
         self.config, self.ops = config, ops
         weights = Weights(tensors, dtype)
         self.num_bytes = weights.num_bytes
-        self.embedding = weights.take("model.embed_tokens.weight")
+        self.embedding = weights.linear(ops, "model.embed_tokens")
         self.norm = weights.take("model.norm.weight")
         if config.tie_word_embeddings:
             weights.tensors.pop("lm_head.weight", None)
-            self.lm_head = ops.prepare_weight(self.embedding)
+            self.lm_head = self.embedding
         else:
             self.lm_head = weights.linear(ops, "lm_head")
         layers = range(config.num_layers)
@@ -203,7 +203,7 @@ class CausalLM:
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """Hidden states of every token, [num_tokens, hidden]."""
-        residual = self.embedding[token_ids]
+        residual = self.ops.embedding(token_ids, self.embedding)
         x = torch.zeros_like(residual)
         for layer in self.layers:
             x = layer(x, residual, positions, self.rotary, kv_cache, metadata)

@@ -40,12 +40,12 @@ class ModelRunner:
         self.device, self.dtype = resolve_device(config.device, config.dtype)
         threads = config.threads or usable_cores()
         torch.set_num_threads(threads)
-        ops = select_ops(config.kernels, self.device, threads)
+        self.ops = select_ops(config.kernels, self.device, threads)
         hf_config = load_config(folder)
         max_model_len = context_length(hf_config, config.max_model_len)
         self.config = ModelConfig.from_transformers(hf_config, max_model_len)
         tensors = iter_weights(folder, self.device)
-        self.model = CausalLM(self.config, ops, tensors, self.dtype, self.device)
+        self.model = CausalLM(self.config, self.ops, tensors, self.dtype, self.device)
         self.kv = KVCache(config, self.config, self.dtype, self.device)
 
     def prepare(self, scheduled: dict[Sequence, int]) -> Batch:
@@ -101,4 +101,4 @@ class ModelRunner:
             [len(sequence.prompt_token_ids) for sequence in sequences],
             [sequence.output_token_ids for sequence in sequences],
         )
-        return sample(logits, batch)
+        return sample(self.ops, logits, batch)

@@ -27,7 +27,7 @@ from common.api import NEUTRAL
 from common.checkpoint import resolve
 from common.serving import ServerConfig
 from common.testing.http import INTERNALS, SECRET_PROMPT, check_error, raw_request, routes, send
-from common.testing.parts import PARTS, engine_of, module_of
+from common.testing.parts import PARTS, engine_of, module_of, wrap_model
 from common.testing.server import RunningServer, server_process, serving_thread
 from common.tokenizer import Tokenizer
 
@@ -641,7 +641,7 @@ def test_exceptions_stay_inside(part: int, monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("secret at 0x7f0123456789 in /etc/passwd: tokens [101, 202, 303]")
 
-    monkeypatch.setattr(engine, "run_model", fail)
+    wrap_model(engine, monkeypatch, fail)
     app = app_of(part, ServerConfig(port=0))
     with serving_thread(app) as url:
         answer = httpx.post(url + COMPLETIONS, json=BASE, timeout=60)

@@ -27,10 +27,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import torch
 
 from common.serving import ServerConfig
-from common.testing.parts import PARTS, engine_of, module_of
+from common.testing.parts import PARTS, certain_logits, engine_of, module_of, wrap_model
 from common.testing.server import RunningServer, server_process, serving_thread
 from common.trace import Trace
 
@@ -62,15 +61,14 @@ class Gate:
         self._permits = threading.Semaphore(0)
         self._is_open = False
         self.num_arrived = 0
-        real = engine.run_model
 
-        def gated(*args: Any) -> Any:
+        def gated(token_ids: list[int], num_rows: int, real: Callable[[], Any]) -> Any:
             self.num_arrived += 1
             if not self._is_open:
                 assert self._permits.acquire(timeout=SECONDS), "nobody opened the gate"
-            return real(*args)
+            return real()
 
-        monkeypatch.setattr(engine, "run_model", gated)
+        wrap_model(engine, monkeypatch, gated)
 
     def let(self, count: int) -> None:
         """Let `count` forwards through, and wait for the next one to arrive."""
@@ -113,12 +111,10 @@ class Rig:
         """No arithmetic: the model's next token is `choose(number of forwards before this)`."""
         calls = iter(range(10**9))
 
-        def run_model(token_ids: list[int], cache: Any) -> torch.Tensor:
-            logits = torch.zeros(1, self.engine.vocab_size)
-            logits[0, choose(next(calls))] = 50.0
-            return logits
+        def fake(token_ids: list[int], num_rows: int, real: Callable[[], Any]) -> Any:
+            return certain_logits(self.engine, num_rows, choose(next(calls)))
 
-        self.monkeypatch.setattr(self.engine, "run_model", run_model)
+        wrap_model(self.engine, self.monkeypatch, fake)
 
     @contextlib.contextmanager
     def serve(self, **config: Any) -> Iterator[str]:
@@ -356,14 +352,13 @@ def test_a_full_server_says_503(make_rig: Callable[..., Rig], part: int) -> None
 
 def fail_on(rig: Rig, token_id: int) -> None:
     """Make the model fail on prompts with this token."""
-    real = rig.engine.run_model
 
-    def run_model(token_ids: list[int], cache: Any) -> Any:
+    def fail(token_ids: list[int], num_rows: int, real: Callable[[], Any]) -> Any:
         if token_id in token_ids:
             raise RuntimeError(f"the model failed on {token_ids}")
-        return real(token_ids, cache)
+        return real()
 
-    rig.monkeypatch.setattr(rig.engine, "run_model", run_model)
+    wrap_model(rig.engine, rig.monkeypatch, fail)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -387,16 +382,15 @@ def test_a_failing_step_ends_its_stream_with_an_error(
     """Never with [DONE], which would make half an answer look whole; before or after a token."""
     rig = make_rig(part)
     rig.fake_model(lambda call: 5)
-    real = rig.engine.run_model
     calls: list[int] = []
 
-    def run_model(token_ids: list[int], cache: Any) -> Any:
+    def fail(token_ids: list[int], num_rows: int, real: Callable[[], Any]) -> Any:
         calls.append(len(token_ids))
         if 13 in token_ids or len(calls) == 4:
             raise RuntimeError("the model failed")
-        return real(token_ids, cache)
+        return real()
 
-    rig.monkeypatch.setattr(rig.engine, "run_model", run_model)
+    wrap_model(rig.engine, rig.monkeypatch, fail)
     with rig.serve() as url:
         for prompt, num_tokens in (([5, 13], 0), ([5, 6], 2)):
             events = events_of(url, prompt=prompt)
@@ -480,15 +474,13 @@ def test_text_is_the_same_streamed_and_whole(
     script += sorted(rig.engine.eos_token_ids)[:1]
     position = iter(range(10**9))
 
-    def run_model(token_ids: list[int], cache: Any) -> torch.Tensor:
+    def recite(token_ids: list[int], num_rows: int, real: Callable[[], Any]) -> Any:
         nonlocal position
         if len(token_ids) > 1:  # a prompt begins a completion
             position = iter(range(10**9))
-        logits = torch.zeros(1, rig.engine.vocab_size)
-        logits[0, script[next(position)]] = 50.0
-        return logits
+        return certain_logits(rig.engine, num_rows, script[next(position)])
 
-    rig.monkeypatch.setattr(rig.engine, "run_model", run_model)
+    wrap_model(rig.engine, rig.monkeypatch, recite)
     stops = [stop] if isinstance(stop, str) else stop or []
     expected = TEXT
     for string in stops:

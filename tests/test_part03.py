@@ -97,10 +97,18 @@ def test_a_batch_is_what_the_blocks_hold() -> None:
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    """The context is what the pool holds, so whatever is admitted can run alone to its end."""
     engine = engine_of(3, MODEL, block_size=4, num_blocks=10, max_num_seqs=8)
-    with pytest.raises(ValueError, match="need 11 blocks of 4 tokens; the KV cache has 10"):
+    with pytest.raises(ValueError, match="max_tokens is 8, but a prompt of 33 tokens leaves 7"):
         engine.add_request("big", [2] * 33, GREEDY)
+    with pytest.raises(ValueError, match="prompt has 40 tokens; with a context of 40 tokens"):
+        engine.add_request("bigger", [2] * 40, GREEDY)
     assert not engine.has_unfinished()
+    config = module_of(3, "config").EngineConfig
+    with pytest.raises(ValueError, match="max_model_len is 41; the KV cache holds 40 tokens"):
+        module_of(3, "engine").LLMEngine(
+            config(model=MODEL, block_size=4, num_blocks=10, max_model_len=41)
+        )
 
 
 def test_one_block_is_enough_for_one_small_request() -> None:

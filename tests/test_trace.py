@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.trace import StepRecord, Trace, load, phase, to_perfetto
+from common.trace import EngineState, StepRecord, Trace, phase, to_perfetto
 
 
 def run_steps(trace: Trace, count: int) -> None:
@@ -61,16 +61,70 @@ def test_a_step_that_raises_is_kept_with_its_open_phase() -> None:
     assert trace.records()[1].scheduled == {"request-0": 1}
 
 
-def test_outside_of_a_step_nothing_is_recorded() -> None:
+def test_what_happens_between_steps_is_in_the_next() -> None:
     trace = Trace()
     with trace.phase("forward"):
-        trace.scheduled("a", 1)
+        trace.arrived("a", 1)
         trace.finished("a", "abort")
     run_steps(trace, 1)
-    trace.finished("a", "abort")
+    trace.finished("b", "abort")
     [record] = trace.records()
-    assert record.finished == {}
-    assert [name for name, _, _ in record.phases] == ["schedule", "forward"]
+    assert (record.arrived, record.finished) == ({"a": 1}, {"a": "abort"})
+    assert [name for name, _, _ in record.phases] == ["schedule", "forward"], "none outside a step"
+    run_steps(trace, 1)
+    assert trace.records()[1].finished == {"b": "abort"}
+
+
+def run_two_requests(trace: Trace) -> None:
+    """a runs, b joins and is preempted for a, comes back, and both end."""
+    trace.arrived("a", 3)
+    trace.arrived("b", 2)
+    with trace.step():
+        trace.allocated("a", [0])
+        trace.scheduled("a", 3)
+    with trace.step():
+        trace.allocated("b", [1])
+        trace.scheduled("b", 2)
+    with trace.step():
+        trace.preempted("b")
+        trace.freed("b", [1])
+        trace.scheduled("a", 1)
+        trace.finished("a", "length")
+        trace.freed("a", [0])
+    trace.arrived("c", 1)
+    with trace.step():
+        trace.scheduled("a", 1)  # computed in vain, as in a static batch
+        trace.allocated("b", [0])
+        trace.scheduled("b", 3)
+    with trace.step():
+        trace.finished("b", "abort")
+        trace.freed("b", [0])
+
+
+EXPECTED = [
+    ({"b": 0}, {"a": 3}, {"a": [0]}),
+    ({}, {"a": 3, "b": 2}, {"a": [0], "b": [1]}),
+    ({"b": 0}, {}, {}),
+    ({"c": 0}, {"b": 3}, {"b": [0]}),
+    ({"c": 0}, {}, {}),
+]
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 4, 100])
+def test_states_are_the_sum_of_the_changes(capacity: int, tmp_path: Path) -> None:
+    """Also when the steps that made them are no longer kept, and after a round through a file."""
+    trace = Trace(capacity, num_blocks=2, block_size=16)
+    with trace.follow() as records:
+        run_two_requests(trace)
+        after = trace.catch_up(records)
+        assert not records and after.step == 4
+    trace.save(tmp_path / "trace.jsonl")
+    for kept in (trace, Trace.load(tmp_path / "trace.jsonl")):
+        states = [(s.waiting | {}, s.running | {}, dict(s.blocks)) for _, s in kept.states()]
+        assert states == EXPECTED[-capacity:]
+    last = EngineState(2, 16, 4, waiting={"c": 0})
+    assert after == last
+    assert [state for _, state in trace.states()][-1] == last
 
 
 def test_decorated_methods_are_phases_under_their_name() -> None:
@@ -158,13 +212,13 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
         trace.scheduled("naïve \u2028 \n 😀", 1)  # names that a line format could trip over
         trace.finished("naïve \u2028 \n 😀", "stop")
     trace.save(tmp_path / "trace.jsonl")
-    assert load(tmp_path / "trace.jsonl") == trace.records()
-    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == 4
+    assert Trace.load(tmp_path / "trace.jsonl").records() == trace.records()
+    assert len((tmp_path / "trace.jsonl").read_text().split("\n")) == 1 + 4 + 1
 
 
 def test_an_empty_trace_is_saved_and_loaded(tmp_path: Path) -> None:
     Trace().save(tmp_path / "trace.jsonl")
-    assert load(tmp_path / "trace.jsonl") == []
+    assert Trace.load(tmp_path / "trace.jsonl").records() == []
 
 
 @pytest.mark.parametrize(
@@ -189,8 +243,16 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "trace.jsonl"
     trace.save(path)
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=r"trace\.jsonl line 3 is not a step record"):
-        load(path)
+    with pytest.raises(ValueError, match=r"trace\.jsonl line 4 is not a step record"):
+        Trace.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "x\n", "[]\n", "null\n", '{"surprise": 1}\n'])
+def test_a_bad_first_line_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"trace\.jsonl line 1 is not an engine state"):
+        Trace.load(path)
 
 
 def test_perfetto_events_are_complete_and_in_microseconds() -> None:

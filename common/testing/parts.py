@@ -2,9 +2,12 @@
 
 import importlib
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,3 +47,36 @@ def engine_of(part: int, model: str, **flags: Any) -> Any:
     """An engine of a part, built once for the whole test run."""
     config = module_of(part, "config").EngineConfig(model=model, **flags)
     return module_of(part, "engine").LLMEngine(config)
+
+
+def wrap_model(
+    engine: Any, patch: Any, around: Callable[[list[int], int, Callable[[], Any]], Any]
+) -> None:
+    """Stand between an engine and its model, in any part.
+
+    patch: pytest's monkeypatch, which undoes it. around(token_ids, num_rows, real) gives the logits,
+    [num_rows, vocab], of a forward over these tokens; real() gives the model's own.
+    """
+    if not hasattr(engine, "runner"):
+        run_model = engine.run_model
+        patch.setattr(
+            engine,
+            "run_model",
+            lambda token_ids, cache: around(token_ids, 1, lambda: run_model(token_ids, cache)),
+        )
+        return
+    forward = engine.runner.forward
+    patch.setattr(
+        engine.runner,
+        "forward",
+        lambda batch: around(
+            batch.token_ids.tolist(), len(batch.last_tokens), lambda: forward(batch)
+        ),
+    )
+
+
+def certain_logits(engine: Any, num_rows: int, token_id: int) -> torch.Tensor:
+    """Logits of a model that is sure of one token in every row."""
+    logits = torch.zeros(num_rows, engine.vocab_size)
+    logits[:, token_id] = 50.0
+    return logits
