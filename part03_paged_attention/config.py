@@ -1,6 +1,8 @@
 """Every setting of the engine in one frozen place; each field is also a command-line flag."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from common.cli import option, validate
 from common.device import DTYPES
@@ -27,7 +29,14 @@ class EngineConfig:
         0.9, "share of a GPU's memory to use in all", minimum=0.05, maximum=1.0
     )
     # scheduling
-    max_num_seqs: int = option(32, "sequences in one batch", minimum=1, maximum=4096)
+    max_num_seqs: int | None = option(
+        None, "sequences in one batch (32 on a CPU, 256 on a GPU)", minimum=1, maximum=4096
+    )
 
     def __post_init__(self) -> None:
         validate(self)
+
+    def resolved(self, device: torch.device) -> "EngineConfig":
+        """This configuration with the defaults that depend on the device."""
+        max_num_seqs = 256 if device.type == "cuda" else 32
+        return replace(self, max_num_seqs=self.max_num_seqs or max_num_seqs)

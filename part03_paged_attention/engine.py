@@ -31,14 +31,13 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         """Load the model. Raises ValueError when it cannot be had."""
-        self.config = config
         folder = resolve(config.model)
         self.tokenizer = Tokenizer.load(folder)
         self.runner = ModelRunner(config, folder)
         self.eos_token_ids = eos_token_ids(folder, load_config(folder))
-        self.vocab_size = self.runner.config.vocab_size
-        self.kv = self.runner.kv
-        self.max_model_len = self.kv.max_model_len
+        self.config = self.runner.config  # with what depends on the device
+        self.vocab_size = self.runner.model.config.vocab_size
+        self.kv, self.max_model_len = self.runner.kv, self.runner.max_model_len
         self.seeds = random.Random(config.seed)  # for requests that bring none
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the batch, with those of it that have finished
@@ -219,7 +218,7 @@ class LLMEngine:
             "num_running": len(self.running),
             "num_waiting": len(self.waiting),
             "weight_bytes": self.runner.model.num_bytes,
-            "kv_cache_bytes": self.kv.num_blocks * self.kv.block_bytes,
+            "kv_cache_bytes": self.kv.data.nbytes,
             "num_blocks": self.kv.num_blocks,
             "num_used_blocks": used,
         }

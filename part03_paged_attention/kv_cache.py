@@ -74,55 +74,69 @@ class KVCache:
     """
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+        self,
+        num_blocks: int,
+        block_size: int,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        """Size the cache and allocate it, every page written once. Raises ValueError."""
-        self.block_size = config.block_size
-        shape = (model.num_layers, 2, self.block_size, model.num_kv_heads, model.head_dim)
-        self.block_bytes = torch.Size(shape).numel() * dtype.itemsize
-        most = config.max_num_seqs * self.blocks_for(model.max_model_len)
-        self.num_blocks = config.num_blocks or min(most, self._affordable(config, device))
-        if self.num_blocks < 1:
-            raise ValueError(
-                f"kv_cache_memory is too small: one block takes {self.block_bytes} bytes"
-            )
+        """Allocate the cache and write every page of it once. Raises ValueError."""
+        self.num_blocks, self.block_size = num_blocks, block_size
+        shape = (num_blocks, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
         try:
-            self.data = torch.empty((self.num_blocks, *shape), dtype=dtype, device=device).zero_()
+            self.data = torch.empty(shape, dtype=dtype, device=device).zero_()
         except RuntimeError as error:
-            total = self.num_blocks * self.block_bytes / GIB
+            total = torch.Size(shape).numel() * dtype.itemsize / GIB
             raise ValueError(
-                f"num_blocks is {self.num_blocks}: no memory for {total:.1f} GiB"
+                f"num_blocks is {num_blocks}: no memory for {total:.1f} GiB"
             ) from error
-        self.pool = BlockPool(self.num_blocks)
-        self.max_model_len = self._longest_sequence(config, model)
-
-    def _longest_sequence(self, config: EngineConfig, model: ModelConfig) -> int:
-        """Tokens of the longest sequence that model and cache can hold. Raises ValueError."""
-        room = self.num_blocks * self.block_size
-        if config.max_model_len is not None and config.max_model_len > room:
-            raise ValueError(
-                f"max_model_len is {config.max_model_len}; the KV cache holds {room} tokens"
-                f" in {self.num_blocks} blocks of {self.block_size}"
-            )
-        if room < 2:
-            raise ValueError(f"num_blocks is {self.num_blocks}: a sequence needs room for 2 tokens")
-        if room < model.max_model_len:
-            print(f"Context: {room} tokens, which is what the KV cache holds", file=sys.stderr)
-        return min(model.max_model_len, room)
+        self.pool = BlockPool(num_blocks)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def _affordable(self, config: EngineConfig, device: torch.device) -> int:
-        """Blocks that the memory allows."""
-        memory = config.kv_cache_memory
-        if memory is None and device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            memory = int(free - (1 - config.gpu_memory_utilization) * total)
-        elif memory is None:
-            memory = min(CPU_LIMIT, int(CPU_SHARE * free_memory()))
-        return memory // self.block_bytes
+
+def choose_num_blocks(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> int:
+    """How many blocks the cache should have: what was asked for, or what memory and need allow.
+
+    Raises ValueError.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    token_bytes = model.num_layers * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+    block_bytes = config.block_size * token_bytes
+    memory = config.kv_cache_memory
+    if memory is None and device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        memory = int(free - (1 - config.gpu_memory_utilization) * total)
+    elif memory is None:
+        memory = min(CPU_LIMIT, int(CPU_SHARE * free_memory()))
+    if memory < block_bytes:
+        raise ValueError(
+            f"kv_cache_memory is {memory} bytes; a block of {config.block_size} tokens takes"
+            f" {block_bytes}"
+        )
+    blocks_each = -(-model.max_model_len // config.block_size)
+    return min(memory // block_bytes, config.max_num_seqs * blocks_each)
+
+
+def longest_sequence(config: EngineConfig, model: ModelConfig, num_blocks: int) -> int:
+    """Tokens of the longest sequence that model and cache can hold. Raises ValueError."""
+    room = num_blocks * config.block_size
+    if config.max_model_len is not None and config.max_model_len > room:
+        raise ValueError(
+            f"max_model_len is {config.max_model_len}; the KV cache holds {room} tokens"
+            f" in {num_blocks} blocks of {config.block_size}"
+        )
+    if room < 2:
+        raise ValueError(f"num_blocks is {num_blocks}: a sequence needs room for 2 tokens")
+    if room < model.max_model_len:
+        print(f"Context: {room} tokens, which is what the KV cache holds", file=sys.stderr)
+    return min(model.max_model_len, room)
 
 
 def free_memory() -> int:

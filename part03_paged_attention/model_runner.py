@@ -16,7 +16,7 @@ from common.output import TokenLogprobs
 from common.sampling import SamplingBatch
 
 from .config import EngineConfig
-from .kv_cache import KVCache
+from .kv_cache import KVCache, choose_num_blocks, longest_sequence
 from .model import CausalLM, ModelConfig
 from .sampler import sample
 from .sequence import Sequence
@@ -38,15 +38,18 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, folder: Path) -> None:
         """Load the model and allocate the cache. Raises ValueError."""
         self.device, self.dtype = resolve_device(config.device, config.dtype)
+        self.config = config = config.resolved(self.device)
         threads = config.threads or usable_cores()
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
         hf_config = load_config(folder)
         max_model_len = context_length(hf_config, config.max_model_len)
-        self.config = ModelConfig.from_transformers(hf_config, max_model_len)
+        shape = ModelConfig.from_transformers(hf_config, max_model_len)
         tensors = iter_weights(folder, self.device)
-        self.model = CausalLM(self.config, self.ops, tensors, self.dtype, self.device)
-        self.kv = KVCache(config, self.config, self.dtype, self.device)
+        self.model = CausalLM(shape, self.ops, tensors, self.dtype, self.device)
+        num_blocks = choose_num_blocks(config, shape, self.dtype, self.device)
+        self.max_model_len = longest_sequence(config, shape, num_blocks)
+        self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
 
     def prepare(self, scheduled: dict[Sequence, int]) -> Batch:
         """Tensors for the next `scheduled[sequence]` tokens of each sequence."""
@@ -58,7 +61,7 @@ class ModelRunner:
         for sequence, count in scheduled.items():
             start = sequence.num_computed_tokens
             new = range(start, start + count)
-            token_ids += sequence.token_ids[start : start + count]
+            token_ids += sequence.tokens(start, start + count)
             positions += new
             table = sequence.block_table
             slots += [table[i // block_size] * block_size + i % block_size for i in new]

@@ -26,9 +26,12 @@ class Sequence:
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
-    @property
-    def token_ids(self) -> list[int]:
-        return self.prompt_token_ids + self.output_token_ids
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Token ids `begin` to `end` of prompt and output together."""
+        offset = len(self.prompt_token_ids)
+        if begin >= offset:
+            return self.output_token_ids[begin - offset : end - offset]
+        return (self.prompt_token_ids + self.output_token_ids)[begin:end]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
         health=async_engine.problem,
         lifespan=async_engine.lifespan,
     )
-    admission = Admission(config.max_waiting + 1)
+    admission = Admission(config.max_waiting + engine.config.max_num_seqs)
 
     async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
         admission.check(len(job.prompts))
