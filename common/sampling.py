@@ -228,6 +228,7 @@ class SamplingBatch:
     positions: torch.Tensor  # int64: the number of tokens before the one to draw
     output_counts: torch.Tensor | None  # [batch, vocab]: how often each token was generated
     num_logprobs: list[int | None]  # a plain list: it decides what is computed
+    choices: torch.Tensor | None = None  # int64: which of n completions a row is; None: all 0
 
     @classmethod
     def build(

@@ -18,7 +18,7 @@ from common.sampling import SamplingBatch
 from .config import EngineConfig
 from .kv_cache import KVCache, choose_num_blocks, longest_sequence
 from .model import CausalLM, ModelConfig
-from .sampler import sample
+from .sampler import logprobs_of, sample
 from .sequence import Sequence
 
 
@@ -104,4 +104,5 @@ class ModelRunner:
             [len(sequence.prompt_token_ids) for sequence in sequences],
             [sequence.output_token_ids for sequence in sequences],
         )
-        return sample(self.ops, logits, batch)
+        token_ids = sample(self.ops, logits, batch).tolist()
+        return token_ids, logprobs_of(logits, token_ids, batch)

@@ -12,21 +12,22 @@ from common.output import TokenLogprobs
 from common.sampling import SamplingBatch
 
 
-def sample(
-    ops: Ops, logits: Tensor, batch: SamplingBatch
-) -> tuple[list[int], list[TokenLogprobs | None]]:
-    """The next token of each row of logits, [batch, vocab], and log probabilities if asked for.
-
-    Those are the model's own: before penalties, temperature and filters.
-    """
-    scaled = logits = logits.float()
+def sample(ops: Ops, logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """The next token of each row of logits, [batch, vocab]; returns [batch] int64."""
+    logits = logits.float()
     if batch.output_counts is not None:
-        scaled = scaled - batch.presence_penalty * (batch.output_counts > 0)
-        scaled = scaled - batch.frequency_penalty * batch.output_counts
+        logits = logits - batch.presence_penalty * (batch.output_counts > 0)
+        logits = logits - batch.frequency_penalty * batch.output_counts
     columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
     columns += (batch.seeds, batch.positions)
-    token_ids = ops.sample(scaled, *(column.squeeze(1) for column in columns)).tolist()
-    return token_ids, list(map(token_logprobs, logits, token_ids, batch.num_logprobs))
+    return ops.sample(logits, *(column.squeeze(1) for column in columns))
+
+
+def logprobs_of(
+    logits: Tensor, token_ids: list[int], batch: SamplingBatch
+) -> list[TokenLogprobs | None]:
+    """Log probabilities where they are asked for: the model's own, before penalties and filters."""
+    return list(map(token_logprobs, logits.float(), token_ids, batch.num_logprobs))
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprobs | None:

@@ -1,0 +1,1 @@
+"""An engine whose sequences join and leave the batch at every step."""
