@@ -27,7 +27,9 @@ from common.api import (
     field_error,
     internal_error,
 )
+from common.exposition import make_registry, render
 from common.guard import ClientGone, Guard, split_list
+from common.metrics import EngineMetrics
 from common.prompts import check_prompt
 from common.serving import ServerConfig
 from common.tokenizer import Tokenizer
@@ -207,6 +209,16 @@ class Frontend:
             return EventSourceResponse(events(), sep="\n", send_timeout=60)
 
         self.app.add_api_route("/trace", follow, methods=["GET"], response_model=None)
+
+    def add_metrics(self, metrics: EngineMetrics) -> None:
+        """Add `GET /metrics`: the engine's numbers and this process's, for Prometheus to read."""
+        registry = make_registry(metrics, self.model)
+
+        async def scrape(request: Request) -> Response:
+            content, kind = render(registry, ", ".join(request.headers.getlist("accept")))
+            return Response(content, headers={"Content-Type": kind})
+
+        self.app.add_api_route("/metrics", scrape, methods=["GET"], response_model=None)
 
     async def read(self, request: CompletionRequest | ChatCompletionRequest) -> Job:
         """Check a request and turn it into tokens. Raises ApiError."""

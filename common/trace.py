@@ -162,6 +162,11 @@ class Trace:
         """Note that a request ended."""
         self._next.finished[request_id] = reason
 
+    @property
+    def last_record(self) -> StepRecord | None:
+        """The latest step, None before the first."""
+        return self._records[-1] if self._records else None
+
     def records(self) -> list[StepRecord]:
         """The steps kept, oldest first."""
         with self._lock:

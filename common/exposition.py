@@ -1,0 +1,89 @@
+"""`GET /metrics`: an engine's numbers and the process's own, in the formats Prometheus reads."""
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from common.metrics import CACHE_CONFIG, COUNTERS, HISTOGRAMS, READINGS, EngineMetrics
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text"
+
+LABELS = ["model_name", "engine"]
+ENGINE = "0"  # one engine behind a server
+
+
+class EngineCollector(Collector):
+    """Reads an engine's numbers whenever its registry is asked for them."""
+
+    def __init__(self, metrics: EngineMetrics, model_name: str) -> None:
+        self.metrics = metrics
+        self.values = [model_name, ENGINE]
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._readings()
+        for name, text in COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=LABELS)
+            counter.add_metric(self.values, self.metrics.counters[name])
+            yield counter
+        finished = CounterMetricFamily(
+            "vllm:request_success",
+            "Requests that ended, by how.",
+            labels=[*LABELS, "finished_reason"],
+        )
+        for reason, count in self.metrics.finished.items():
+            finished.add_metric([*self.values, reason], count)
+        yield finished
+        for name, histogram in self.metrics.histograms.items():
+            family = HistogramMetricFamily(name, HISTOGRAMS[name][0], labels=LABELS)
+            bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
+            counts = accumulate(histogram.counts)
+            family.add_metric(self.values, list(zip(bounds, counts, strict=True)), histogram.sum)
+            yield family
+
+    def _readings(self) -> Iterator[Metric]:
+        """What the engine's `stats()` says."""
+        stats = self.metrics.stats()
+        for reading in READINGS:
+            if reading.key in stats:
+                kinds = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
+                family = kinds[reading.kind](reading.name, reading.text, labels=LABELS)
+                unit = stats[reading.per] if reading.per is not None else 1
+                family.add_metric(self.values, stats[reading.key] / unit)
+                yield family
+        if all(key in stats for key in CACHE_CONFIG.values()):
+            info = GaugeMetricFamily(
+                "vllm:cache_config_info",
+                "How the KV cache is laid out; the value is 1.",
+                labels=[*CACHE_CONFIG, "engine"],
+            )
+            info.add_metric([*(str(stats[key]) for key in CACHE_CONFIG.values()), ENGINE], 1)
+            yield info
+
+
+def make_registry(metrics: EngineMetrics, model_name: str) -> CollectorRegistry:
+    """A registry of its own for each app, beside which others may live in the process."""
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(metrics, model_name))
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    return registry
+
+
+def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """What the registry holds, and its content type: OpenMetrics for those who accept it."""
+    if OPENMETRICS in accept:
+        return openmetrics.generate_latest(registry), openmetrics.CONTENT_TYPE_LATEST
+    return generate_latest(registry), TEXT
