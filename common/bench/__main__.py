@@ -12,6 +12,8 @@ SUBCOMMANDS = {
     "limits": "measure what this machine can do",
     "kernels": "each operation's kernels, against the limits",
     "offline": "a part's generate: prefill, decode, memory, start-up, MBU, MFU",
+    "ladder": "all parts on the same work, side by side",
+    "compare": "a part beside transformers, vLLM or llama.cpp",
     "serve": "load on an OpenAI-compatible server: TTFT, ITL, TPOT, E2E",
     "startup": "how long parts take to start, and their memory",
     "streaming": "one part's whole responses against another's streams",

@@ -1,4 +1,4 @@
-"""The fresh process behind `offline`, `startup` and `limits`: one JSON job in, one JSON answer out.
+"""The fresh process behind all that measures a part, and behind `limits`: one JSON job in, one JSON answer out.
 
 Run as `python -m common.bench._worker` with the job on standard input. Whatever engines print goes
 to standard error, so that standard output holds the answer alone.
@@ -95,6 +95,28 @@ def offline_job(job: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def generate_job(job: dict[str, Any]) -> dict[str, Any]:
+    """{"part", "model", "settings", "runs": [{"prompts", "max_tokens"}]} -> seconds and token ids of
+    each run: greedy, and no token ends it."""
+    engine, config, answer = start_engine(job)
+    from common.sampling import SamplingParams
+
+    runs: list[dict[str, Any]] = []
+    for run in job["runs"]:
+        params = [
+            SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+            for count in run["max_tokens"]
+        ]
+        start = time.perf_counter()
+        completions = engine.generate(run["prompts"], params, progress=False)
+        seconds = time.perf_counter() - start
+        runs.append({"seconds": seconds, "outputs": [list(done.token_ids) for done in completions]})
+    answer |= {"runs": runs, "shape": model_config(job["model"]), **engine_facts(engine, config)}
+    if hasattr(engine, "shutdown"):
+        engine.shutdown()
+    return answer
+
+
 def model_config(model: str) -> dict[str, Any] | None:
     """The model's config.json, or None for a name that `common.checkpoint` does not know."""
     from common.checkpoint import read_json, resolve
@@ -129,7 +151,12 @@ def engine_facts(engine: Any, config: Any) -> dict[str, Any]:
     }
 
 
-JOBS = {"limits": limits_job, "offline": offline_job, "startup": startup_job}
+JOBS = {
+    "generate": generate_job,
+    "limits": limits_job,
+    "offline": offline_job,
+    "startup": startup_job,
+}
 
 
 def main() -> None:

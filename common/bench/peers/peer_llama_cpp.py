@@ -5,6 +5,7 @@ through it: every sequence has an id, and a step is one `llama_batch` with a tok
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 from peer_protocol import Generate, main
@@ -25,18 +26,11 @@ def start(job: dict[str, Any]) -> tuple[Generate, str]:
     model = llama.llama_model_load_from_file(job["gguf"].encode(), model_params)
     if not model:
         raise ValueError(f"llama.cpp cannot load {job['gguf']}")
-    params = llama.llama_context_default_params()
-    params.n_ctx = job["max_num_seqs"] * job["max_model_len"]
-    params.n_seq_max = job["max_num_seqs"]
-    params.n_batch = MAX_BATCH
-    params.n_threads = params.n_threads_batch = job["threads"]
-    context = llama.llama_init_from_model(model, params)
-    if not context:
-        raise ValueError("llama.cpp cannot make a context of that size")
+    context = contexts(llama, model, job)
     vocab_size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     batch = llama.llama_batch_init(MAX_BATCH, 0, 1)
 
-    def forward(entries: list[tuple[int, int, int, bool]]) -> dict[int, int]:
+    def forward(place: Any, entries: list[tuple[int, int, int, bool]]) -> dict[int, int]:
         """Run (token, position, sequence, wants logits); returns the next token by sequence."""
         chosen = {}
         for first in range(0, len(entries), MAX_BATCH):
@@ -45,23 +39,24 @@ def start(job: dict[str, Any]) -> tuple[Generate, str]:
             for i, (token, position, sequence, wanted) in enumerate(part):
                 batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-            if status := llama.llama_decode(context, batch):
+            if status := llama.llama_decode(place, batch):
                 raise RuntimeError(f"llama_decode gave {status}")
             for i, (_, _, sequence, wanted) in enumerate(part):
                 if wanted:
-                    logits = llama.llama_get_logits_ith(context, i)
+                    logits = llama.llama_get_logits_ith(place, i)
                     row = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float * vocab_size))
                     chosen[sequence] = int(numpy.frombuffer(row.contents, numpy.float32).argmax())
         return chosen
 
     def generate(prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:
-        llama.llama_memory_clear(llama.llama_get_memory(context), False)
+        place = context(len(prompts))
+        llama.llama_memory_clear(llama.llama_get_memory(place), False)
         entries = [
             (token, position, sequence, position == len(prompt) - 1)
             for sequence, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
         ]
-        chosen = forward(entries)
+        chosen = forward(place, entries)
         outputs = [[chosen[sequence]] for sequence in range(len(prompts))]
         while True:
             entries = [
@@ -71,10 +66,32 @@ def start(job: dict[str, Any]) -> tuple[Generate, str]:
             ]
             if not entries:
                 return outputs
-            for sequence, token in forward(entries).items():
+            for sequence, token in forward(place, entries).items():
                 outputs[sequence].append(token)
 
     return generate, file_type(llama, model)
+
+
+def contexts(llama: Any, model: Any, job: dict[str, Any]) -> Callable[[int], Any]:
+    """Gives a context for so many sequences, the last one again where it fits: llama.cpp is slower
+    with room for more than there are."""
+    kept: dict[int, Any] = {}
+
+    def context(num_sequences: int) -> Any:
+        if num_sequences not in kept:
+            while kept:
+                llama.llama_free(kept.popitem()[1])
+            params = llama.llama_context_default_params()
+            params.n_ctx = num_sequences * job["max_model_len"]
+            params.n_seq_max = num_sequences
+            params.n_batch = MAX_BATCH
+            params.n_threads = params.n_threads_batch = job["threads"]
+            kept[num_sequences] = llama.llama_init_from_model(model, params)
+        if not kept[num_sequences]:
+            raise RuntimeError(f"llama.cpp makes no context for {num_sequences} sequences")
+        return kept[num_sequences]
+
+    return context
 
 
 def file_type(llama: Any, model: Any) -> str:

