@@ -121,7 +121,7 @@ class Trace:
             with self._lock:
                 self._last.apply(record)
                 self._records.append(record)
-                if len(self._records) > self.capacity:
+                while len(self._records) > self.capacity:
                     self._first.apply(self._records.popleft())
                 for follower in self._followers:
                     follower.append(record)

@@ -29,7 +29,7 @@ class Batch:
     token_ids: torch.Tensor  # [num_tokens] int64
     positions: torch.Tensor  # [num_tokens] int64
     metadata: AttentionMetadata
-    last_tokens: torch.Tensor  # [num_seqs] int64: each sequence's last place in the batch
+    sampled_tokens: torch.Tensor  # [num_seqs] int64: each sequence's last place in the batch
 
 
 class ModelRunner:
@@ -81,16 +81,16 @@ class ModelRunner:
             max_query_len=max(scheduled.values()),
             max_seq_len=max(lengths),
         )
-        last_tokens = tensor([end - 1 for end in ends[1:]], torch.int64)
+        sampled_tokens = tensor([end - 1 for end in ends[1:]], torch.int64)
         return Batch(
-            tensor(token_ids, torch.int64), tensor(positions, torch.int64), metadata, last_tokens
+            tensor(token_ids, torch.int64), tensor(positions, torch.int64), metadata, sampled_tokens
         )
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits after each sequence's last token, [num_seqs, vocab]."""
         hidden = self.model.forward(batch.token_ids, batch.positions, self.kv.data, batch.metadata)
-        return self.model.logits(hidden[batch.last_tokens])
+        return self.model.logits(hidden[batch.sampled_tokens])
 
     @torch.inference_mode()
     def sample(

@@ -31,7 +31,6 @@ import pytest
 from common.serving import ServerConfig
 from common.testing.parts import PARTS, certain_logits, engine_of, module_of, wrap_model
 from common.testing.server import RunningServer, server_process, serving_thread
-from common.trace import Trace
 
 MODEL = "random:tiny-llama"
 COMPLETIONS = "/v1/completions"
@@ -537,7 +536,7 @@ def test_requests_leave_nothing(make_rig: Callable[..., Rig], part: int) -> None
     """No object stays for each request, finished, failed, refused or left."""
     rig = make_rig(part)
     if part in STREAMING:
-        rig.monkeypatch.setattr(rig.engine, "trace", Trace(capacity=16))
+        rig.monkeypatch.setattr(rig.engine.trace, "capacity", 16)
     rig.fake_model(lambda call: 5 + call % 400)
     fail_on(rig, 13)
     logging.disable()  # pytest keeps every record, and so every traceback's objects

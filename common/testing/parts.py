@@ -70,7 +70,7 @@ def wrap_model(
         engine.runner,
         "forward",
         lambda batch: around(
-            batch.token_ids.tolist(), len(batch.last_tokens), lambda: forward(batch)
+            batch.token_ids.tolist(), len(batch.sampled_tokens), lambda: forward(batch)
         ),
     )
 
