@@ -129,4 +129,4 @@ def caption(result: Result) -> str:
         machine["gpus"][0]["name"] if result["limits"].get("device") == "cuda" else machine["cpu"]
     )
     cores = "" if result["limits"].get("device") == "cuda" else f", {machine['cores']} cores"
-    return f"{name}{cores}. {result['date'][:10]}. Bars and lines: slowest to fastest round."
+    return f"{name}{cores}. {result['date'][:10]}. Thin lines: slowest to fastest round."

@@ -1,0 +1,183 @@
+"""The operations that `speed` measures: inputs for each, and how much work it cannot avoid."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.kernels import Ops
+
+BLOCK_SIZE = 16
+FILTERS = {
+    "greedy": {"temperature": 0.0},
+    "plain": {},
+    "top_k 50": {"top_k": 50},
+    "top_p 0.9": {"top_p": 0.9},
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model's sizes."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @property
+    def qkv(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def linears(self) -> list[tuple[str, int, int]]:
+        """(name, out_features, in_features) of a layer's products, and of the output's."""
+        heads = self.num_heads * self.head_dim
+        return [
+            ("qkv", self.qkv, self.hidden),
+            ("o", self.hidden, heads),
+            ("gate_up", 2 * self.intermediate, self.hidden),
+            ("down", self.hidden, self.intermediate),
+            ("lm_head", self.vocab, self.hidden),
+        ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape: what it must read and write, what it computes, and the call."""
+
+    name: str
+    num_bytes: float
+    num_flops: float
+    make: Callable[[], Callable[[], object]]
+
+
+class Maker:
+    """Makes cases of one shape, on one device, in one number format."""
+
+    def __init__(self, shape: Shape, device: "torch.device", dtype: "torch.dtype") -> None:
+        self.shape, self.size = shape, dtype.itemsize
+        self.like = {"device": device, "dtype": dtype}
+        self.on = {"device": device}
+
+    def linears(self, ops: "Ops", counts: tuple[int, ...]) -> list[Case]:
+        """Products for so many tokens; the output's only for as many as decode together."""
+        return [
+            self.linear(ops, name, count, outs, ins)
+            for name, outs, ins in self.shape.linears
+            for count in counts
+            if name != "lm_head" or count <= 256
+        ]
+
+    def linear(self, ops: "Ops", name: str, count: int, outs: int, ins: int) -> Case:
+        def make() -> Callable[[], object]:
+            import torch
+
+            x = torch.randn(count, ins, **self.like)
+            weight = ops.prepare_weight(torch.randn(outs, ins, **self.like))
+            return lambda: ops.linear(x, weight)
+
+        num_bytes = self.size * (outs * ins + count * (outs + ins))
+        text = f"linear {name}, {count} x {outs} x {ins}"
+        return Case(text, num_bytes, 2.0 * count * outs * ins, make)
+
+    def attention(self, ops: "Ops", num_seqs: int, num_queries: int, num_tokens: int) -> Case:
+        """The queries are the last tokens of each sequence; blocks lie in random order."""
+        shape = self.shape
+
+        def make() -> Callable[[], object]:
+            import torch
+
+            from common.kernels import AttentionMetadata
+
+            num_blocks = -(-num_tokens // BLOCK_SIZE)
+            blocks = torch.randperm(num_seqs * num_blocks, **self.on)
+            sizes = (len(blocks), 1, 2, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
+            cache = torch.randn(sizes, **self.like)
+            query = torch.randn(
+                num_seqs * num_queries, shape.num_heads, shape.head_dim, **self.like
+            )
+            starts = torch.arange(num_seqs + 1, dtype=torch.int32, **self.on) * num_queries
+            metadata = AttentionMetadata(
+                cu_seqlens_q=starts,
+                seq_lens=torch.full_like(starts[1:], num_tokens),
+                block_tables=blocks.view(num_seqs, num_blocks).int(),
+                slot_mapping=torch.arange(len(query), **self.on),
+                max_query_len=num_queries,
+                max_seq_len=num_tokens,
+            )
+            return lambda: ops.attention(query, cache, 0, metadata, shape.head_dim**-0.5)
+
+        pairs = num_seqs * sum(num_tokens - i for i in range(num_queries))
+        cached = 2 * num_seqs * num_tokens * shape.num_kv_heads * shape.head_dim
+        queries = 2 * num_seqs * num_queries * shape.num_heads * shape.head_dim
+        flops = 4.0 * pairs * shape.num_heads * shape.head_dim
+        text = f"attention, {num_seqs} x {num_queries} of {num_tokens}"
+        return Case(text, self.size * (cached + queries), flops, make)
+
+    def small(self, ops: "Ops", count: int) -> list[Case]:
+        """What lies between the products, for so many tokens."""
+        shape = self.shape
+
+        def norm() -> Callable[[], object]:
+            import torch
+
+            x, residual = torch.randn(2, count, shape.hidden, **self.like)
+            weight = torch.ones(shape.hidden, **self.like)
+            return lambda: ops.add_rms_norm(x, residual, weight, 1e-6)
+
+        def rotary() -> Callable[[], object]:
+            import torch
+
+            num_blocks = -(-count // BLOCK_SIZE)
+            sizes = (num_blocks, 1, 2, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
+            cache = torch.zeros(sizes, **self.like)
+            table = torch.rand(count, shape.head_dim, **self.on)
+            slots = torch.arange(count, **self.on)
+            qkv = torch.randn(count, shape.qkv, **self.like)
+            norms = torch.ones(2, shape.head_dim, **self.like)
+            return lambda: ops.rotary_and_store(qkv, table, slots, cache, 0, slots, *norms)
+
+        def silu() -> Callable[[], object]:
+            import torch
+
+            gate_up = torch.randn(count, 2 * shape.intermediate, **self.like)
+            return lambda: ops.silu_and_mul(gate_up)
+
+        each = self.size * count
+        return [
+            Case(f"add_rms_norm, {count} tokens", 4 * each * shape.hidden, 0, norm),
+            Case(f"rotary_and_store, {count} tokens", 2 * each * shape.qkv, 0, rotary),
+            Case(f"silu_and_mul, {count} tokens", 3 * each * shape.intermediate, 0, silu),
+        ]
+
+    def samplers(self, ops: "Ops", num_rows: int) -> list[Case]:
+        return [
+            Case(
+                f"sample, {num_rows} x {self.shape.vocab}, {name}",
+                self.size * num_rows * self.shape.vocab,
+                0,
+                lambda params=params: self.sampler(ops, num_rows, params),
+            )
+            for name, params in FILTERS.items()
+        ]
+
+    def sampler(self, ops: "Ops", num_rows: int, params: dict[str, float]) -> Callable[[], object]:
+        import torch
+
+        logits = torch.randn(num_rows, self.shape.vocab, **self.like) * 3
+        ones, numbers = torch.ones(num_rows, **self.on), torch.arange(num_rows, **self.on)
+        columns = (
+            ones * params.get("temperature", 1.0),
+            torch.full_like(numbers, int(params.get("top_k", 0))),
+            ones * params.get("top_p", 1.0),
+            ones * params.get("min_p", 0.0),
+            numbers,
+            numbers,
+        )
+        return lambda: ops.sample(logits, *columns)
