@@ -31,6 +31,7 @@ import pytest
 from common.serving import ServerConfig
 from common.testing.parts import PARTS, certain_logits, engine_of, module_of, wrap_model
 from common.testing.server import RunningServer, server_process, serving_thread
+from common.trace import Trace
 
 MODEL = "random:tiny-llama"
 COMPLETIONS = "/v1/completions"
@@ -102,6 +103,14 @@ class Rig:
             return getattr(self, attribute)
 
         self.monkeypatch.setattr(module, class_name, make)
+
+    def fresh_trace(self) -> Trace:
+        """A trace without the requests of other tests, which bear the same names."""
+        trace = Trace()
+        for owner in (self.engine, getattr(self.engine, "scheduler", None)):
+            if owner is not None:
+                self.monkeypatch.setattr(owner, "trace", trace)
+        return trace
 
     def gate(self) -> Gate:
         return Gate(self.engine, self.monkeypatch)
@@ -201,7 +210,7 @@ def test_a_client_that_leaves(
         expected = tokens_of(ask(url))
         rig.check_idle()
     rig = make_rig(part)
-    rig.monkeypatch.setattr(rig.engine, "trace", Trace())
+    rig.fresh_trace()
     gate = rig.gate()
     long = BASE | {"prompt": [9, 9], "max_tokens": 900, "stream": is_streamed}
     with rig.serve() as url, ThreadPoolExecutor(1) as pool:
@@ -256,8 +265,7 @@ def test_part_01_goes_on_for_a_client_that_left(make_rig: Callable[..., Rig]) ->
 def test_clients_that_never_read(make_rig: Callable[..., Rig], part: int) -> None:
     """Neither a stream nor the trace waits for its reader, and neither grows for ever."""
     rig = make_rig(part)
-    trace = Trace()
-    rig.monkeypatch.setattr(rig.engine, "trace", trace)
+    trace = rig.fresh_trace()
     rig.fake_model(lambda call: 5 + call % 400)
     with rig.serve() as url, contextlib.ExitStack() as stack:
         port = int(url.rpartition(":")[2])
