@@ -1,0 +1,237 @@
+"""Part 04's own invariants: who joins and who is preempted, the packed input, n completions."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.sampling import SamplingParams
+from common.testing.oracle import check_greedy, check_seeded
+from common.testing.parts import distinct_files, engine_of, module_of, wrap_model
+
+MODEL = "random:tiny-llama"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+def engine_with(**flags: Any) -> Any:
+    return engine_of(4, MODEL, threads=1, **flags)
+
+
+def step(engine: Any) -> dict[str, int]:
+    """One step; request id -> tokens it ran."""
+    engine.step()
+    engine.check_integrity()
+    return dict(engine.trace.records()[-1].scheduled)
+
+
+def finish(engine: Any) -> None:
+    while engine.has_unfinished():
+        step(engine)
+    assert engine.kv.pool.num_free == engine.kv.num_blocks
+
+
+def test_sequences_join_and_leave_at_every_step() -> None:
+    engine = engine_with(num_blocks=64, block_size=4, max_num_seqs=8)
+    engine.add_request("a", [2] * 5, replace(GREEDY, max_tokens=3))
+    assert step(engine) == {"a": 5}
+    engine.add_request("b", [3] * 7, GREEDY)
+    engine.add_request("c", [4] * 2, GREEDY)
+    assert step(engine) == {"b": 7, "c": 2}, "a prefill step whenever somebody can join"
+    assert step(engine) == {"a": 1, "b": 1, "c": 1}
+    assert step(engine) == {"a": 1, "b": 1, "c": 1}
+    assert step(engine) == {"b": 1, "c": 1}, "a has left"
+    engine.abort("b")
+    assert step(engine) == {"c": 1}
+    finish(engine)
+
+
+def test_prompts_of_a_step_stay_in_the_budget_but_for_the_first() -> None:
+    engine = engine_with(num_blocks=64, block_size=4, max_num_seqs=8, max_num_batched_tokens=20)
+    for name, length in (("a", 30), ("b", 12), ("c", 8), ("d", 1)):
+        engine.add_request(name, [2] * length, GREEDY)
+    assert step(engine) == {"a": 30}
+    assert step(engine) == {"b": 12, "c": 8}
+    assert step(engine) == {"d": 1}
+    finish(engine)
+
+
+def test_nobody_overtakes() -> None:
+    """The head of the queue needs more than is free; the small one behind it waits all the same."""
+    engine = engine_with(num_blocks=10, block_size=4, max_num_seqs=8)
+    engine.add_request("a", [2] * 20, replace(GREEDY, max_tokens=4))
+    engine.add_request("big", [2] * 20, GREEDY)
+    engine.add_request("small", [2], GREEDY)
+    assert step(engine) == {"a": 20}
+    for _ in range(3):
+        assert step(engine) == {"a": 1}
+    assert step(engine) == {"big": 20, "small": 1}
+    finish(engine)
+
+
+def test_who_joins_leaves_each_of_the_others_a_block_to_grow_into() -> None:
+    engine = engine_with(num_blocks=6, block_size=4, max_num_seqs=8)
+    engine.add_request("a", [2] * 8, GREEDY)
+    engine.add_request("b", [2] * 16, GREEDY)
+    assert step(engine) == {"a": 8}, "4 blocks are free and b needs 4, but a will want one"
+    assert step(engine) == {"a": 1}
+    finish(engine)
+
+
+def test_the_newest_is_preempted_keeps_its_output_and_comes_back_first() -> None:
+    engine = engine_with(num_blocks=6, block_size=2, max_num_seqs=8)
+    long = replace(GREEDY, max_tokens=7)
+    for name in ("a", "b"):
+        engine.add_request(name, [2, 3, 4], long)
+        step(engine)
+    tokens: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    seen: list[dict[str, int]] = []
+    preempted: list[str] = []
+    engine.add_request("c", [5], long)
+    while engine.has_unfinished():
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+        engine.check_integrity()
+        record = engine.trace.records()[-1]
+        seen.append(dict(record.scheduled))
+        if record.preempted and not preempted:
+            assert list(record.scheduled) == ["a"], "nobody joins in that step"
+        preempted += record.preempted
+    assert preempted[0] == "b", "the newest that ran, not the oldest"
+    back = next(scheduled for scheduled in seen if scheduled.get("b", 0) > 1)
+    assert back["b"] > 3, "prompt and output run again as one"
+    order = [name for scheduled in seen for name in scheduled if scheduled[name] > 1 or name == "c"]
+    assert order.index("b") < order.index("c"), "it waits before those who have not run yet"
+    known = engine_with(num_blocks=64, block_size=4, max_num_seqs=8)
+    alone = known.generate([[2, 3, 4]], long, progress=False)[0].token_ids
+    assert tokens["b"] == alone[len(alone) - len(tokens["b"]) :]
+
+
+def test_penalties_count_on_after_a_preemption() -> None:
+    """Output counts live on the device by row; a sequence that comes back may get another row."""
+    params = SamplingParams(seed=5, presence_penalty=1.5, frequency_penalty=1.5, ignore_eos=True)
+    params = replace(params, max_tokens=30, temperature=0.3)
+    prompts = [[i + 2] * 3 for i in range(6)]
+    engine = engine_with(num_blocks=17, block_size=4, max_num_seqs=4)
+    before = engine.stats()["num_preemptions"]
+    outputs = [c.token_ids for c in engine.generate(prompts, params, progress=False)]
+    assert engine.stats()["num_preemptions"] > before
+    rows = [(p, o, params) for p, o in zip(prompts, outputs, strict=True)]
+    verdict = check_seeded(MODEL, rows)
+    assert verdict.num_tokens == 180 and verdict.is_right, verdict
+    free = replace(params, presence_penalty=0.0, frequency_penalty=0.0)
+    assert not check_seeded(MODEL, [(p, o, free) for p, o, _ in rows]).is_right
+
+
+def test_a_failing_prompt_leaves_the_running_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_with(num_blocks=64, block_size=4, max_num_seqs=8)
+    expected = engine.generate([[2, 3, 4]], GREEDY, progress=False)[0].token_ids
+
+    def fail(token_ids: list[int], num_rows: int, real: Any) -> Any:
+        if 13 in token_ids:
+            raise RuntimeError("the model failed")
+        return real()
+
+    wrap_model(engine, monkeypatch, fail)
+    got: list[int] = []
+    reasons: dict[str, str] = {}
+    engine.add_request("good", [2, 3, 4], GREEDY)
+    for number in range(20):
+        if number == 3:
+            engine.add_request("bad", [13], GREEDY)
+            engine.add_request("beside", [5], GREEDY)
+        try:
+            outputs = engine.step()
+        except RuntimeError:
+            engine.fail_step()
+            outputs = []
+        engine.check_integrity()
+        for output in outputs:
+            got += output.token_ids if output.request_id == "good" else []
+            if output.finish_reason:
+                reasons[output.request_id] = output.finish_reason
+    assert reasons == {"good": "length", "bad": "error", "beside": "error"}
+    assert got == expected
+    assert engine.kv.pool.num_free == 64 and not engine.has_unfinished()
+
+
+def test_n_completions_of_one_prompt() -> None:
+    """One noise for each: they differ from each other, repeat, and the first is what n=1 gives."""
+    engine = engine_with(num_blocks=64, block_size=4, max_num_seqs=8)
+    params = SamplingParams(seed=3, max_tokens=8, ignore_eos=True, n=4)
+    outputs = engine.generate([[5, 6], [7]], params, progress=False)
+    assert [output.index for output in outputs] == list(range(8))
+    tokens = [output.token_ids for output in outputs]
+    assert len(set(map(tuple, tokens))) == 8
+    assert tokens == [o.token_ids for o in engine.generate([[5, 6], [7]], params, progress=False)]
+    single = engine.generate([[5, 6], [7]], replace(params, n=1), progress=False)
+    assert [o.token_ids for o in single] == [tokens[0], tokens[4]]
+    greedy = engine.generate([[5, 6]], replace(GREEDY, n=2), progress=False)
+    assert greedy[0].token_ids == greedy[1].token_ids
+    assert check_greedy(MODEL, [([5, 6], greedy[1].token_ids)]).is_right
+
+
+SHAPES = st.tuples(*[st.integers(1, 40)] * 4)
+
+
+@pytest.mark.parametrize("part", distinct_files("input_buffers.py"))
+@given(SHAPES)
+@settings(max_examples=100, deadline=None)
+def test_packed_fields_do_not_overlap(part: int, numbers: tuple[int, int, int, int]) -> None:
+    """Each field is written with its own number; all are read back whole, at aligned addresses."""
+    module = module_of(part, "input_buffers")
+    shape = module.BatchShape(*numbers)
+    buffers = module.InputBuffers(module.BatchShape(40, 40, 40, 40), torch.device("cpu"))
+    arrays, tensors = buffers.arrays(shape), buffers.tensors(shape)
+    for number, array in enumerate(arrays.values()):
+        array[:] = number
+    buffers.copy_to_device(shape)
+    for number, (name, tensor) in enumerate(tensors.items()):
+        assert tensor.data_ptr() % 64 == buffers.device.data_ptr() % 64, name
+        assert (tensor == number).all(), name
+        assert len(tensor) == len(arrays[name]) == shape.lengths()[module.FIELDS[name][1]], name
+    again = buffers.tensors(module.BatchShape(*numbers))
+    assert {n: t.data_ptr() for n, t in again.items()} == {
+        n: t.data_ptr() for n, t in tensors.items()
+    }, "batches of one shape lie at the same addresses"
+
+
+def test_the_packed_batch_says_what_is_scheduled() -> None:
+    """A prompt beside a decode row, read back from the buffer and held against plain arithmetic."""
+    engine = engine_with(num_blocks=64, block_size=4, max_num_seqs=8)
+    sequence_class = module_of(4, "sequence").Sequence
+    old = sequence_class("old", [7] * 6, GREEDY, seed=9, row=2, num_computed_tokens=6)
+    old.output_token_ids, old.block_table = [42], [9, 3]
+    new = sequence_class("new", [11, 12, 13], SamplingParams(top_k=5), seed=2**64 - 1, row=0)
+    new.block_table = [5]
+    output = module_of(4, "scheduler").SchedulerOutput(
+        {new: 3, old: 1}, [new, old], {new: [5], old: [9, 3]}
+    )
+    batch = engine.runner.prepare(output)
+    assert batch.token_ids.tolist() == [11, 12, 13, 42]
+    assert batch.positions.tolist() == [0, 1, 2, 6]
+    assert batch.metadata.cu_seqlens_q.tolist() == [0, 3, 4]
+    assert batch.metadata.seq_lens.tolist() == [3, 7]
+    assert batch.metadata.slot_mapping.tolist() == [20, 21, 22, 14]
+    assert batch.metadata.block_tables[1].tolist() == [9, 3]
+    assert batch.metadata.block_tables[0, 0] == 5
+    assert (batch.metadata.max_query_len, batch.metadata.max_seq_len) == (3, 7)
+    assert batch.sampled == [new, old] and batch.sampled_tokens.tolist() == [2, 3]
+    assert batch.rows.tolist() == [0, 2]
+    assert batch.sampling.seeds.tolist() == [[-1], [9]]
+    assert batch.sampling.positions.tolist() == [[3], [7]]
+    assert batch.sampling.top_k.tolist() == [[5], [0]]
+    assert np.allclose(batch.sampling.temperature, [[1.0], [0.0]])
+    half = module_of(4, "scheduler").SchedulerOutput({new: 2}, [], {})
+    assert engine.runner.prepare(half).sampled == [], "sampled only after its last token"
+
+
+def test_a_step_says_what_it_holds() -> None:
+    engine = engine_with(num_blocks=64, block_size=4, max_num_seqs=8)
+    stats = engine.stats()
+    per_token = 2 * engine.runner.model.config.num_layers * engine.kv.data[0, 0, 0, 0].nbytes
+    assert stats["kv_cache_bytes"] == 64 * 4 * per_token
+    assert stats["buffer_bytes"] > 0 and stats["weight_bytes"] > 0
