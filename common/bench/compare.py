@@ -190,17 +190,9 @@ def compare_result(
     args: argparse.Namespace, entrants: list[Entrant], points: list[Point], limits: dict[str, Any]
 ) -> Result:
     ours = entrants[0]
-    table = list(
-        rows(
-            entrants,
-            points,
-            limits,
-            lambda entrant: None if entrant is ours else (ours, entrant),
-        )
+    table = rows(
+        entrants, points, limits, lambda entrant: None if entrant is ours else (ours, entrant)
     )
-    formats = {entrant.name: entrant.facts.get("dtype") for entrant in entrants}
-    for row in table:
-        row["dtype"] = formats[row["engine"]]
     columns = [COLUMNS[1], COLUMNS[0], column("dtype", "format"), *COLUMNS[2:]]
     notes = [
         f"Model {args.model}, greedy; each measurement in a fresh process, engines in turns,"

@@ -9,6 +9,7 @@ measured limits of the machine, memory's or arithmetic's, would be reached.
 from pathlib import Path
 from typing import Any
 
+from common.bench.costs import DTYPE_BYTES
 from common.bench.results import Result
 
 MARKERS = "osD^vPXp*h<>dH8"
@@ -34,7 +35,7 @@ def plot_rates(result: Result, path: Path) -> None:
     widths = [3.0] * bool(decode) + [2.2] * len(bars)
     if not widths:
         raise ValueError("there is nothing to draw: no engine was measured")
-    names = list(dict.fromkeys(row["engine"] for row in result["rows"]))
+    names = list(dict.fromkeys(label(row) for row in result["rows"]))
     height = max(3.4, 1.6 + 0.34 * len(names))
     figure = Figure(figsize=(2.7 * sum(widths) if len(widths) > 1 else 7.5, height))
     figure.set_layout_engine("constrained")
@@ -48,6 +49,11 @@ def plot_rates(result: Result, path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
+def label(row: dict[str, Any]) -> str:
+    """The engine's name, with its number format where that is a quantised one."""
+    return row["engine"] + ("" if row["dtype"] in DTYPE_BYTES else f", {row['dtype']}")
+
+
 def colors(names: list[str]) -> dict[str, Any]:
     """A colour for each engine: by hand for a few, along a map for many."""
     from matplotlib import colormaps
@@ -55,7 +61,7 @@ def colors(names: list[str]) -> dict[str, Any]:
     from common.plots import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 
     few = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY]
-    many = [colormaps["viridis"](0.95 * i / max(1, len(names) - 1)) for i in range(len(names))]
+    many = [colormaps["viridis"](0.85 * i / max(1, len(names) - 1)) for i in range(len(names))]
     return dict(zip(names, few if len(names) <= len(few) else many, strict=False))
 
 
@@ -63,7 +69,7 @@ def draw_lines(panel: Any, rows: list[dict[str, Any]], names: list[str], alone: 
     """Decode speed over batch size, a line an engine."""
     palette = colors(names)
     for name, marker in zip(names, MARKERS, strict=False):
-        own = [row for row in rows if row["engine"] == name]
+        own = [row for row in rows if label(row) == name]
         sizes, speeds = [row["batch_size"] for row in own], [row["rate"] for row in own]
         below = [row["rate"] - min(row["rates"]) for row in own]
         above = [max(row["rates"]) - row["rate"] for row in own]
@@ -74,8 +80,9 @@ def draw_lines(panel: Any, rows: list[dict[str, Any]], names: list[str], alone: 
     sizes = sorted({row["batch_size"] for row in rows})
     limit = [speed_limit(rows, size) for size in sizes]
     if all(limit):
+        dtype = next(row["dtype"] for row in rows if row["mbu"])
         panel.plot(
-            sizes, limit, color="#999999", linestyle="--", linewidth=1, label="machine's limit"
+            sizes, limit, color="#999999", linestyle="--", linewidth=1, label=f"limit, {dtype}"
         )
     panel.set(xscale="log", yscale="log", title="Decode", xlabel="batch", ylabel="tokens/s")
     panel.set_xticks(sizes, [str(size) for size in sizes])
@@ -108,9 +115,9 @@ def plain_ticks(panel: Any) -> None:
 def draw_bars(panel: Any, rows: list[dict[str, Any]], names: list[str], named: bool) -> None:
     """One speed an engine, the first at the top, its number beside it."""
     palette = colors(names)
-    places = [names.index(row["engine"]) for row in rows]
+    places = [names.index(label(row)) for row in rows]
     speeds = [row["rate"] for row in rows]
-    panel.barh(places, speeds, height=0.62, color=[palette[row["engine"]] for row in rows])
+    panel.barh(places, speeds, height=0.62, color=[palette[label(row)] for row in rows])
     for place, row in zip(places, rows, strict=True):
         panel.hlines(place, min(row["rates"]), max(row["rates"]), color="#222222", linewidth=1)
         text = f" {row['rate']:,.0f}"

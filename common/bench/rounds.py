@@ -119,6 +119,7 @@ def rows(
             two = pairs(entrant)
             yield {
                 "engine": entrant.name,
+                "dtype": entrant.facts["dtype"],
                 "point": point.label,
                 "kind": point.kind,
                 "batch_size": point.batch_size,
