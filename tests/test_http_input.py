@@ -209,7 +209,7 @@ def test_sampling_is_legal_where_it_is_strange(client: httpx.Client, victim: Non
         ({"max_tokens": 1024}, "max_tokens"),
         ({"max_tokens": 2**63}, "max_tokens"),
         ({"prompt": [[5]] * 129}, "prompt"),
-        ({"n": 2}, "n"),
+        ({"n": 129}, "n"),
         ({"n": 128, "prompt": [[5]] * 128}, "n"),
         ({"top_k": (1 << 24) + 1}, "top_k"),
         ({"top_k": -2}, "top_k"),

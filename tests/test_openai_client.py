@@ -100,12 +100,33 @@ def test_stop_and_unicode(server: tuple[int, str], client: openai.OpenAI) -> Non
     assert all(len(item.top_logprobs) == 2 for item in content)
 
 
+def test_n_completions(server: tuple[int, str], client: openai.OpenAI) -> None:
+    """n choices of one prompt, with noise of their own; parts that run one at a time refuse."""
+    part, _ = server
+    kwargs = {"model": MODEL, "messages": MESSAGES, "seed": 1, "max_tokens": 10, "n": 3}
+    if part < 4:
+        with pytest.raises(openai.BadRequestError, match="n must be"):
+            client.chat.completions.create(**kwargs)
+        return
+    whole = client.chat.completions.create(**kwargs)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2] and len(set(texts)) == 3
+    assert whole.usage.prompt_tokens == 37, "a prompt counts once"
+    assert 10 < whole.usage.completion_tokens <= 30
+    pieces = ["", "", ""]
+    for chunk in client.chat.completions.create(stream=True, **kwargs):
+        pieces[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert pieces == texts
+    one = client.chat.completions.create(**(kwargs | {"n": 1}))
+    assert one.choices[0].message.content == texts[0]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"n": 2}, "n"),
+        ({"n": 1000}, "n"),
         ({"messages": []}, "messages"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"extra_body": {"nonsense": 1}}, "nonsense"),
