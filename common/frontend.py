@@ -3,18 +3,16 @@
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
 import reprlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
-from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -34,9 +32,9 @@ from common.prompts import check_prompt
 from common.serving import ServerConfig
 from common.tokenizer import Tokenizer
 from common.trace import Trace
+from common.trace_routes import add_trace_routes
 
 T = TypeVar("T")
-TRACE_SECONDS = 0.05  # between looks at what is new in a trace
 
 
 class Admission:
@@ -186,29 +184,8 @@ class Frontend:
             self.app.add_api_route(path, handler, methods=["POST"], response_model=None)
 
     def add_trace(self, trace: Trace) -> None:
-        """Add `GET /trace`: the engine's steps as server-sent events, from now on.
-
-        An event named `state` comes first, and again after steps that a slow reader has lost.
-        This stream has no end of its own; it ends when the server is to end.
-        """
-
-        async def events() -> AsyncIterator[dict[str, str]]:
-            with trace.follow() as records:
-                following = None  # the step that should come next
-                while not self.app.state.stopping:
-                    if following is None or (records and records[0].step != following):
-                        state = trace.catch_up(records)
-                        following = state.step + 1
-                        yield {"event": "state", "data": json.dumps(dataclasses.asdict(state))}
-                    while records and records[0].step == following:
-                        following += 1
-                        yield {"data": json.dumps(dataclasses.asdict(records.popleft()))}
-                    await asyncio.sleep(TRACE_SECONDS)
-
-        async def follow() -> EventSourceResponse:
-            return EventSourceResponse(events(), sep="\n", send_timeout=60)
-
-        self.app.add_api_route("/trace", follow, methods=["GET"], response_model=None)
+        """Add `GET /trace`, the engine's steps as they happen, and `GET /trace.jsonl`, those kept."""
+        add_trace_routes(self.app, trace)
 
     def add_metrics(self, metrics: EngineMetrics) -> None:
         """Add `GET /metrics`: the engine's numbers and this process's, for Prometheus to read."""
@@ -232,7 +209,7 @@ class Frontend:
                 400,
                 f"prompt asks for {len(texts)} x n={params.n} completions;"
                 f" one request may ask for {MAX_CHOICES}",
-                param="prompt",
+                param="n" if params.n > 1 else "prompt",
             )
         try:
             # In a thread: tokenizing a long prompt takes longer than other clients should wait.

@@ -5,8 +5,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from common.trace import EngineState, StepRecord, Trace, phase, to_perfetto
+from common.trace_routes import add_trace_routes
 
 
 def run_steps(trace: Trace, count: int) -> None:
@@ -214,6 +217,46 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
     trace.save(tmp_path / "trace.jsonl")
     assert Trace.load(tmp_path / "trace.jsonl").records() == trace.records()
     assert len((tmp_path / "trace.jsonl").read_text().split("\n")) == 1 + 4 + 1
+
+
+def test_lines_are_of_one_moment_and_the_engine_goes_on_meanwhile(tmp_path: Path) -> None:
+    trace = Trace(capacity=4, num_blocks=2)
+    run_two_requests(trace)
+    trace.save(tmp_path / "trace.jsonl")
+    lines = trace.lines()
+    read = [next(lines)]
+    run_steps(trace, 10)  # would wait for ever if a reader held the lock, and changes every state
+    assert "".join([*read, *lines]) == (tmp_path / "trace.jsonl").read_text()
+
+
+def test_states_are_copied_whole() -> None:
+    """Whoever asked for a state keeps it, whatever the engine does next."""
+    trace = Trace(num_blocks=2)
+    with trace.follow() as records:
+        trace.arrived("a", 3)
+        trace.arrived("b", 3)
+        with trace.step():
+            trace.allocated("a", [0])
+            trace.scheduled("a", 3)
+        state = trace.catch_up(records)
+    before = json.dumps(vars(state))
+    with trace.step():
+        trace.allocated("a", [1])
+        trace.scheduled("a", 1)
+        trace.finished("b", "abort")
+    assert json.dumps(vars(state)) == before
+
+
+@pytest.mark.parametrize("count", [0, 5, 200])
+def test_the_steps_kept_can_be_downloaded(count: int, tmp_path: Path) -> None:
+    trace = Trace(capacity=100)
+    run_steps(trace, count)
+    app = FastAPI()
+    add_trace_routes(app, trace)
+    answer = TestClient(app).get("/trace.jsonl")
+    assert answer.headers["content-disposition"] == 'attachment; filename="trace.jsonl"'
+    trace.save(tmp_path / "trace.jsonl")
+    assert answer.content == (tmp_path / "trace.jsonl").read_bytes()
 
 
 def test_an_empty_trace_is_saved_and_loaded(tmp_path: Path) -> None:

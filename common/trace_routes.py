@@ -1,0 +1,53 @@
+"""The trace over HTTP: the steps as they happen, and those kept until now."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from sse_starlette import EventSourceResponse
+
+from common.trace import Trace, to_json
+
+SECONDS = 0.05  # between looks at what is new
+LINES = 32  # written before others have their turn: about a millisecond
+
+
+def add_trace_routes(app: FastAPI, trace: Trace) -> None:
+    """Add `GET /trace` and `GET /trace.jsonl`."""
+
+    async def events() -> AsyncIterator[dict[str, str]]:
+        with trace.follow() as records:
+            following = None  # the step that should come next
+            while not app.state.stopping:
+                if following is None or (records and records[0].step != following):
+                    state = trace.catch_up(records)
+                    following = state.step + 1
+                    yield {"event": "state", "data": to_json(state)}
+                while records and records[0].step == following:
+                    following += 1
+                    yield {"data": to_json(records.popleft())}
+                await asyncio.sleep(SECONDS)
+
+    async def kept() -> AsyncIterator[str]:
+        lines = trace.lines()
+        while some := "".join(itertools.islice(lines, LINES)):
+            yield some
+            await asyncio.sleep(0)
+
+    async def follow() -> EventSourceResponse:
+        """The steps as server-sent events, from now on.
+
+        An event named `state` comes first, and again after steps that a slow reader has lost.
+        This stream has no end of its own; it ends when the server is to end.
+        """
+        return EventSourceResponse(events(), sep="\n", send_timeout=60)
+
+    async def download() -> StreamingResponse:
+        """The steps kept, as `Trace.save` writes them."""
+        headers = {"Content-Disposition": 'attachment; filename="trace.jsonl"'}
+        return StreamingResponse(kept(), media_type="application/x-ndjson", headers=headers)
+
+    app.add_api_route("/trace", follow, methods=["GET"], response_model=None)
+    app.add_api_route("/trace.jsonl", download, methods=["GET"], response_model=None)
