@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from common.metrics import EngineMetrics
 from common.output import Delta, OutputProcessor
 from common.sampling import SamplingParams
 
@@ -53,6 +54,7 @@ class AsyncEngine:
 
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
+        self.metrics = EngineMetrics(engine.stats, engine.max_model_len)
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.streams: dict[str, tuple[int, asyncio.Queue[tuple[int, RequestOutput]]]] = {}
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -89,6 +91,7 @@ class AsyncEngine:
         children = [(prompt, choice) for prompt in prompts for choice in range(params.n)]
         outputs = [OutputProcessor(self.engine.tokenizer, params, len(p)) for p, _ in children]
         request_ids = [f"request-{next(self._ids)}" for _ in children]
+        self.metrics.on_request(request_ids, prompts, params)
         try:
             for index, (request_id, child) in enumerate(zip(request_ids, children, strict=True)):
                 self.streams[request_id] = (index, inbox)
@@ -100,6 +103,7 @@ class AsyncEngine:
                 index, new = await inbox.get()
                 output = outputs[index]
                 delta = output.process(new.token_ids, new.finish_reason, new.logprobs)
+                self.metrics.on_output(request_ids[index], delta)
                 if output.finished:
                     self._close(request_ids[index], abort=not new.finished)
                 yield index, output, delta
@@ -109,6 +113,7 @@ class AsyncEngine:
 
     def _close(self, request_id: str, abort: bool) -> None:
         """Forget a request; abort it in the engine if it is still under way there."""
+        self.metrics.on_close(request_id)
         if self.streams.pop(request_id, None) and abort:
             self.inbox.put(AbortRequest(request_id))
 
@@ -132,6 +137,7 @@ class AsyncEngine:
                         return
                     self._handle(message)
                 outputs = self._step()
+                self.metrics.on_step(self.engine.trace.last_record)
                 if outputs:
                     self.loop.call_soon_threadsafe(self._deliver, outputs)
         finally:

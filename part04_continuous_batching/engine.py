@@ -201,6 +201,7 @@ class LLMEngine:
             "weight_bytes": self.runner.model.num_bytes,
             "kv_cache_bytes": self.kv.data.nbytes,
             "buffer_bytes": self.runner.num_buffer_bytes,
+            "block_size": self.kv.block_size,
             "num_blocks": self.kv.num_blocks,
             "num_used_blocks": self.kv.num_blocks - self.kv.pool.num_free,
         }

@@ -73,6 +73,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
 
     frontend.route(answer)
     frontend.add_trace(engine.trace)
+    frontend.add_metrics(async_engine.metrics)
     inspector.mount(frontend.app)
     return frontend.app
 
