@@ -1,0 +1,237 @@
+"""Paged attention on a GPU: one kernel body for prefill, chunks, drafts and decode.
+
+A program computes a tile of queries of one sequence for one KV head. Its rows are (query, head)
+pairs: the query heads that share the KV head stand side by side, so that keys and values are read
+once for all of them and even a single new token fills a matrix product. The softmax is computed as
+the tokens go by (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et
+al., "FlashAttention", 2022), in base 2, in float32.
+
+Sequences with few queries are decoded: one tile each, their tokens split over several programs
+whose results a second kernel combines (Dao et al., "Flash-Decoding", 2023). The number of splits
+follows from bounds that the host knows, what each split reads from lengths that only the GPU knows:
+no launch waits for a number to come back.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attend(
+    query,  # [rows, HEAD_PAD]
+    acc,
+    top,
+    total,
+    keys,  # of this layer and KV head
+    table,
+    begin,
+    end,  # tokens, begin is a multiple of TILE
+    positions,  # [rows]; -1: nothing is seen
+    block_stride,
+    scale,  # with log2(e)
+    window,
+    MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Take the tokens from begin to end into the running softmax: acc, its maximum, its total."""
+    columns = tl.arange(0, HEAD_PAD)
+    # A tile's blocks are looked up one tile ahead: keys and values then need no load before theirs,
+    # and all of Triton's pipeline stages hold keys and values.
+    ahead = begin + tl.arange(0, TILE)
+    blocks = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
+    for start in range(begin, end, TILE):
+        tokens = start + tl.arange(0, TILE)
+        places = blocks.to(tl.int64) * block_stride + tokens % BLOCK_SIZE * TOKEN_STRIDE
+        key_places = keys + places[None, :] + columns[:, None]
+        value_places = keys + BLOCK_SIZE * TOKEN_STRIDE + places[:, None] + columns[None, :]
+        ahead = tokens + TILE
+        blocks = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
+        if MASKED:
+            inside = (tokens < end)[:, None] & (columns < HEAD_DIM)[None, :]
+            key = tl.load(key_places, mask=tl.trans(inside), other=0.0)
+            value = tl.load(value_places, mask=inside, other=0.0)
+        elif HEAD_PAD > HEAD_DIM:
+            key = tl.load(key_places, mask=(columns < HEAD_DIM)[:, None], other=0.0)
+            value = tl.load(value_places, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+        else:
+            key = tl.load(key_places)
+            value = tl.load(value_places)
+        scores = tl.dot(query, key, input_precision="ieee") * scale
+        if MASKED:
+            is_seen = tokens[None, :] <= positions[:, None]
+            if HAS_WINDOW:
+                is_seen = is_seen & (tokens[None, :] > positions[:, None] - window)
+            scores = tl.where(is_seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        # A row that has seen nothing yet has the maximum -inf, and -inf - -inf is no number.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, axis=1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def find_sequence(starts, tile, num_seqs, QUERIES: tl.constexpr):
+    """The sequence of a tile, and the tile's number within it.
+
+    Sequence i may use the tiles from starts[i] // QUERIES + i on; there is room for all of them
+    before the next one's, and the last place may stay empty.
+    """
+    low, high = tl.zeros([], tl.int32), num_seqs - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(starts + middle) // QUERIES + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    return low, tile - (tl.load(starts + low) // QUERIES + low)
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "layer", "num_seqs", "few", "window"],
+    do_not_specialize_on_alignment=["starts", "lengths", "tables"],
+)
+def attention_kernel(
+    query,
+    kv_cache,
+    out,
+    partial_out,  # [num_seqs, few, num_heads, splits, HEAD_DIM] float32
+    partial_norm,  # [num_seqs, few, num_heads, splits] float32
+    starts,
+    lengths,
+    tables,
+    query_stride,
+    table_stride,
+    block_stride,
+    layer,
+    num_seqs,
+    few,  # sequences of at most so many queries are decoded, and the others are not
+    scale,
+    window,
+    DECODE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a KV head
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,  # tokens taken at once
+    MIN_SPLIT: tl.constexpr,  # tokens, a multiple of TILE
+):
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    tile = tl.program_id(0) // NUM_KV_HEADS
+    QUERIES: tl.constexpr = ROWS // GROUP
+    if DECODE:
+        sequence, first = tile, 0
+    else:
+        sequence, number = find_sequence(starts, tile, num_seqs, QUERIES)
+        first = number * QUERIES
+    start = tl.load(starts + sequence)
+    num_queries = tl.load(starts + sequence + 1) - start
+    if DECODE:
+        is_elsewhere = num_queries > few
+    else:
+        is_elsewhere = num_queries <= few
+    if is_elsewhere or first >= num_queries:
+        return
+    length = tl.load(lengths + sequence)
+    before = length - num_queries  # the position of the sequence's first query
+    rows = tl.arange(0, ROWS)
+    numbers = first + rows // GROUP
+    is_row = (rows < QUERIES * GROUP) & (numbers < num_queries)
+    positions = tl.where(is_row, before + numbers, -1)
+    heads = kv_head * GROUP + rows % GROUP
+    columns = tl.arange(0, HEAD_PAD)
+    inside = is_row[:, None] & (columns < HEAD_DIM)[None, :]
+    tokens = (start + numbers).to(tl.int64)
+    places = tokens[:, None] * query_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+    queries = tl.load(query + places, mask=inside, other=0.0)
+
+    # The tokens that some row of the tile sees, then the split's share of them.
+    end = tl.minimum(length, before + tl.minimum(first + QUERIES, num_queries))
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(before + first - window + 1, 0) // TILE * TILE
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(1)), TILE) * TILE
+        share = tl.maximum(share, MIN_SPLIT)
+        begin += tl.program_id(1) * share
+        end = tl.minimum(end, begin + share)
+    # Every row sees all tokens of the tiles up to here, unless there is a window.
+    whole = begin
+    if not HAS_WINDOW:
+        whole = tl.maximum(begin, tl.minimum(end, before + first + 1) // TILE * TILE)
+
+    TOKEN_STRIDE: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    keys = kv_cache + layer.to(tl.int64) * (2 * BLOCK_SIZE * TOKEN_STRIDE) + kv_head * HEAD_DIM
+    table = tables + sequence.to(tl.int64) * table_stride
+    acc = tl.zeros([ROWS, HEAD_PAD], dtype=tl.float32)
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    if not HAS_WINDOW:
+        acc, top, total = attend(
+            queries, acc, top, total, keys, table, begin, whole, positions, block_stride,
+            scale, window, False, HAS_WINDOW, BLOCK_SIZE, TOKEN_STRIDE, HEAD_DIM, HEAD_PAD, TILE,
+        )  # fmt: skip
+    acc, top, total = attend(
+        queries, acc, top, total, keys, table, whole, end, positions, block_stride,
+        scale, window, True, HAS_WINDOW, BLOCK_SIZE, TOKEN_STRIDE, HEAD_DIM, HEAD_PAD, TILE,
+    )  # fmt: skip
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if SPLIT:
+        slots = ((sequence * few + numbers) * (NUM_KV_HEADS * GROUP) + heads).to(tl.int64)
+        slots = slots * tl.num_programs(1) + tl.program_id(1)
+        places = slots[:, None] * HEAD_DIM + columns[None, :]
+        tl.store(partial_out + places, result, mask=inside)
+        tl.store(partial_norm + slots, top + tl.log2(total), mask=is_row)
+    else:
+        places = (tokens[:, None] * (NUM_KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM
+        tl.store(out + places + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["few", "num_splits"], do_not_specialize_on_alignment=["starts"])
+def combine_kernel(
+    partial_out,
+    partial_norm,
+    out,
+    starts,
+    few,
+    num_splits,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,  # num_splits or more, a power of two
+):
+    """The splits of one query and head, each weighted by its share of the softmax's total."""
+    head = tl.program_id(0) % NUM_HEADS
+    sequence = tl.program_id(0) // NUM_HEADS // few
+    number = tl.program_id(0) // NUM_HEADS % few
+    start = tl.load(starts + sequence)
+    num_queries = tl.load(starts + sequence + 1) - start
+    if number >= num_queries or num_queries > few:
+        return
+    splits, columns = tl.arange(0, SPLITS), tl.arange(0, HEAD_PAD)
+    first = tl.program_id(0).to(tl.int64) * num_splits
+    norms = tl.load(
+        partial_norm + first + splits, mask=splits < num_splits, other=float("-inf")
+    )  # -inf too where a split saw nothing
+    top = tl.max(norms, axis=0)
+    shares = tl.exp2(norms - tl.where(top == float("-inf"), 0.0, top))
+    inside = (norms > float("-inf"))[:, None] & (columns < HEAD_DIM)[None, :]
+    places = (first + splits)[:, None] * HEAD_DIM + columns[None, :]
+    parts = tl.load(partial_out + places, mask=inside, other=0.0)
+    total = tl.sum(shares, axis=0)
+    result = tl.sum(parts * shares[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    place = out + ((start + number).to(tl.int64) * NUM_HEADS + head) * HEAD_DIM + columns
+    tl.store(place, result.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
