@@ -48,7 +48,9 @@ class Ops(ABC):
     name: str
     default_block_size = 16  # of the KV cache, where the user leaves it open
 
-    def check_kv_cache(self, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    def check_kv_cache(  # noqa: B027 - most take any
+        self, block_size: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
         """Raise ValueError, naming the field and the value, on a cache that this one cannot take."""
 
     @abstractmethod
