@@ -1,7 +1,8 @@
 """llama.cpp through the package `llama-cpp-python`, on a quantised GGUF file.
 
-The binding's own `Llama` decodes one sequence at a time. So this speaks llama.cpp's C interface
-through it: every sequence has an id, and a step is one `llama_batch` with a token of each.
+`pip install llama-cpp-python` compiles llama.cpp for this machine, which takes some minutes. The
+binding's own `Llama` decodes one sequence at a time. So this speaks llama.cpp's C interface through
+it: every sequence has an id, and a step is one `llama_batch` with a token of each.
 """
 
 import ctypes
@@ -11,7 +12,15 @@ from typing import Any
 from peer_protocol import Generate, main
 
 MAX_BATCH = 2048  # tokens in one call: llama.cpp's default
-FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 15: "Q4_K_M", 32: "BF16"}
+FILE_TYPES = {  # llama.cpp's numbers
+    0: "float32",
+    1: "float16",
+    2: "Q4_0",
+    3: "Q4_1",
+    7: "Q8_0",
+    15: "Q4_K_M",
+    32: "bfloat16",
+}
 
 
 def start(job: dict[str, Any]) -> tuple[Generate, str]:

