@@ -237,6 +237,8 @@ class CpuOps(Ops):
         assert num_heads % num_kv_heads == 0 and 0 <= layer < num_layers, (num_heads, layer)
         assert sliding_window is None or sliding_window > 0, sliding_window
         out = torch.empty(num_tokens, num_heads * head_dim)
+        if num_tokens == 0:
+            return out
         half = block_size * num_kv_heads * head_dim * 4
         attention(
             query.data_ptr(),
