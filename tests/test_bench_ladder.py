@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from common.bench import BenchError, compare, ladder, processes
 from common.bench.__main__ import main
 from common.bench.costs import ModelShape, decode_cost, prefill_flops
+from common.bench.ladder import remarks
 from common.bench.pairs import Ratio, interval, paired_ratio
 from common.bench.rates import (
     decode_point,
@@ -28,6 +29,7 @@ from common.bench.rates import (
     shares,
 )
 from common.bench.results import load_result
+from common.bench.rounds import Entrant, measure_rounds, rows
 from common.testing.parts import PARTS
 
 LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops": None}
@@ -158,8 +160,6 @@ class LLMEngine:
 
     def generate(self, prompts, sampling_params, progress=True):
         assert all(p.temperature == 0 and p.ignore_eos for p in sampling_params)
-        if getattr(self.config, "max_num_seqs", None) == 13:
-            raise ValueError("13 is bad luck")
         rounds = -(-len(prompts) // getattr(self.config, "max_num_seqs", 1))
         time.sleep(rounds * 0.001 * max(params.max_tokens for params in sampling_params))
         return [SimpleNamespace(token_ids=[1] * p.max_tokens) for p in sampling_params]
@@ -205,16 +205,16 @@ def test_ladder_of_fake_parts(fake_parts: None, tmp_path: Path, capsys: Any) -> 
     flags = ladder_flags(tmp_path, "--workload decode --batch-sizes 4 1 --pairs 2")
     assert main([*flags, "--part-pairs", "76=1"]) == 0
     result = load_result(tmp_path / "l.json")
-    rows = {(row["engine"], row["batch_size"]): row for row in result["rows"]}
-    assert len(rows) == 4 and all(row["rate"] > 0 for row in rows.values())
+    table = {(row["engine"], row["batch_size"]): row for row in result["rows"]}
+    assert len(table) == 4 and all(row["rate"] > 0 for row in table.values())
     # Part 76 has no batches: measured once, at batch 1, for both.
-    assert rows["part 76", 4]["rates"] == rows["part 76", 1]["rates"]
-    assert len(rows["part 76", 1]["rates"]) == 1 and len(rows["part 77", 4]["rates"]) == 2
-    assert rows["part 76", 1]["ratio"] is None and rows["part 77", 4]["pairs"] == 1
-    assert rows["part 77", 4]["ratio"] == pytest.approx(
-        rows["part 77", 4]["rates"][0] / rows["part 76", 1]["rates"][0]
+    assert table["part 76", 4]["rates"] == table["part 76", 1]["rates"]
+    assert len(table["part 76", 1]["rates"]) == 1 and len(table["part 77", 4]["rates"]) == 2
+    assert table["part 76", 1]["ratio"] is None and table["part 77", 4]["pairs"] == 1
+    assert table["part 77", 4]["ratio"] == pytest.approx(
+        table["part 77", 4]["rates"][0] / table["part 76", 1]["rates"][0]
     )
-    assert rows["part 77", 1]["same"] == 100 and rows["part 77", 4]["same"] is None
+    assert table["part 77", 1]["same"] == 100 and table["part 77", 4]["same"] is None
     assert "part 76: one sequence at a time" in " ".join(result["notes"])
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
     assert "| part 77 | decode, batch 4 |" in capsys.readouterr().out
@@ -223,22 +223,51 @@ def test_ladder_of_fake_parts(fake_parts: None, tmp_path: Path, capsys: Any) -> 
 def test_ladder_of_a_mixed_workload(fake_parts: None, tmp_path: Path) -> None:
     flags = ladder_flags(tmp_path, "--workload mixed --requests 3 --pairs 1 --repeats 2")
     assert main([*flags[:-1], str(tmp_path / "l.svg")]) == 0
-    rows = load_result(tmp_path / "l.json")["rows"]
-    assert [row["engine"] for row in rows] == ["part 76", "part 77"]
-    assert all(row["kind"] == "mixed" and row["mfu"] > 0 and row["mbu"] > 0 for row in rows)
+    table = load_result(tmp_path / "l.json")["rows"]
+    assert [row["engine"] for row in table] == ["part 76", "part 77"]
+    assert all(row["kind"] == "mixed" and row["mfu"] > 0 and row["mbu"] > 0 for row in table)
     assert "<svg" in (tmp_path / "l.svg").read_text()
 
 
-def test_a_part_that_fails_does_not_end_the_ladder(
-    fake_parts: None, tmp_path: Path, capsys: Any
-) -> None:
-    flags = "--workload prefill --requests 13 --pairs 1"  # its batch is what part 77 dislikes
-    assert main(ladder_flags(tmp_path, flags)) == 1
-    result = load_result(tmp_path / "l.json")
-    [row] = result["rows"]
-    assert row["engine"] == "part 76" and row["mfu"] > 0 and row["mbu"] is None
-    assert result["notes"][-1].startswith("part 77 failed: generate failed: 13 is bad luck")
-    assert "part 77: generate failed: 13 is bad luck" in capsys.readouterr().err
+def answer_of(runs: list[dict[str, Any]], speed: float) -> dict[str, Any]:
+    """What an engine that needs 1 / `speed` s for each token in and out would answer."""
+    answers = []
+    for run in runs:
+        num_tokens = sum(map(len, run["prompts"])) + sum(run["max_tokens"])
+        outputs = [
+            [len(prompt)] * count
+            for prompt, count in zip(run["prompts"], run["max_tokens"], strict=True)
+        ]
+        answers.append({"seconds": num_tokens / speed, "outputs": outputs})
+    return {"runs": answers, "dtype": "float32", "shape": SHAPE, "wall_other_cores": None}
+
+
+def test_one_that_fails_does_not_stop_the_others(capsys: Any) -> None:
+    turns: list[str] = []
+
+    def good(runs: list[dict[str, Any]]) -> dict[str, Any]:
+        turns.append("good")
+        return answer_of(runs, 100.0)
+
+    def bad(runs: list[dict[str, Any]]) -> dict[str, Any]:
+        turns.append("bad")
+        if turns.count("bad") == 2:
+            raise BenchError("bad luck")
+        return answer_of(runs, 50.0)
+
+    entrants = [Entrant("good", good, 4), Entrant("bad", bad, 4)]
+    points = [prefill_point(2, 9)]
+    measure_rounds(entrants, points, 100, 0, 1)
+    assert turns == ["good", "bad", "bad", "good", "good", "good"]  # every other round reversed
+    assert entrants[1].failure == "bad luck" and "bad: bad luck" in capsys.readouterr().err
+    table = list(
+        rows(entrants, points, LIMITS, lambda e: None if e.name == "good" else tuple(entrants))
+    )
+    assert [row["engine"] for row in table] == ["good", "bad"]
+    assert [row["rate"] for row in table] == pytest.approx([90.0, 45.0])  # 18 of 20 tokens count
+    assert table[1]["ratio"] == pytest.approx(2.0) and table[1]["pairs"] == 1
+    assert table[1]["same"] == 100 and table[1]["mfu"] > 0 and table[1]["mbu"] is None
+    assert remarks(entrants) == ["bad failed: bad luck"]
 
 
 @pytest.mark.long
@@ -345,10 +374,10 @@ def test_compare_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compare, "prefill_point", lambda count: prefill_point(count, 32))
     flags = f"compare --part 3 --peer transformers --model {tmp_path}/model --batch-sizes 1 3"
     assert main([*flags.split(), "--pairs", "1", "--json", str(tmp_path / "c.json")]) == 0
-    rows = load_result(tmp_path / "c.json")["rows"]
-    theirs = [row for row in rows if row["engine"].startswith("transformers")]
+    table = load_result(tmp_path / "c.json")["rows"]
+    theirs = [row for row in table if row["engine"].startswith("transformers")]
     assert [row["same"] for row in theirs] == [100, 100, 100]
-    assert all(row["rate"] > 0 and row["mfu"] > 0 for row in rows)
+    assert all(row["rate"] > 0 and row["mfu"] > 0 for row in table)
 
 
 def test_no_peer_at_all(tmp_path: Path, capsys: Any) -> None:
