@@ -20,7 +20,9 @@ class EngineConfig:
     kernels: str = option("auto", "auto, reference, cpu, triton or flash")
     threads: int | None = option(None, "CPU threads (all usable cores)", minimum=1, maximum=1024)
     # memory
-    block_size: int = option(16, "tokens in a block of the KV cache", minimum=1, maximum=4096)
+    block_size: int | None = option(
+        None, "tokens in a block of the KV cache (16; flash: 256)", minimum=1, maximum=4096
+    )
     num_blocks: int | None = option(None, "blocks of the KV cache (as memory allows)", minimum=1)
     kv_cache_memory: int | None = option(
         None, "bytes for the KV cache (a share of what is free)", minimum=1
@@ -36,7 +38,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         validate(self)
 
-    def resolved(self, device: torch.device) -> "EngineConfig":
-        """This configuration with the defaults that depend on the device."""
-        max_num_seqs = 256 if device.type == "cuda" else 32
-        return replace(self, max_num_seqs=self.max_num_seqs or max_num_seqs)
+    def resolved(self, device: torch.device, default_block_size: int) -> "EngineConfig":
+        """This configuration with the defaults that depend on device and kernels."""
+        return replace(
+            self,
+            block_size=self.block_size or default_block_size,
+            max_num_seqs=self.max_num_seqs or (256 if device.type == "cuda" else 32),
+        )

@@ -38,13 +38,14 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, folder: Path) -> None:
         """Load the model and allocate the cache. Raises ValueError."""
         self.device, self.dtype = resolve_device(config.device, config.dtype)
-        self.config = config = config.resolved(self.device)
         threads = config.threads or usable_cores()
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
+        self.config = config = config.resolved(self.device, self.ops.default_block_size)
         hf_config = load_config(folder)
         max_model_len = context_length(hf_config, config.max_model_len)
         shape = ModelConfig.from_transformers(hf_config, max_model_len)
+        self.ops.check_kv_cache(config.block_size, shape.head_dim, self.dtype)
         tensors = iter_weights(folder, self.device)
         self.model = CausalLM(shape, self.ops, tensors, self.dtype, self.device)
         num_blocks = choose_num_blocks(config, shape, self.dtype, self.device)
