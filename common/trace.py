@@ -13,7 +13,7 @@ import functools
 import json
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,14 +83,18 @@ class EngineState:
         for request_id in record.finished:
             self.waiting.pop(request_id, None)
             self.running.pop(request_id, None)
-        # A request may give up its blocks and take others in one step, in this order.
-        for request_id, freed in record.freed.items():
-            gone = set(freed)
-            kept = [block for block in self.blocks.pop(request_id, []) if block not in gone]
-            if kept:
-                self.blocks[request_id] = kept
         for request_id, blocks in record.allocated.items():
             self.blocks.setdefault(request_id, []).extend(blocks)
+        for request_id, blocks in record.freed.items():
+            # One step may take a block and give it up, or the other way round: so they are counted.
+            gone, kept = Counter(blocks), []
+            for block in self.blocks.pop(request_id, []):
+                if gone[block]:
+                    gone[block] -= 1
+                else:
+                    kept.append(block)
+            if kept:
+                self.blocks[request_id] = kept
 
     def copy(self) -> "EngineState":
         """Another one, which changes by itself."""

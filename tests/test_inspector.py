@@ -8,11 +8,8 @@ nothing here depends on the speed of the machine.
 import asyncio
 import json
 import re
-import shutil
 import socket
-import tempfile
 import threading
-import time
 import urllib.parse
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +23,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.testclient import TestClient
 
 from common import inspector
+from common.testing.browser import ENTER, ESCAPE, SHIFT, TAB, Page, chromium
 from common.testing.parts import PARTS
 from common.testing.server import running_server
 
@@ -300,70 +298,19 @@ def fake() -> Iterator[Fake]:
 
 # --- the browser -------------------------------------------------------------------------------
 
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1100,800",
-]
-
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or chromedriver is None:
-        pytest.skip("chromium or chromedriver is not installed")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in [*FLAGS, f"--user-data-dir={profile}"]:
-            options.add_argument(flag)
-        service = webdriver.ChromeService(executable_path=chromedriver)
-        driver = webdriver.Chrome(options=options, service=service)
+    with chromium() as driver:
         yield driver
-        driver.quit()
 
 
-class Page:
-    """The page in the browser, in the words of its user."""
+class ChatPage(Page):
+    """The page in the words of who chats."""
 
     def __init__(self, driver: Any, fake: Fake) -> None:
-        self.driver, self.fake = driver, fake
-
-    def open(self, url: str | None = None) -> None:
-        self.driver.get(url or self.fake.url)
-        self.until(
-            lambda: self.driver.find_elements("css selector", "#model:not([data-state=connecting])")
-        )
-
-    def one(self, selector: str) -> Any:
-        return self.driver.find_element("css selector", selector)
-
-    def js(self, script: str, *args: Any) -> Any:
-        return self.driver.execute_script(script, *args)
-
-    def text(self, selector: str) -> str:
-        """The text of the last element that matches, as it stands in the document."""
-        script = "return [...document.querySelectorAll(arguments[0])].at(-1)?.textContent ?? ''"
-        return self.js(script, selector)
-
-    def until(self, condition: Any, seconds: float = 20) -> Any:
-        deadline = time.monotonic() + seconds
-        while not (value := condition()):
-            assert time.monotonic() < deadline, self.one("body").text
-            time.sleep(0.02)
-        return value
-
-    def type(self, *keys: str) -> None:
-        """Press keys wherever the focus is."""
-        self.driver.switch_to.active_element.send_keys(*keys)
+        super().__init__(driver, fake.url)
+        self.fake = fake
 
     def ask(self, question: str) -> None:
         self.one("#prompt").send_keys(question, ENTER)
@@ -371,10 +318,6 @@ class Page:
     @property
     def state(self) -> str:
         return self.js("return [...document.querySelectorAll('.turn')].at(-1)?.dataset.state ?? ''")
-
-    @property
-    def focused(self) -> str:
-        return self.js("return document.activeElement.id")
 
     @property
     def box(self) -> str:
@@ -391,30 +334,23 @@ class Page:
         return self.until(lambda: self.text("#notice"))
 
 
-ENTER, ESCAPE, TAB, SHIFT = "\ue007", "\ue00c", "\ue004", "\ue008"
-
-
 @pytest.fixture
-def page(driver: Any, fake: Fake) -> Iterator[Page]:
+def page(driver: Any, fake: Fake) -> Iterator[ChatPage]:
     """The page, freshly opened and with nothing remembered; afterwards, no complaint in the console."""
     fake.reset()
-    page = Page(driver, fake)
-    driver.get(f"{fake.url}/inspector/icon.svg")
-    driver.execute_script("localStorage.clear(); sessionStorage.clear()")
-    driver.get_log("browser")
+    page = ChatPage(driver, fake)
+    page.forget()
     page.open()
     yield page
     fake.gate.set()
-    complaints = [entry["message"] for entry in driver.get_log("browser")]
-    # A refused request is logged by the browser itself; anything else would be the page's fault.
-    assert [line for line in complaints if "Failed to load resource" not in line] == []
+    assert page.complaints() == []
 
 
 browser = pytest.mark.browser
 
 
 @browser
-def test_text_appears_before_the_end_and_the_counts_become_exact(page: Page) -> None:
+def test_text_appears_before_the_end_and_the_counts_become_exact(page: ChatPage) -> None:
     assert page.text("#model-name") == "fake-135m"
     page.ask("please gate")
     page.until(lambda: page.text(".answer-text") == "The first half")
@@ -437,7 +373,7 @@ def test_text_appears_before_the_end_and_the_counts_become_exact(page: Page) -> 
 
 
 @browser
-def test_history_goes_along_and_a_new_chat_forgets_it(page: Page) -> None:
+def test_history_goes_along_and_a_new_chat_forgets_it(page: ChatPage) -> None:
     page.ask("hello")
     page.wait_for("complete")
     page.ask("again")
@@ -453,7 +389,7 @@ def test_history_goes_along_and_a_new_chat_forgets_it(page: Page) -> None:
 
 
 @browser
-def test_stop_keeps_the_text_and_the_server_sees_the_client_go(page: Page) -> None:
+def test_stop_keeps_the_text_and_the_server_sees_the_client_go(page: ChatPage) -> None:
     page.ask("endless")
     page.until(lambda: page.text(".answer-text").startswith("on and on"))
     page.one("#stop").click()
@@ -470,7 +406,7 @@ def test_stop_keeps_the_text_and_the_server_sees_the_client_go(page: Page) -> No
 
 
 @browser
-def test_stop_before_the_first_token_gives_the_text_back(page: Page) -> None:
+def test_stop_before_the_first_token_gives_the_text_back(page: ChatPage) -> None:
     page.ask("silent")
     page.until(lambda: page.state == "waiting")
     page.one("#prompt").send_keys("typed since", ESCAPE)
@@ -480,7 +416,7 @@ def test_stop_before_the_first_token_gives_the_text_back(page: Page) -> None:
 
 
 @browser
-def test_a_new_chat_during_an_answer_leaves_nothing_behind(page: Page) -> None:
+def test_a_new_chat_during_an_answer_leaves_nothing_behind(page: ChatPage) -> None:
     page.ask("endless")
     page.until(lambda: page.state == "streaming")
     page.one("#new-chat").click()
@@ -498,7 +434,7 @@ def test_a_new_chat_during_an_answer_leaves_nothing_behind(page: Page) -> None:
 
 
 @browser
-def test_the_keyboard_is_enough(page: Page) -> None:
+def test_the_keyboard_is_enough(page: ChatPage) -> None:
     assert page.focused == "prompt"
     page.type("one", SHIFT, ENTER, SHIFT, "gate")
     assert page.box == "one\ngate" and page.num_turns == 0
@@ -542,7 +478,7 @@ def test_the_keyboard_is_enough(page: Page) -> None:
 
 
 @browser
-def test_wrong_settings_are_refused_beside_their_fields(page: Page) -> None:
+def test_wrong_settings_are_refused_beside_their_fields(page: ChatPage) -> None:
     page.js("settings.open = true")
     wrong = {"temperature": "warm", "top_p": "1.5", "max_tokens": "2.5", "seed": "1e99"}
     for name, value in wrong.items():
@@ -564,7 +500,7 @@ def test_wrong_settings_are_refused_beside_their_fields(page: Page) -> None:
 
 
 @browser
-def test_a_refusal_is_shown_by_its_field_and_the_text_comes_back(page: Page) -> None:
+def test_a_refusal_is_shown_by_its_field_and_the_text_comes_back(page: ChatPage) -> None:
     page.ask("please refuse")
     page.until(lambda: page.text("#temperature-error"))
     assert page.text("#temperature-error") == REFUSALS["refuse"][1]
@@ -576,14 +512,14 @@ def test_a_refusal_is_shown_by_its_field_and_the_text_comes_back(page: Page) -> 
 
 @browser
 @pytest.mark.parametrize("scenario", ["long", "random", "busy"])
-def test_other_refusals_are_shown_above_the_box(page: Page, scenario: str) -> None:
+def test_other_refusals_are_shown_above_the_box(page: ChatPage, scenario: str) -> None:
     page.ask(scenario)
     assert page.wait_for_error() == REFUSALS[scenario][1]
     assert page.box == scenario and page.num_turns == 0 and page.one("#send").is_displayed()
 
 
 @browser
-def test_partial_answers_say_why_they_are_partial(page: Page) -> None:
+def test_partial_answers_say_why_they_are_partial(page: ChatPage) -> None:
     page.ask("broken")
     page.wait_for("failed")
     assert page.text(".answer-text") == "Some of it"
@@ -599,7 +535,7 @@ def test_partial_answers_say_why_they_are_partial(page: Page) -> None:
 
 
 @browser
-def test_a_server_that_is_away_is_named_and_nothing_is_lost(page: Page) -> None:
+def test_a_server_that_is_away_is_named_and_nothing_is_lost(page: ChatPage) -> None:
     page.js("window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
     page.ask("are you there")
     assert "cannot be reached" in page.wait_for_error()
@@ -608,7 +544,7 @@ def test_a_server_that_is_away_is_named_and_nothing_is_lost(page: Page) -> None:
 
 
 @browser
-def test_what_the_model_writes_is_shown_and_never_run(page: Page) -> None:
+def test_what_the_model_writes_is_shown_and_never_run(page: ChatPage) -> None:
     page.ask("hostile")
     page.wait_for("complete")
     assert page.text(".prose").strip() == HOSTILE.rpartition("```")[2].strip()
@@ -627,14 +563,14 @@ def test_what_the_model_writes_is_shown_and_never_run(page: Page) -> None:
 
 
 @browser
-def test_characters_cut_by_the_network_arrive_whole(page: Page) -> None:
+def test_characters_cut_by_the_network_arrive_whole(page: ChatPage) -> None:
     page.ask("bytes")
     page.wait_for("complete")
     assert page.text(".answer-text") == MULTIBYTE
 
 
 @browser
-def test_fenced_code_is_code_and_can_be_copied(page: Page) -> None:
+def test_fenced_code_is_code_and_can_be_copied(page: ChatPage) -> None:
     page.driver.execute_cdp_cmd(
         "Browser.grantPermissions",
         {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]},
@@ -654,7 +590,7 @@ def test_fenced_code_is_code_and_can_be_copied(page: Page) -> None:
 
 
 @browser
-def test_a_reader_who_scrolled_up_is_left_in_peace(page: Page) -> None:
+def test_a_reader_who_scrolled_up_is_left_in_peace(page: ChatPage) -> None:
     page.ask("story")
     page.wait_for("complete")
     rest = "return transcript.scrollHeight - transcript.scrollTop - transcript.clientHeight"
@@ -673,7 +609,7 @@ def test_a_reader_who_scrolled_up_is_left_in_peace(page: Page) -> None:
 
 
 @browser
-def test_the_key_is_asked_for_and_kept_for_the_tab(page: Page) -> None:
+def test_the_key_is_asked_for_and_kept_for_the_tab(page: ChatPage) -> None:
     page.fake.api_key = "sesame"
     page.open()
     assert page.text("#model-name") == "locked" and page.focused == "key"
@@ -697,7 +633,7 @@ def test_the_key_is_asked_for_and_kept_for_the_tab(page: Page) -> None:
 
 
 @browser
-def test_dark_follows_the_system_and_the_toggle_is_remembered(page: Page) -> None:
+def test_dark_follows_the_system_and_the_toggle_is_remembered(page: ChatPage) -> None:
     def prefer(scheme: str) -> None:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
@@ -721,7 +657,7 @@ def test_dark_follows_the_system_and_the_toggle_is_remembered(page: Page) -> Non
 
 
 @browser
-def test_a_phone_shows_everything_within_its_width(page: Page) -> None:
+def test_a_phone_shows_everything_within_its_width(page: ChatPage) -> None:
     metrics = {"width": 360, "height": 640, "deviceScaleFactor": 2, "mobile": True}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
@@ -739,7 +675,7 @@ def test_a_phone_shows_everything_within_its_width(page: Page) -> None:
 
 
 @browser
-def test_a_screen_reader_hears_sentences_and_not_tokens(page: Page) -> None:
+def test_a_screen_reader_hears_sentences_and_not_tokens(page: ChatPage) -> None:
     assert page.one("#transcript").get_attribute("aria-live") == "off"
     page.js(
         "window.heard = []; new MutationObserver(() => heard.push(announcer.textContent))"
@@ -756,7 +692,7 @@ def test_a_screen_reader_hears_sentences_and_not_tokens(page: Page) -> None:
 
 
 @browser
-def test_nothing_is_fetched_from_elsewhere(page: Page) -> None:
+def test_nothing_is_fetched_from_elsewhere(page: ChatPage) -> None:
     page.ask("hostile")
     page.wait_for("complete")
     names = page.js("return performance.getEntriesByType('resource').map((entry) => entry.name)")
@@ -799,7 +735,7 @@ import("/inspector/sse.js").then(async ({ readEvents }) => {
 
 @browser
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-def test_events_are_read_whatever_the_borders_of_the_chunks(page: Page, newline: str) -> None:
+def test_events_are_read_whatever_the_borders_of_the_chunks(page: ChatPage, newline: str) -> None:
     lines = [
         "\ufeff: a comment",
         "data: Grüße 世界 👩‍🚀",
@@ -851,7 +787,7 @@ import("/inspector/answer.js").then(({ AnswerText }) => {
 
 
 @browser
-def test_an_answer_looks_the_same_however_it_was_cut(page: Page) -> None:
+def test_an_answer_looks_the_same_however_it_was_cut(page: ChatPage) -> None:
     text = (
         "\n\nFirst  text\n\nsecond `inline`\n```py\nx = '``'\n``` not closed\n```\n\n"
         "between\n~~~\n```\n~~~\n``\n````md\n```\ninner\n```\n````\n```\nopen\n"
@@ -874,7 +810,7 @@ def test_an_answer_looks_the_same_however_it_was_cut(page: Page) -> None:
 
 @browser
 @pytest.mark.parametrize("part", [part for part in PARTS if part > 1])
-def test_the_real_server_talks_to_the_page(page: Page, part: int) -> None:
+def test_the_real_server_talks_to_the_page(page: ChatPage, part: int) -> None:
     """A real model streams into the page, which counts what the server counts; Stop ends the work
     in the engine, as its trace shows."""
     with running_server(part, "--model", "smollm2-135m") as url:

@@ -130,6 +130,21 @@ def test_states_are_the_sum_of_the_changes(capacity: int, tmp_path: Path) -> Non
     assert [state for _, state in trace.states()][-1] == last
 
 
+def test_blocks_taken_and_given_up_in_one_step_are_counted() -> None:
+    """A last token may take a block that is free again before the step ends; and a sequence may
+    give up its blocks and take some of them again."""
+    state = EngineState(num_blocks=8)
+
+    def step(allocated: list[int], freed: list[int]) -> dict[str, list[int]]:
+        state.apply(StepRecord(0, 0.0, allocated={"a": allocated}, freed={"a": freed}))
+        return state.blocks
+
+    assert step([3], [3]) == {}
+    assert step([1, 2], []) == {"a": [1, 2]}
+    assert step([5, 1], [2, 1]) == {"a": [5, 1]}
+    assert step([4], [4, 1, 5]) == {}
+
+
 def test_decorated_methods_are_phases_under_their_name() -> None:
     class Engine:
         trace = Trace()

@@ -1,6 +1,6 @@
 /**
- * The two calls the page makes, in OpenAI's wire format: the models, and a chat completion as a
- * stream. Whatever goes wrong, other than a stop by the user, is an `ApiError`.
+ * The calls the page makes. In OpenAI's wire format: the models, and a chat completion as a stream.
+ * Of this server: its trace. What the server refuses is an `ApiError`.
  */
 
 import { readEvents } from "./sse.js";
@@ -82,6 +82,29 @@ export async function* streamChat(body, key, signal) {
     throw new InterruptedError(); // fetch reports a connection cut in mid-body as a TypeError
   }
   if (!done) throw new InterruptedError();
+}
+
+/**
+ * The engine's steps as they happen. Ends, or throws, when the connection does.
+ *
+ * @param {string} key the API key, empty for none
+ * @param {AbortSignal} signal
+ */
+export async function* followTrace(key, signal) {
+  const headers = { Accept: "text/event-stream" };
+  const response = await request("/trace", { headers, signal }, key);
+  if (response.body) yield* readEvents(response.body);
+}
+
+/**
+ * @param {string} key the API key, empty for none
+ * @returns {Promise<Blob>} the steps that the server has kept, one a line
+ */
+export async function fetchTrace(key) {
+  const response = await request("/trace.jsonl", {}, key);
+  return response.blob().catch(() => {
+    throw new InterruptedError();
+  });
 }
 
 /** @param {string} data @param {number} status @returns {Chunk} */

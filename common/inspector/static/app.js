@@ -5,6 +5,7 @@
 import { Announcer } from "./announcer.js";
 import { ApiError, listModels } from "./api.js";
 import { Chat, Turn } from "./chat.js";
+import { EnginePanel } from "./engine-panel.js";
 import { KeyPrompt } from "./key.js";
 import { Settings } from "./settings.js";
 import { Transcript } from "./transcript.js";
@@ -18,6 +19,7 @@ const chat = new Chat();
 const transcript = new Transcript(byId("transcript"), byId("turns"), byId("jump"));
 const settings = new Settings(byId("settings"));
 const announcer = new Announcer(byId("announcer"));
+const engine = new EnginePanel();
 const keyPrompt = new KeyPrompt(byId("key-form"), async () => {
   if (await connect()) box.focus();
 });
@@ -39,6 +41,7 @@ async function connect() {
   showModel("here", model);
   showNotice("");
   keyPrompt.hide();
+  engine.start(keyPrompt.key);
   return true;
 }
 

@@ -1,0 +1,160 @@
+/**
+ * The engine on the page: the counts, the two pictures with the words for what the pointer or the
+ * keyboard is at, and the table of sequences. It shows one step of a history and changes nothing.
+ */
+
+import { BlockMap, ownership } from "./engine-blocks.js";
+import { SequenceTable, setText } from "./engine-sequences.js";
+import { describeStep, plural } from "./engine-step.js";
+import { Timeline } from "./engine-timeline.js";
+
+/** @typedef {import("./engine-player.js").Player} Player */
+
+const LEGENDS = /** @type {const} */ (["vain", "reserved", "ended"]); // those not shown from the start
+
+/** @param {string} id @returns {any} */
+const byId = (id) => document.getElementById(id);
+
+export class EngineView {
+  /** @type {HTMLCanvasElement} */
+  #steps = byId("engine-steps");
+  /** @type {HTMLCanvasElement} */
+  #blocks = byId("engine-blocks");
+  #timeline;
+  #map;
+  #sequences;
+  #player;
+  /** @type {number | null} position under the pointer */
+  #pointed = null;
+  /** @type {number | null} cell under the pointer or reached by keys */
+  #cell = null;
+  #onChange;
+
+  /**
+   * @param {Player} player
+   * @param {import("./engine-canvas.js").Colours} colours
+   * @param {() => void} onChange the view wants to be painted
+   */
+  constructor(player, colours, onChange) {
+    this.#player = player;
+    this.#onChange = onChange;
+    this.#timeline = new Timeline(this.#steps, colours);
+    this.#map = new BlockMap(this.#blocks, colours);
+    this.#sequences = new SequenceTable(byId("engine-sequences"), byId("engine-rest"), colours);
+    this.#watchSteps();
+    this.#watchBlocks();
+  }
+
+  paint() {
+    const { history, position, isPlaying, isFile } = this.#player;
+    const state = history.stateAfter(position);
+    const entry = history.entry(position);
+    const owned = ownership(state);
+    const follows = isPlaying && !isFile;
+    this.#showCounts(state, owned.numUsed, entry?.numTokens ?? 0);
+    this.#timeline.paint(history, position, this.#pointed ?? (follows ? null : position));
+    const lines = describeStep(history.entry(this.#pointed ?? position));
+    lines.forEach((line, index) => setText(byId("engine-step").children[index], line));
+    byId("engine-map").hidden = state.numBlocks === 0;
+    byId("engine").classList.toggle("has-blocks", state.numBlocks > 0);
+    if (state.numBlocks > 0) {
+      this.#map.paint(state, owned, history.owners, this.#cell);
+      this.#showMapWords(state, owned);
+    }
+    this.#showLegends(history);
+    this.#sequences.update(state, history.owners);
+    this.#showSlider(history.begin, history.end, position, lines[0]);
+  }
+
+  /** What this engine never does needs no legend. @param {import("./engine-history.js").History} history */
+  #showLegends({ seen }) {
+    if (this.#map.hasReserved) seen.add("reserved");
+    if (this.#map.hasEnded) seen.add("ended");
+    for (const kind of LEGENDS) byId(`engine-${kind}`).hidden = !seen.has(kind);
+  }
+
+  /** @param {import("./engine-state.js").EngineState} state @param {number} numUsed @param {number} numTokens */
+  #showCounts(state, numUsed, numTokens) {
+    const counts = {
+      running: state.running.size.toLocaleString("en"),
+      waiting: state.waiting.size.toLocaleString("en"),
+      blocks: `${numUsed.toLocaleString("en")} / ${state.numBlocks.toLocaleString("en")}`,
+      steps: (state.step + 1).toLocaleString("en"),
+      tokens: numTokens.toLocaleString("en"),
+    };
+    for (const [name, text] of Object.entries(counts)) setText(byId(`engine-${name}-count`), text);
+  }
+
+  /** The counts in a sentence, for who does not see them. */
+  get summary() {
+    const { history, position } = this.#player;
+    const state = history.stateAfter(position);
+    const blocks = `, ${ownership(state).numUsed} of ${plural(state.numBlocks, "block")} used`;
+    return `${state.running.size} running, ${state.waiting.size} waiting${state.numBlocks ? blocks : ""}.`;
+  }
+
+  /** @param {import("./engine-state.js").EngineState} state @param {import("./engine-blocks.js").Ownership} owned */
+  #showMapWords(state, owned) {
+    const { scale, numCells } = this.#map;
+    const size = `${plural(state.numBlocks, "block")} of ${plural(state.blockSize, "token")}`;
+    const unit = scale === 1 ? "a cell is a block" : `a cell is ${scale} blocks, filled as far as they are used`;
+    setText(byId("engine-scale"), `${size}; ${unit}`);
+    if (this.#cell !== null && this.#cell >= numCells) this.#cell = null;
+    const words = this.#cell === null ? "" : this.#map.describe(state, owned, this.#cell);
+    setText(byId("engine-block"), words || "Point at a cell, or use the arrow keys on the map.");
+    this.#blocks.title = words;
+  }
+
+  /** @param {number} begin @param {number} end @param {number} position @param {string} words */
+  #showSlider(begin, end, position, words) {
+    const slider = byId("engine-slider");
+    slider.min = String(begin);
+    slider.max = String(Math.max(begin, end - 1));
+    slider.value = String(position);
+    slider.disabled = end === begin;
+    slider.setAttribute("aria-valuetext", words);
+  }
+
+  #watchSteps() {
+    const canvas = this.#steps;
+    /** @param {PointerEvent | MouseEvent} event */
+    const pointedAt = (event) => {
+      const position = this.#timeline.positionAt(event.offsetX);
+      return this.#player.history.entry(position) ? position : null;
+    };
+    canvas.addEventListener("pointermove", (event) => {
+      this.#pointed = pointedAt(event);
+      this.#onChange();
+    });
+    canvas.addEventListener("pointerleave", () => {
+      this.#pointed = null;
+      this.#onChange();
+    });
+    canvas.addEventListener("click", (event) => {
+      const position = pointedAt(event);
+      if (position !== null) this.#player.seek(position);
+      this.#onChange();
+    });
+  }
+
+  #watchBlocks() {
+    const canvas = this.#blocks;
+    /** @param {number | null} cell */
+    const pointAt = (cell) => {
+      this.#cell = cell;
+      this.#onChange();
+    };
+    canvas.addEventListener("pointermove", (event) => pointAt(this.#map.cellAt(event.offsetX, event.offsetY)));
+    canvas.addEventListener("pointerleave", () => pointAt(null));
+    canvas.addEventListener("focus", () => pointAt(this.#cell ?? 0));
+    canvas.addEventListener("blur", () => pointAt(null));
+    canvas.addEventListener("keydown", (event) => {
+      const { columns, numCells } = this.#map;
+      const ways = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -Infinity, End: Infinity };
+      const way = ways[/** @type {keyof typeof ways} */ (event.key)];
+      if (way === undefined || event.altKey || event.ctrlKey || event.metaKey) return;
+      event.preventDefault();
+      pointAt(Math.min(Math.max((this.#cell ?? 0) + way, 0), numCells - 1));
+    });
+  }
+}
