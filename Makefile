@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PART ?= $(shell ls -d part[0-9][0-9]_* | tail -n 1 | sed 's/part\([0-9]*\)_.*/\1/')
 PACKAGE := part$(shell printf '%02d' $$(echo $(PART) | sed 's/^0*//'))
-# What compares all parts lies with the newest.
-LADDER := $(lastword $(sort $(wildcard part[0-9][0-9]_*)))/results
+# The engines that part 4 is measured beside; more where they are installed, as in
+# make bench PEERS="--peer transformers --peer vllm --peer-python /venvs/vllm/bin/python"
+PEERS ?= --peer transformers
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # Without a GPU the CPU build is pinned: a newer one would bring gigabytes of CUDA libraries.
 TORCH := $(if $(HAS_GPU),torch,torch==2.13.0)
@@ -41,8 +42,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench startup --parts 1 --json part01_simple_server/results/startup.json
 	$(BIN)/python -m common.bench startup --parts 1 2 --json part02_async_streaming/results/startup.json
 	$(BIN)/python -m common.bench streaming --parts 1 2 --json part02_async_streaming/results/streaming.json
-	$(BIN)/python -m common.bench ladder --workload decode --part-pairs 1=3 --part-pairs 2=3 --json $(LADDER)/ladder_decode.json --plot $(LADDER)/ladder_decode.png
-	$(BIN)/python -m common.bench ladder --workload mixed --part-pairs 1=1 --part-pairs 2=1 --json $(LADDER)/ladder_mixed.json --plot $(LADDER)/ladder_mixed.png
+	$(BIN)/python -m common.bench ladder --workload mixed --parts 1 2 3 4 --part-pairs 1=1 --part-pairs 2=1 --json part04_continuous_batching/results/ladder_mixed.json --plot part04_continuous_batching/results/ladder_mixed.png
+	$(BIN)/python -m common.bench compare --part 4 $(PEERS) --json part04_continuous_batching/results/compare.json --plot part04_continuous_batching/results/compare.png
 	$(BIN)/python -m common.bench report --all --write
 
 notebooks: $(VENV)/.dev
