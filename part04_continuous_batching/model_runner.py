@@ -82,20 +82,30 @@ class ModelRunner:
         self.ops.check_kv_cache(config.block_size, shape.head_dim, self.dtype)
         tensors = iter_weights(folder, self.device)
         self.model = CausalLM(shape, self.ops, tensors, self.dtype, self.device)
-        longest = max(max_model_len, config.max_num_batched_tokens)
         width = -(-max_model_len // config.block_size)
         rows = config.max_num_seqs
-        self.buffers = InputBuffers(BatchShape(longest, rows, rows, width), self.device)
+        most_tokens = max(max_model_len, config.max_num_batched_tokens) + rows
+        self.buffers = InputBuffers(BatchShape(most_tokens, rows, rows, width), self.device)
         self.tables = Tables(rows, width)
         self.counts: torch.Tensor | None = None  # [rows, vocab]: how often tokens were generated
-        reserved = self.profile(max_model_len) if self.device.type == "cuda" else 0
+        reserved = self.profile(shape) if self.device.type == "cuda" else 0
         num_blocks = choose_num_blocks(config, shape, self.dtype, self.device, reserved)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
 
-    def profile(self, max_model_len: int) -> int:
+    def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on the GPU beside weights and cache: by running it."""
-        self.kv = KVCache(1, self.config.block_size, self.model.config, self.dtype, self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
+        batch = self.prepare(self.largest_step(shape.max_model_len))
+        self.sample(batch, self.forward(batch))
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.empty_cache()
+        return peak - before
+
+    def largest_step(self, max_model_len: int) -> SchedulerOutput:
+        """The longest prompts that one step may run, and as many sequences; all in block 0."""
         largest = SchedulerOutput()
         left = max(max_model_len, self.config.max_num_batched_tokens)
         for row in range(self.config.max_num_seqs):
@@ -104,13 +114,7 @@ class ModelRunner:
             sequence = Sequence(f"profile-{row}", [0] * count, SamplingParams(), seed=row, row=row)
             largest.admitted.append(sequence)
             largest.num_new_tokens[sequence] = count
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        batch = self.prepare(largest)
-        self.sample(batch, self.forward(batch))
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.empty_cache()
-        return peak - before
+        return largest
 
     def prepare(self, scheduled: SchedulerOutput) -> Batch:
         """Tensors for the next tokens of each sequence."""

@@ -235,3 +235,18 @@ def test_a_step_says_what_it_holds() -> None:
     per_token = 2 * engine.runner.model.config.num_layers * engine.kv.data[0, 0, 0, 0].nbytes
     assert stats["kv_cache_bytes"] == 64 * 4 * per_token
     assert stats["buffer_bytes"] > 0 and stats["weight_bytes"] > 0
+
+
+def test_the_buffers_hold_the_largest_step() -> None:
+    """What a GPU's memory is sized by; here it must only run. And more rows than tokens of context."""
+    engine = engine_with(
+        max_model_len=12, max_num_seqs=40, max_num_batched_tokens=30, num_blocks=40
+    )
+    runner = engine.runner
+    runner.tables.block_tables[:] = 0
+    batch = runner.prepare(runner.largest_step(12))
+    assert batch.metadata.seq_lens.tolist() == [12, 12, 6] + [1] * 37
+    tokens, _ = runner.sample(batch, runner.forward(batch))
+    assert len(tokens) == 40
+    outputs = engine.generate([[2]] * 45, replace(GREEDY, max_tokens=4), progress=False)
+    assert len({tuple(output.token_ids) for output in outputs}) == 1
