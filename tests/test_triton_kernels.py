@@ -1,0 +1,207 @@
+"""The GPU's kernels: interpreted on a CPU, compiled for GPUs that are not there, run where one is."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.kernels import Ops
+from common.kernels.cpu import CpuOps
+from common.kernels.reference import ReferenceOps
+from common.testing.kernel_cases import CaseResult, check_all
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+OPERATIONS = (
+    "rms_norm",
+    "add_rms_norm",
+    "silu_and_mul",
+    "rotary_and_store",
+    "linear",
+    "attention",
+    "sample",
+)
+
+
+def run_module(name: str, *arguments: str) -> list:
+    """The lines of JSON that a module prints, in a process that no other test has touched."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [sys.executable, "-m", name, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@functools.cache
+def interpreted() -> list[CaseResult]:
+    [results] = run_module("common.testing.triton_interpreted")
+    return [CaseResult(**result) for result in results]
+
+
+def failures(results: list[CaseResult]) -> list[str]:
+    return [str(result) for result in results if not result.passed]
+
+
+def is_interpreter_broken() -> bool:
+    """Triton before 3.9 turns arrays of one element into integers as numpy 2.4 no longer does."""
+    import numpy
+    import triton
+
+    def version(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(".")[:2])
+
+    return version(triton.__version__) < (3, 9) and version(numpy.__version__) >= (2, 4)
+
+
+@needs_triton
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_interpreted(op: str) -> None:
+    if is_interpreter_broken():
+        pytest.skip("this triton's interpreter does not work with this numpy")
+    own = [result for result in interpreted() if result.op == op]
+    assert {result.dtype for result in own} >= {"float32"}
+    assert not failures(own)
+
+
+def check_compiled(architecture: str, dtype: str, *head_dims: int) -> None:
+    kernels = run_module("common.testing.triton_compile", architecture, dtype, *map(str, head_dims))
+    assert len({kernel["kernel"] for kernel in kernels}) == 9
+    assert all(kernel["shared"] <= kernel["allowed"] for kernel in kernels)
+    attentions = [kernel for kernel in kernels if kernel["kernel"] == "attention_kernel"]
+    # Keys and values of the next tiles are on their way while a tile is computed.
+    assert all(kernel["num_async_copies"] > 0 for kernel in attentions)
+    is_hopper = architecture.startswith("H") and dtype != "float32"
+    for kernel in attentions:
+        if not kernel["is_decode"]:
+            assert (kernel["num_warpgroup_products"] > 0) == is_hopper
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "architecture, dtype, head_dim", [("H100, H200", "bfloat16", 128), ("RTX 4090", "float32", 256)]
+)
+def test_compiled(architecture: str, dtype: str, head_dim: int) -> None:
+    check_compiled(architecture, dtype, head_dim)
+
+
+@needs_triton
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("architecture", ["A100", "RTX 4090", "H100, H200"])
+def test_all_compiled(architecture: str, dtype: str) -> None:
+    check_compiled(architecture, dtype)
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    from common.kernels.triton_ops import TritonOps
+
+    assert not failures(check_all(TritonOps(), "cuda", [dtype]))
+
+
+# The cases themselves: right implementations pass, wrong ones do not.
+
+
+@pytest.mark.parametrize("ops", [ReferenceOps(), CpuOps(2)], ids=["reference", "cpu"])
+def test_cases_pass(ops: Ops) -> None:
+    results = check_all(ops, "cpu", [torch.float32])
+    assert {result.op for result in results} == set(OPERATIONS)
+    assert not failures(results)
+
+
+class Wrong(ReferenceOps):
+    """The reference with one thing wrong at a time."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = super().rms_norm(x, weight, eps * (3 if self.fault == "eps" else 1))
+        return out if self.fault != "last column" else out.index_fill(1, tensor_of(-1), 0)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if self.fault == "residual kept":
+            residual = residual.clone()
+        return super().add_rms_norm(x, residual, weight, eps)
+
+    def rotary_and_store(self, qkv, cos_sin, positions, kv_cache, layer, slot_mapping, *rest, eps):
+        if self.fault == "positions":
+            positions = positions.roll(1)
+        if self.fault == "slots below 0":
+            slot_mapping = slot_mapping.clamp(min=0)
+        arguments = (qkv, cos_sin, positions, kv_cache, layer, slot_mapping)
+        return super().rotary_and_store(*arguments, *rest, eps=eps)
+
+    def attend(self, query, keys, values, scale, sliding_window):
+        if self.fault == "window" and sliding_window is not None:
+            sliding_window += 1
+        if self.fault == "first token" and len(keys) > len(query):
+            keys, values = keys[1:], values[1:]
+        if self.fault == "groups":
+            query = query.flip(1)
+        return super().attend(query, keys, values, scale, sliding_window)
+
+    def sample(self, logits, temperature, top_k, top_p, min_p, seeds, positions, choices=None):
+        if self.fault == "seeds":
+            seeds = seeds & 0xFFFFFFFF
+        if self.fault == "top_k":
+            top_k = torch.where(top_k > 0, top_k + 1, top_k)
+        if self.fault == "top_p":
+            top_p = torch.where(top_p < 1, (top_p + 0.1).clamp(max=1), top_p)
+        if self.fault == "min_p":
+            min_p = min_p * 0.5
+        if self.fault == "choices":
+            choices = None
+        return super().sample(logits, temperature, top_k, top_p, min_p, seeds, positions, choices)
+
+
+def tensor_of(value: int) -> Tensor:
+    return torch.tensor([value])
+
+
+@pytest.mark.parametrize(
+    "op, fault",
+    [
+        ("rms_norm", "eps"),
+        ("rms_norm", "last column"),
+        ("add_rms_norm", "residual kept"),
+        ("rotary_and_store", "positions"),
+        ("rotary_and_store", "slots below 0"),
+        ("attention", "window"),
+        ("attention", "first token"),
+        ("attention", "groups"),
+        ("sample", "seeds"),
+        ("sample", "top_k"),
+        ("sample", "top_p"),
+        ("sample", "min_p"),
+        ("sample", "choices"),
+    ],
+)
+def test_cases_find_faults(op: str, fault: str) -> None:
+    results = check_all(Wrong(fault), "cpu", [torch.float32], only=op)
+    assert any(result.op == op and not result.passed for result in results)
+
+
+def test_an_exception_is_a_failure() -> None:
+    class Raises(ReferenceOps):
+        def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+            raise RuntimeError("no such kernel")
+
+    results = check_all(Raises(), "cpu", [torch.float32], only="silu")
+    assert results and all("no such kernel" in text for text in failures(results))
+    assert len(failures(results)) == len(results)
