@@ -62,6 +62,7 @@ def head_pad(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+@lru_cache
 def tile_for(is_decode: bool, rows: int, head_dim: int, dtype: torch.dtype, device: Device) -> Tile:
     """The table's tile with at least `rows` rows, and as many pipeline stages as fit in memory."""
     is_wide = dtype.itemsize > 2
@@ -93,13 +94,13 @@ def few_queries(max_query_len: int, group: int) -> int:
     return max(1, MIN_ROWS // group)
 
 
-def num_splits(num_programs: int, max_seq_len: int, resident: int) -> int:
-    """Over how many programs each sequence's tokens are split.
+@lru_cache
+def num_splits(num_programs: int, most: int, resident: int) -> int:
+    """Over how many programs, 1 to `most`, each sequence's tokens are split.
 
     The fewest that keep nine tenths as many of the GPU's places busy as the best number does: the
     last round of programs may fill only some of them.
     """
-    most = min(MAX_SPLITS, -(-max_seq_len // MIN_SPLIT))
 
     def busy(splits: int) -> float:
         rounds = num_programs * splits / resident
@@ -126,7 +127,8 @@ def attention(
     few = few_queries(metadata.max_query_len, group)
     decode = tile_for(True, few * group, head_dim, query.dtype, device)
     prefill = tile_for(False, group, head_dim, query.dtype, device)
-    splits = num_splits(num_seqs * num_kv_heads, max(1, metadata.max_seq_len), device.resident)
+    most_splits = min(MAX_SPLITS, max(1, -(-metadata.max_seq_len // MIN_SPLIT)))
+    splits = num_splits(num_seqs * num_kv_heads, most_splits, device.resident)
     partial_out = partial_norm = None
     if splits > 1:
         shape = (num_seqs, few, num_heads, splits)
