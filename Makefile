@@ -42,6 +42,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench startup --parts 1 --json part01_simple_server/results/startup.json
 	$(BIN)/python -m common.bench startup --parts 1 2 --json part02_async_streaming/results/startup.json
 	$(BIN)/python -m common.bench streaming --parts 1 2 --json part02_async_streaming/results/streaming.json
+	$(BIN)/python -m common.bench kv --json part03_paged_attention/results/kv.json
 	$(BIN)/python -m common.bench ladder --workload mixed --parts 1 2 3 4 --part-pairs 1=1 --part-pairs 2=1 --json part04_continuous_batching/results/ladder_mixed.json --plot part04_continuous_batching/results/ladder_mixed.png
 	$(BIN)/python -m common.bench compare --part 4 $(PEERS) --json part04_continuous_batching/results/compare.json --plot part04_continuous_batching/results/compare.png
 	$(BIN)/python -m common.bench report --all --write

@@ -117,6 +117,26 @@ def generate_job(job: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def kv_job(job: dict[str, Any]) -> dict[str, Any]:
+    """{"part", "model", "settings", "requests", "seed"} -> sums of `Usage` over the steps of a run,
+    bytes of a token's keys and values, and the limits that the engine set itself."""
+    engine, _, answer = start_engine(job)
+    from common.bench.kv_usage import Request, run_requests
+
+    requests = [Request(**values) for values in job["requests"]]
+    lengths = [request.prompt for request in requests]
+    usage = run_requests(engine, random_prompts(lengths, engine.vocab_size, job["seed"]), requests)
+    kv = engine.kv
+    answer |= {
+        "usage": vars(usage),
+        "token_bytes": kv.data.nbytes // (kv.num_blocks * kv.block_size),
+        "context": engine.max_model_len,
+        "max_num_batched_tokens": getattr(engine.config, "max_num_batched_tokens", None),
+    }
+    engine.shutdown()
+    return answer
+
+
 def model_config(model: str) -> dict[str, Any] | None:
     """The model's config.json, or None for a name that `common.checkpoint` does not know."""
     from common.checkpoint import read_json, resolve
@@ -153,6 +173,7 @@ def engine_facts(engine: Any, config: Any) -> dict[str, Any]:
 
 JOBS = {
     "generate": generate_job,
+    "kv": kv_job,
     "limits": limits_job,
     "offline": offline_job,
     "startup": startup_job,
