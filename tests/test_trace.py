@@ -1,6 +1,7 @@
 """The trace: bounded, whole even when a step fails, safe to read while the engine writes."""
 
 import json
+import random
 import threading
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from common.sampling import SamplingParams
+from common.testing.parts import PARTS, engine_of
 from common.trace import EngineState, StepRecord, Trace, phase, to_perfetto
 from common.trace_routes import add_trace_routes
 
@@ -327,3 +330,37 @@ def test_perfetto_events_are_complete_and_in_microseconds() -> None:
         ("forward", 2, 2.125e6, 0.375e6),
     ]
     assert spans[0]["args"] == {"scheduled": {"a": 3}, "finished": {"a": "stop"}}
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part > 2])
+def test_the_state_is_the_engines(part: int) -> None:
+    """After every step of a random schedule in a small pool: who waits, and how many blocks are
+    used. Requests end at once, are aborted, and where the part preempts, are preempted."""
+    engine = engine_of(part, "random:tiny-llama", threads=1, num_blocks=10, max_num_seqs=6)
+    engine.trace = trace = Trace(num_blocks=10, block_size=engine.kv.block_size)
+    if hasattr(engine, "scheduler"):
+        engine.scheduler.trace = trace
+    rng = random.Random(part)
+    preempted = 0
+    with trace.follow() as records:
+        state = trace.catch_up(records)
+        for number in range(40):
+            length = rng.choice([1, 1, 20, 50])
+            params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+            engine.add_request(f"r{number}", [rng.randrange(2, 500)] * rng.randint(1, 40), params)
+            for _ in range(rng.choice([1, 5, 30])):
+                if rng.random() < 0.05:
+                    engine.abort(f"r{rng.randrange(number + 1)}")
+                if engine.has_unfinished():
+                    engine.step()
+                    state.apply(records.pop())
+                    preempted += len(trace.last_record.preempted)
+                    stats = engine.stats()
+                    used = [block for blocks in state.blocks.values() for block in blocks]
+                    assert len(used) == len(set(used)) == stats["num_used_blocks"]
+                    assert len(state.waiting) == stats["num_waiting"]
+        while engine.has_unfinished():
+            engine.step()
+            state.apply(records.pop())
+    assert state.running == state.waiting == state.blocks == {}
+    assert state.step > 200 and not records and (part == 3 or preempted > 0)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from common.kernels import Ops
@@ -112,6 +115,59 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     from common.kernels.triton_ops import TritonOps
 
     assert not failures(check_all(TritonOps(), "cuda", [dtype]))
+
+
+# How attention is launched.
+
+
+@needs_triton
+@given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 600))
+def test_splits(num_programs: int, most: int, resident: int) -> None:
+    from common.kernels.triton_attention import num_splits
+
+    def busy(splits: int) -> float:
+        rounds = num_programs * splits / resident
+        return rounds / math.ceil(rounds)
+
+    splits = num_splits(num_programs, most, resident)
+    assert 1 <= splits <= most
+    assert busy(splits) >= 0.9 * max(busy(other) for other in range(1, most + 1))
+    assert all(busy(other) < busy(splits) for other in range(1, splits))
+
+
+@needs_triton
+def test_splits_of_known_batches() -> None:
+    from common.kernels.triton_attention import num_splits
+
+    h200 = 3 * 132
+    assert num_splits(1 * 8, 1, h200) == 1  # too short
+    assert num_splits(1 * 8, 32, h200) in (29, 30, 31, 32)  # alone: as many as there are
+    assert num_splits(256 * 8, 32, h200) <= 2  # many: hardly any
+
+
+@needs_triton
+@given(st.integers(1, 600), st.integers(1, 128))
+def test_few_queries(max_query_len: int, group: int) -> None:
+    from common.kernels.triton_attention import few_queries
+
+    few = few_queries(max_query_len, group)
+    assert 1 <= few <= max_query_len
+    assert few == 1 or few * group <= 64
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("kibibytes", [48, 64, 99, 163, 227])
+def test_tiles_fit(kibibytes: int, head_dim: int, dtype: torch.dtype) -> None:
+    from common.kernels.triton_attention import Device, shared_bytes, tile_for
+
+    device = Device(kibibytes << 10, 300, kibibytes == 227)
+    for is_decode, rows in ((True, 1), (True, 60), (False, 4), (False, 71)):
+        tile = tile_for(is_decode, rows, head_dim, dtype, device)
+        assert tile.rows >= rows and tile.num_stages >= 1
+        if tile.num_stages > 1:
+            assert shared_bytes(tile, head_dim, dtype, device) <= device.shared_memory
 
 
 # The cases themselves: right implementations pass, wrong ones do not.

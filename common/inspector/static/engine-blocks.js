@@ -121,8 +121,8 @@ export class BlockMap {
     if (marked !== null && marked < this.numCells) {
       const [x, y] = [(marked % columns) * size, Math.floor(marked / columns) * size];
       context.strokeStyle = this.#colours.named.ink;
-      context.lineWidth = 2;
-      context.strokeRect(x, y, size - 1, size - 1);
+      context.lineWidth = 2; // around the cell, which may be hardly larger than that
+      context.strokeRect(x - 1, y - 1, size + 1, size + 1);
     }
   }
 

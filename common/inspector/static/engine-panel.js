@@ -32,8 +32,8 @@ export class EnginePanel {
   /** @type {import("./engine-feed.js").FeedStatus} */
   #status = "connecting";
   #fileName = "";
-  #saidAt = 0; // milliseconds
   #said = "";
+  #quiet = 0; // the timer that runs until something may be said again
   #absence = 0; // the timer that ends the connection
 
   constructor() {
@@ -115,14 +115,15 @@ export class EnginePanel {
 
   /** Only to who is here: beside a chat that is spoken, counts would be noise. */
   #announce() {
-    if (!this.#root.contains(document.activeElement)) return;
-    const now = performance.now();
-    if (now - this.#saidAt < QUIET) return;
+    if (this.#quiet || !this.#root.contains(document.activeElement)) return;
     const { summary } = this.#view;
     if (summary === this.#said) return;
     this.#said = summary;
-    this.#saidAt = now;
     byId("engine-announcer").textContent = summary;
+    this.#quiet = setTimeout(() => {
+      this.#quiet = 0;
+      this.#announce();
+    }, QUIET);
   }
 
   #listen() {

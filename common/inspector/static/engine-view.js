@@ -26,8 +26,10 @@ export class EngineView {
   #player;
   /** @type {number | null} position under the pointer */
   #pointed = null;
-  /** @type {number | null} cell under the pointer or reached by keys */
-  #cell = null;
+  /** @type {number | null} cell under the pointer */
+  #pointedCell = null;
+  /** @type {number | null} cell reached by keys, while the map has the focus */
+  #focusedCell = null;
   #onChange;
 
   /**
@@ -85,6 +87,11 @@ export class EngineView {
     for (const [name, text] of Object.entries(counts)) setText(byId(`engine-${name}-count`), text);
   }
 
+  /** The cell to speak of. */
+  get #cell() {
+    return this.#pointedCell ?? this.#focusedCell;
+  }
+
   /** The counts in a sentence, for who does not see them. */
   get summary() {
     const { history, position } = this.#player;
@@ -99,8 +106,8 @@ export class EngineView {
     const size = `${plural(state.numBlocks, "block")} of ${plural(state.blockSize, "token")}`;
     const unit = scale === 1 ? "a cell is a block" : `a cell is ${scale} blocks, filled as far as they are used`;
     setText(byId("engine-scale"), `${size}; ${unit}`);
-    if (this.#cell !== null && this.#cell >= numCells) this.#cell = null;
-    const words = this.#cell === null ? "" : this.#map.describe(state, owned, this.#cell);
+    const isThere = this.#cell !== null && this.#cell < numCells;
+    const words = isThere ? this.#map.describe(state, owned, /** @type {number} */ (this.#cell)) : "";
     setText(byId("engine-block"), words || "Point at a cell, or use the arrow keys on the map.");
     this.#blocks.title = words;
   }
@@ -139,22 +146,41 @@ export class EngineView {
 
   #watchBlocks() {
     const canvas = this.#blocks;
-    /** @param {number | null} cell */
-    const pointAt = (cell) => {
-      this.#cell = cell;
+    canvas.addEventListener("pointermove", (event) => {
+      this.#pointedCell = this.#map.cellAt(event.offsetX, event.offsetY);
       this.#onChange();
-    };
-    canvas.addEventListener("pointermove", (event) => pointAt(this.#map.cellAt(event.offsetX, event.offsetY)));
-    canvas.addEventListener("pointerleave", () => pointAt(null));
-    canvas.addEventListener("focus", () => pointAt(this.#cell ?? 0));
-    canvas.addEventListener("blur", () => pointAt(null));
-    canvas.addEventListener("keydown", (event) => {
-      const { columns, numCells } = this.#map;
-      const ways = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -Infinity, End: Infinity };
-      const way = ways[/** @type {keyof typeof ways} */ (event.key)];
-      if (way === undefined || event.altKey || event.ctrlKey || event.metaKey) return;
-      event.preventDefault();
-      pointAt(Math.min(Math.max((this.#cell ?? 0) + way, 0), numCells - 1));
     });
+    canvas.addEventListener("pointerleave", () => {
+      this.#pointedCell = null;
+      this.#onChange();
+    });
+    canvas.addEventListener("focus", () => {
+      this.#focusedCell = 0;
+      this.#onChange();
+    });
+    canvas.addEventListener("blur", () => {
+      this.#focusedCell = null;
+      this.#onChange();
+    });
+    canvas.addEventListener("keydown", (event) => this.#onMapKey(event));
+  }
+
+  /** @param {KeyboardEvent} event */
+  #onMapKey(event) {
+    const { columns, numCells } = this.#map;
+    const ways = new Map([
+      ["ArrowLeft", -1],
+      ["ArrowRight", 1],
+      ["ArrowUp", -columns],
+      ["ArrowDown", columns],
+      ["Home", -Infinity],
+      ["End", Infinity],
+    ]);
+    const way = ways.get(event.key);
+    if (way === undefined || event.altKey || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    this.#focusedCell = Math.min(Math.max((this.#focusedCell ?? 0) + way, 0), numCells - 1);
+    this.#pointedCell = null; // what was done last counts
+    this.#onChange();
   }
 }
