@@ -337,10 +337,7 @@ def test_the_state_is_the_engines(part: int) -> None:
     """After every step of a random schedule in a small pool: who waits, and how many blocks are
     used. Requests end at once, are aborted, and where the part preempts, are preempted."""
     engine = engine_of(part, "random:tiny-llama", threads=1, num_blocks=10, max_num_seqs=6)
-    engine.trace = trace = Trace(num_blocks=10, block_size=engine.kv.block_size)
-    if hasattr(engine, "scheduler"):
-        engine.scheduler.trace = trace
-    rng = random.Random(part)
+    trace, rng = engine.trace, random.Random(part)
     preempted = 0
     with trace.follow() as records:
         state = trace.catch_up(records)
