@@ -205,11 +205,12 @@ class Frontend:
         chat = isinstance(request, ChatCompletionRequest)
         texts: list[Any] = [request.messages] if chat else request.prompts()
         if len(texts) * params.n > MAX_CHOICES:
+            field = "n" if params.n > 1 else "prompt"
             raise ApiError(
                 400,
-                f"prompt asks for {len(texts)} x n={params.n} completions;"
+                f"{field} asks for {len(texts)} x n={params.n} completions;"
                 f" one request may ask for {MAX_CHOICES}",
-                param="n" if params.n > 1 else "prompt",
+                param=field,
             )
         try:
             # In a thread: tokenizing a long prompt takes longer than other clients should wait.

@@ -3,7 +3,8 @@
 import importlib
 import re
 from collections.abc import Callable
-from functools import cache
+from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,17 @@ def distinct_files(name: str) -> list[int]:
     return list(seen.values())
 
 
-@cache
+KV_MEMORY = 256 << 20  # bytes, unless a test asks for other: many engines live at once
+
+
+@lru_cache(maxsize=16)
 def engine_of(part: int, model: str, **flags: Any) -> Any:
-    """An engine of a part, built once for the whole test run."""
-    config = module_of(part, "config").EngineConfig(model=model, **flags)
-    return module_of(part, "engine").LLMEngine(config)
+    """An engine of a part, kept for later tests that want the same."""
+    config_class = module_of(part, "config").EngineConfig
+    has_cache = any(field.name == "kv_cache_memory" for field in fields(config_class))
+    if has_cache and not flags.keys() & {"num_blocks", "kv_cache_memory"}:
+        flags["kv_cache_memory"] = KV_MEMORY
+    return module_of(part, "engine").LLMEngine(config_class(model=model, **flags))
 
 
 def wrap_model(
