@@ -2,16 +2,18 @@
 
 A weight is kept as panels, [num_panels, in_features, PANEL]: what one pass over the depth reads lies
 in one piece, so a single token reads memory in order at full speed, and many tokens find a panel
-in the cache for every tile of rows.
+in the cache for every tile of rows. While a panel is multiplied, the next is asked for.
 """
 
 import numpy as np
 from numba import prange
 
 from common.kernels.cpu_jit import float32_array, helper, kernel, next_index
-from common.kernels.cpu_vector import MAX_ROWS, PANEL, panel_tile
+from common.kernels.cpu_vector import FEW_ROWS, MAX_ROWS, PANEL, panel_tile
 
-DEPTH = 1024  # rows of a panel that are used at once: 128 KiB with AVX-512, half of it with AVX2
+DEPTH = 640  # rows of a panel that are used at once: 80 KiB with AVX-512, half of it with AVX2
+BLOCK = 131_072  # floats of x that are used together: 512 KiB, to stay in the second-level cache
+LINE = 64  # bytes between counters, so that no two lie in one line of the cache
 
 
 @helper
@@ -22,10 +24,13 @@ def multiply_panel(x, weight, bias, out, panel, num_tokens, depth, num_columns):
     if width < PANEL:
         spare = np.empty((num_tokens, PANEL), np.float32)
         target, target_stride = spare.ctypes.data, PANEL * 4
-    num_tiles = (num_tokens + MAX_ROWS - 1) // MAX_ROWS
-    for begin in range(0, depth, DEPTH):
+    # A tile of many rows asks for half of the next panel at most: then there are two at least.
+    num_tiles = max((num_tokens + MAX_ROWS - 1) // MAX_ROWS, 1 + (num_tokens > FEW_ROWS))
+    num_blocks = max(1, (depth + DEPTH - 1) // DEPTH)
+    for i in range(num_blocks):
+        begin = i * depth // num_blocks
+        size = (i + 1) * depth // num_blocks - begin
         block = weight + (panel * depth + begin) * PANEL * 4
-        size = min(DEPTH, depth - begin)
         for tile in range(num_tiles):
             row, end = tile * num_tokens // num_tiles, (tile + 1) * num_tokens // num_tiles
             place = target + row * target_stride
@@ -53,15 +58,35 @@ def multiply_panel(x, weight, bias, out, panel, num_tokens, depth, num_columns):
                 result[row, panel * PANEL + column] = spare[row, column]
 
 
+@helper
+def work(x, weight, bias, out, num_tokens, depth, num_columns, counters, thread, num_threads):
+    """Units of work, (block of rows, panel): a thread's own share in order, then what is left of
+    the others', since one slowed by another process gets less done."""
+    num_panels = (num_columns + PANEL - 1) // PANEL
+    num_blocks = max(1, num_tokens * depth // BLOCK)
+    num_units = num_blocks * num_panels
+    for i in range(num_threads):
+        owner = (thread + i) % num_threads
+        begin, end = owner * num_units // num_threads, (owner + 1) * num_units // num_threads
+        unit = begin + next_index(counters + owner * LINE)
+        while unit < end:
+            block, panel = unit // num_panels, unit % num_panels
+            row = block * num_tokens // num_blocks
+            count = (block + 1) * num_tokens // num_blocks - row
+            place = out + row * num_columns * 4
+            rows = x + row * depth * 4
+            multiply_panel(rows, weight, bias, place, panel, count, depth, num_columns)
+            unit = begin + next_index(counters + owner * LINE)
+
+
 @kernel
 def linear(x, weight, bias, out, num_tokens, depth, num_columns, num_threads):
     """out = x @ weight.T + bias. x: [num_tokens, depth]; weight: panels; bias: padded to panels."""
-    num_panels = (num_columns + PANEL - 1) // PANEL
-    chunk = max(1, num_panels // (num_threads * 8))
-    counter = np.zeros(1, np.int64)
-    for _ in prange(num_threads):
-        begin = next_index(counter.ctypes.data) * chunk
-        while begin < num_panels:
-            for panel in range(begin, min(begin + chunk, num_panels)):
-                multiply_panel(x, weight, bias, out, panel, num_tokens, depth, num_columns)
-            begin = next_index(counter.ctypes.data) * chunk
+    counters = np.zeros((num_threads, LINE // 8), np.int64)
+    if num_threads == 1:
+        place = counters.ctypes.data
+        work(x, weight, bias, out, num_tokens, depth, num_columns, place, 0, 1)
+    else:
+        for i in prange(num_threads):
+            place = counters.ctypes.data
+            work(x, weight, bias, out, num_tokens, depth, num_columns, place, i, num_threads)

@@ -21,6 +21,8 @@ LANES = 16 if FEATURES.get("avx512f") else 4 if IS_ARM else 8  # floats in a vec
 PANEL = 2 * LANES  # columns of a panel
 # Rows of a tile: sums in 24 of the 32 registers of AVX-512 and NEON, in 12 of the 16 of AVX2.
 MAX_ROWS = 12 if LANES != 8 else 6
+FEW_ROWS = MAX_ROWS // 2  # up to so many rows a tile waits for memory, and not memory for it
+STREAMS = 4  # places at once that memory is asked for: more lines are under way than with one
 
 FLOAT = ir.FloatType()
 VECTOR = ir.VectorType(FLOAT, LANES)
@@ -68,9 +70,9 @@ def emit_tile(builder: ir.IRBuilder, rows: int, vectors: int, args: list[ir.Valu
     tile = [(row, vector) for row in range(rows) for vector in range(vectors)]
     # Few rows leave the multiply-add units waiting for one sum: then several steps in depth at
     # once, each with sums of its own.
-    unroll = max(1, min(4, 8 // len(tile)))
+    num_sums = max(1, min(STREAMS, 8 // len(tile)))
     sums = {}
-    for step in range(unroll):
+    for step in range(num_sums):
         for row, vector in tile:
             sums[step, row, vector] = place = cgutils.alloca_once(builder, VECTOR)
             first = ir.Constant(VECTOR, None)
@@ -81,9 +83,6 @@ def emit_tile(builder: ir.IRBuilder, rows: int, vectors: int, args: list[ir.Valu
 
     def one_step(k: ir.Value, step: int) -> None:
         base = builder.add(w, builder.mul(k, w_stride))
-        next_base = builder.add(ahead, builder.mul(k, ahead_step))
-        for line in range(0, vectors * LANES * 4, 64):
-            prefetch(builder, builder.add(next_base, INT(line)))
         weights = [
             load(builder, VECTOR, builder.add(base, INT(v * LANES * 4))) for v in range(vectors)
         ]
@@ -95,17 +94,22 @@ def emit_tile(builder: ir.IRBuilder, rows: int, vectors: int, args: list[ir.Valu
                 total = multiply_add(builder, value, weights[vector], builder.load(place))
                 builder.store(total, place)
 
-    whole = builder.udiv(depth, INT(unroll))
+    whole = builder.udiv(depth, INT(STREAMS))
+    num_lines = -(-vectors * LANES * 4 // 64) if rows <= FEW_ROWS else 1
     with cgutils.for_range(builder, whole, intp=INT) as loop:
-        for step in range(unroll):
-            one_step(builder.add(builder.mul(loop.index, INT(unroll)), INT(step)), step)
-    if unroll > 1:
-        done = builder.mul(whole, INT(unroll))
-        with cgutils.for_range(builder, builder.sub(depth, done), intp=INT) as loop:
-            one_step(builder.add(done, loop.index), 0)
+        for step in range(STREAMS):
+            place = builder.add(builder.mul(whole, INT(step)), loop.index)
+            place = builder.add(ahead, builder.mul(place, ahead_step))
+            for line in range(num_lines):
+                prefetch(builder, builder.add(place, INT(line * 64)))
+            k = builder.add(builder.mul(loop.index, INT(STREAMS)), INT(step))
+            one_step(k, step % num_sums)
+    done = builder.mul(whole, INT(STREAMS))
+    with cgutils.for_range(builder, builder.sub(depth, done), intp=INT) as loop:
+        one_step(builder.add(done, loop.index), 0)
     for row, vector in tile:
         total = builder.load(sums[0, row, vector])
-        for step in range(1, unroll):
+        for step in range(1, num_sums):
             total = builder.fadd(total, builder.load(sums[step, row, vector]), flags=FAST)
         address = builder.add(at(out, out_stride, row), INT(vector * LANES * 4))
         store(builder, total, address)
