@@ -668,6 +668,8 @@ def load(*args: str) -> subprocess.Popen[str]:
     """A server that is loading its model."""
     process = subprocess.Popen(
         [sys.executable, "-c", LOADING, *args],
+        # Tests that run in the background of a shell have SIGINT ignored, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
