@@ -14,7 +14,12 @@ from common import notebooks
 from common.notebooks import NotebookError
 
 PATHS = notebooks.find()
-MIN_IMAGES = {"part01_simple_server": 6, "part02_async_streaming": 6}
+MIN_IMAGES = {
+    "part01_simple_server": 6,
+    "part02_async_streaming": 6,
+    "part03_paged_attention": 6,
+    "part04_continuous_batching": 6,
+}
 MAX_BYTES = 2_000_000  # of a file, pictures included: a page that opens at once
 ALLOWED = {"common", "numpy", "matplotlib", *sys.stdlib_module_names}
 

@@ -13,7 +13,7 @@ MODEL = "random:tiny-llama"
 
 
 def engine_with(**flags: Any) -> Any:
-    config = module_of(3, "config").EngineConfig(model=MODEL, **flags)
+    config = module_of(3, "config").EngineConfig(model=MODEL, threads=1, **flags)
     return module_of(3, "engine").LLMEngine(config)
 
 

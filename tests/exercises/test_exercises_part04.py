@@ -12,7 +12,7 @@ MODEL = "random:tiny-llama"
 
 
 def engine_with(**flags: Any) -> Any:
-    config = module_of(4, "config").EngineConfig(model=MODEL, **flags)
+    config = module_of(4, "config").EngineConfig(model=MODEL, threads=1, **flags)
     return module_of(4, "engine").LLMEngine(config)
 
 
@@ -24,11 +24,14 @@ def drain(engine: Any) -> dict[str, list[int]]:
     """Step to the end; tokens by request, in the order in which they ended."""
     tokens: dict[str, list[int]] = {}
     ended: list[str] = []
-    while engine.has_unfinished():
+    for _ in range(2000):
         for output in engine.step():
             tokens.setdefault(output.request_id, []).extend(output.token_ids)
             ended += [output.request_id] if output.finished else []
         engine.check_integrity()
+        if not engine.has_unfinished():
+            break
+    assert not engine.has_unfinished(), "requests that never end"
     return {name: tokens[name] for name in ended}
 
 
