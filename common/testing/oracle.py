@@ -131,7 +131,9 @@ def seeded_gap(logits: torch.Tensor, token_id: int, params: SamplingParams, posi
     assert params.seed is not None
     seeds = torch.tensor([as_int64(params.seed)])
     noisy = scaled + gumbel_noise(seeds, torch.tensor([position]), torch.arange(len(scaled)))
-    best = noisy[surely].max() if surely.any() else noisy[possibly].max()
+    if not surely.any():  # all that stay lie at a border: any of them may be the only one
+        return 0.0
+    best = noisy[surely].max()
     gap = max((best - noisy[token_id]).item(), 0.0) * params.temperature
     return gap
 
