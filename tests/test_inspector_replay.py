@@ -279,6 +279,10 @@ def test_a_broken_connection_is_made_again(driver: Any) -> None:
         static_batch(trace)
         page.shows_step(2)
     page.until(lambda: page.status == "no connection")
+    page.one("#engine-save").click()
+    page.until(lambda: page.text("#engine-notice"))
+    reason = "The server cannot be reached. Is it still running?"
+    assert page.text("#engine-notice") == f"The trace was not saved. {reason}"
     config = ServerConfig(port=int(url.rpartition(":")[2]))
     with serving_thread(app_of(trace, config), config):
         page.until(lambda: page.status == "live")

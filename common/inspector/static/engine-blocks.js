@@ -65,7 +65,7 @@ export class BlockMap {
   #colours;
   #layout = layOut(1, LARGEST);
   #numBlocks = 0;
-  /** Whether the picture painted last has blocks that are reserved, or held by a request that has ended. */
+  /** Whether the last picture had blocks that are reserved, or whose request has ended. */
   hasReserved = false;
   hasEnded = false;
 
@@ -152,7 +152,10 @@ export class BlockMap {
     context.strokeRect(x + 0.5, y + 0.5, inner - 1, inner - 1);
   }
 
-  /** @param {Ownership} owned @param {number} cell @returns {Map<number, number>} owner -> its blocks there */
+  /**
+   * @param {Ownership} owned @param {number} cell
+   * @returns {Map<number, number>} owner -> its blocks there
+   */
   countsIn(owned, cell) {
     const counts = new Map();
     const end = Math.min((cell + 1) * this.scale, this.#numBlocks);
@@ -163,7 +166,10 @@ export class BlockMap {
     return counts;
   }
 
-  /** @param {EngineState} state @param {Ownership} owned @param {number} cell @returns {string} in words */
+  /**
+   * @param {EngineState} state @param {Ownership} owned @param {number} cell
+   * @returns {string} the cell in words
+   */
   describe(state, owned, cell) {
     const first = cell * this.scale;
     const last = Math.min(first + this.scale, this.#numBlocks) - 1;

@@ -42,6 +42,7 @@ export class Feed {
     this.stop();
     this.#key = key;
     this.#wait = FIRST_WAIT;
+    this.#events.onStatus("connecting");
     this.#connect();
   }
 
@@ -55,7 +56,6 @@ export class Feed {
   async #connect() {
     const running = new AbortController();
     this.#running = running;
-    this.#events.onStatus("connecting");
     let status = 0;
     try {
       for await (const event of followTrace(this.#key, running.signal)) {

@@ -26,7 +26,10 @@ export class History {
   #cursor; // the state that was asked for last: most often the next one is asked for then
   /** Position of the oldest record. */
   begin = 0;
-  /** @type {Set<"preempted" | "vain" | "reserved" | "ended">} what has occurred, and so needs a legend */
+  /**
+   * What has occurred, and so needs a legend.
+   * @type {Set<"preempted" | "vain" | "reserved" | "ended">}
+   */
   seen = new Set();
 
   /** @param {EngineState} first @param {number} [capacity] */
@@ -83,7 +86,8 @@ export class History {
       this.#cursor = { position: this.begin - 1, state: this.#first.copy() };
     }
     const cursor = this.#cursor;
-    for (const { record } of this.entries(cursor.position + 1, position + 1)) cursor.state.apply(record);
+    const missing = this.entries(cursor.position + 1, position + 1);
+    for (const { record } of missing) cursor.state.apply(record);
     cursor.position = Math.max(position, cursor.position);
     return cursor.state;
   }

@@ -10,19 +10,28 @@ import { Feed } from "./engine-feed.js";
 import { Frames } from "./engine-frames.js";
 import { History } from "./engine-history.js";
 import { Player } from "./engine-player.js";
-import { readTrace } from "./engine-records.js";
-import { EngineState } from "./engine-state.js";
+import { emptyState, readTrace } from "./engine-records.js";
 import { EngineView } from "./engine-view.js";
 
-const PATIENCE = 60000; // milliseconds that a page behind others keeps its connection, of which a browser has few
+// Milliseconds that a page behind others keeps its connection: a browser has six for one server.
+const PATIENCE = 60000;
 const QUIET = 5000; // milliseconds between two announcements
+
+/** In words. @type {Record<import("./engine-feed.js").FeedStatus, string>} */
+const STATUS = {
+  connecting: "connecting…",
+  live: "live",
+  away: "no connection",
+  locked: "locked",
+  none: "no trace",
+};
 
 /** @param {string} id @returns {any} */
 const byId = (id) => document.getElementById(id);
 
 export class EnginePanel {
   #root = byId("engine");
-  #player = new Player(new History(nothing()));
+  #player = new Player(new History(emptyState()));
   #frames = new Frames(this.#root, () => this.#paint());
   #view;
   #drawer;
@@ -74,7 +83,7 @@ export class EnginePanel {
     else this.#absence = setTimeout(() => this.#feed.stop(), PATIENCE);
   }
 
-  /** @param {EngineState} state */
+  /** @param {import("./engine-state.js").EngineState} state */
   #restart(state) {
     // After a pause in which nothing happened the steps before are still those before.
     if (JSON.stringify(state) === JSON.stringify(this.#player.live.last)) return;
@@ -106,8 +115,7 @@ export class EnginePanel {
     byId("engine-speed-field").hidden = !isFile;
     byId("engine-save").hidden = isFile;
     byId("engine-live").hidden = !isFile;
-    const live = { connecting: "connecting…", live: "live", away: "no connection", locked: "locked", none: "no trace" };
-    const text = isFile ? this.#fileName : isPlaying ? live[this.#status] : "paused";
+    const text = isFile ? this.#fileName : isPlaying ? STATUS[this.#status] : "paused";
     const status = byId("engine-status");
     if (status.textContent !== text) status.textContent = text;
     status.dataset.state = isFile ? "file" : isPlaying ? this.#status : "paused";
@@ -187,8 +195,4 @@ export class EnginePanel {
     notice.textContent = message;
     notice.hidden = message === "";
   }
-}
-
-function nothing() {
-  return new EngineState({ num_blocks: 0, block_size: 0, step: -1, waiting: {}, running: {}, blocks: {} });
 }

@@ -55,15 +55,26 @@ const RECORD = {
   preempted: listOf(isText),
 };
 
-/** @returns {StepRecord} */
-function emptyRecord() {
-  const lists = { phases: [], preempted: [] };
-  return { step: 0, begin: 0, end: 0, scheduled: {}, finished: {}, arrived: {}, allocated: {}, freed: {}, ...lists };
-}
+/** @type {StepRecord} */
+const EMPTY_RECORD = {
+  step: 0,
+  begin: 0,
+  end: 0,
+  scheduled: {},
+  phases: [],
+  finished: {},
+  arrived: {},
+  allocated: {},
+  freed: {},
+  preempted: [],
+};
 
-/** @returns {import("./engine-state.js").SavedState} */
-function emptyState() {
-  return { num_blocks: 0, block_size: 0, step: -1, waiting: {}, running: {}, blocks: {} };
+/** @type {import("./engine-state.js").SavedState} */
+const EMPTY_STATE = { num_blocks: 0, block_size: 0, step: -1, waiting: {}, running: {}, blocks: {} };
+
+/** @returns {EngineState} of an engine that has done nothing */
+export function emptyState() {
+  return new EngineState(EMPTY_STATE);
 }
 
 /**
@@ -86,12 +97,12 @@ function read(text, checks, needed) {
 
 /** @param {string} text JSON @returns {EngineState} Throws where it is none. */
 export function readState(text) {
-  return new EngineState({ ...emptyState(), ...read(text, STATE, ["num_blocks", "step"]) });
+  return new EngineState({ ...EMPTY_STATE, ...read(text, STATE, ["num_blocks", "step"]) });
 }
 
 /** @param {string} text JSON @returns {StepRecord} Throws where it is none. */
 export function readRecord(text) {
-  return { ...emptyRecord(), ...read(text, RECORD, ["step", "begin", "end"]) };
+  return { ...EMPTY_RECORD, ...read(text, RECORD, ["step", "begin", "end"]) };
 }
 
 /**
@@ -108,7 +119,8 @@ export function readTrace(text) {
     try {
       return readLine(lines[index] ?? "");
     } catch (error) {
-      const reason = error instanceof SyntaxError ? "it is not JSON" : /** @type {Error} */ (error).message;
+      const isSyntax = error instanceof SyntaxError; // whose words differ from browser to browser
+      const reason = isSyntax ? "it is not JSON" : /** @type {Error} */ (error).message;
       throw new Error(`line ${index + 1} is not ${what}: ${reason}.`);
     }
   };

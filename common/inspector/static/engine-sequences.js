@@ -3,6 +3,8 @@
  * that wait, and those that have ended but whose batch still holds their blocks.
  */
 
+import { grouped } from "./engine-step.js";
+
 /** @typedef {import("./engine-state.js").EngineState} EngineState */
 
 const MOST_ROWS = 64; // of hundreds that wait the first are enough
@@ -21,14 +23,13 @@ function rowsOf(state) {
   const row = (name) => ([id, tokens]) => ({
     id,
     state: name,
-    tokens: tokens === null ? "–" : tokens.toLocaleString("en"),
-    blocks: (state.blocks.get(id)?.length ?? 0).toLocaleString("en"),
+    tokens: tokens === null ? "–" : grouped(tokens),
+    blocks: grouped(state.blocks.get(id)?.length ?? 0),
   });
-  /** @type {[string, null][]} */
-  const ended = [...state.blocks.keys()].filter((id) => !state.isUnfinished(id)).map((id) => [id, null]);
+  const ended = [...state.blocks.keys()].filter((id) => !state.isUnfinished(id));
   return [
     ...[...state.running].map(row("running")),
-    ...ended.map(row("ended")),
+    ...ended.map((id) => row("ended")([id, null])),
     ...[...state.waiting].map(row("waiting")),
   ];
 }

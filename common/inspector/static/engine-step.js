@@ -17,12 +17,12 @@ export function describeStep(entry) {
   const many = shares.filter(([, count]) => count !== 1);
   const ones = shares.filter(([, count]) => count === 1); // most are, after their prompt
   const runs = [
-    many.length > 0 ? listed(many.map(([id, count]) => `${name(id)} ${count.toLocaleString("en")}`)) : [],
+    many.length > 0 ? listed(many.map(([id, count]) => `${name(id)} ${grouped(count)}`)) : [],
     ones.length > 0 ? `1 each for ${listed(ones.map(([id]) => name(id)))}` : [],
   ].flat();
-  const parts = [`Step ${record.step}`, plural(numTokens, "token"), milliseconds(record.end - record.begin)];
+  const time = milliseconds(record.end - record.begin);
   return [
-    `${parts.join(" · ")} ms`,
+    `Step ${record.step} · ${plural(numTokens, "token")} · ${time} ms`,
     phases.length > 0 ? `${phases.join(" · ")} ms` : "",
     changes(record),
     runs.length > 0 ? `Tokens: ${runs.join("; ")}` : "Nothing was run.",
@@ -31,7 +31,8 @@ export function describeStep(entry) {
 
 /** @param {Entry["record"]} record */
 function changes(record) {
-  const arrived = Object.entries(record.arrived).map(([id, count]) => `${id} (${plural(count, "token")})`);
+  const prompts = Object.entries(record.arrived);
+  const arrived = prompts.map(([id, count]) => `${id} (${plural(count, "token")})`);
   const finished = Object.entries(record.finished).map(([id, reason]) => `${id} (${reason})`);
   const kinds = { Arrived: arrived, Finished: finished, Preempted: record.preempted };
   const said = Object.entries(kinds).filter(([, names]) => names.length > 0);
@@ -52,5 +53,10 @@ function milliseconds(seconds) {
 
 /** @param {number} count @param {string} noun */
 export function plural(count, noun) {
-  return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+  return `${grouped(count)} ${noun}${count === 1 ? "" : "s"}`;
+}
+
+/** @param {number} count @returns {string} 1,234 */
+export function grouped(count) {
+  return count.toLocaleString("en");
 }

@@ -5,6 +5,7 @@
  */
 
 import { hatching, prepareCanvas } from "./engine-canvas.js";
+import { grouped } from "./engine-step.js";
 
 /** @typedef {import("./engine-history.js").Entry} Entry */
 /** @typedef {import("./engine-history.js").History} History */
@@ -96,7 +97,7 @@ export class Timeline {
       context.fillStyle = line;
       context.fillRect(LEFT, Math.round(y), width - LEFT, 1);
       context.fillStyle = soft;
-      if (count > 0) context.fillText(count.toLocaleString("en"), LEFT - 6, y); // the rows begin at 0
+      if (count > 0) context.fillText(grouped(count), LEFT - 6, y); // the rows begin at 0
     }
   }
 

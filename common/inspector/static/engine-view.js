@@ -5,10 +5,11 @@
 
 import { BlockMap, ownership } from "./engine-blocks.js";
 import { SequenceTable, setText } from "./engine-sequences.js";
-import { describeStep, plural } from "./engine-step.js";
+import { describeStep, grouped, plural } from "./engine-step.js";
 import { Timeline } from "./engine-timeline.js";
 
 /** @typedef {import("./engine-player.js").Player} Player */
+/** @typedef {import("./engine-state.js").EngineState} EngineState */
 
 const LEGENDS = /** @type {const} */ (["vain", "reserved", "ended"]); // those not shown from the start
 
@@ -68,21 +69,24 @@ export class EngineView {
     this.#showSlider(history.begin, history.end, position, lines[0]);
   }
 
-  /** What this engine never does needs no legend. @param {import("./engine-history.js").History} history */
+  /**
+   * What this engine never does needs no legend.
+   * @param {import("./engine-history.js").History} history
+   */
   #showLegends({ seen }) {
     if (this.#map.hasReserved) seen.add("reserved");
     if (this.#map.hasEnded) seen.add("ended");
     for (const kind of LEGENDS) byId(`engine-${kind}`).hidden = !seen.has(kind);
   }
 
-  /** @param {import("./engine-state.js").EngineState} state @param {number} numUsed @param {number} numTokens */
+  /** @param {EngineState} state @param {number} numUsed @param {number} numTokens */
   #showCounts(state, numUsed, numTokens) {
     const counts = {
-      running: state.running.size.toLocaleString("en"),
-      waiting: state.waiting.size.toLocaleString("en"),
-      blocks: `${numUsed.toLocaleString("en")} / ${state.numBlocks.toLocaleString("en")}`,
-      steps: (state.step + 1).toLocaleString("en"),
-      tokens: numTokens.toLocaleString("en"),
+      running: grouped(state.running.size),
+      waiting: grouped(state.waiting.size),
+      blocks: `${grouped(numUsed)} / ${grouped(state.numBlocks)}`,
+      steps: grouped(state.step + 1),
+      tokens: grouped(numTokens),
     };
     for (const [name, text] of Object.entries(counts)) setText(byId(`engine-${name}-count`), text);
   }
@@ -96,15 +100,19 @@ export class EngineView {
   get summary() {
     const { history, position } = this.#player;
     const state = history.stateAfter(position);
-    const blocks = `, ${ownership(state).numUsed} of ${plural(state.numBlocks, "block")} used`;
-    return `${state.running.size} running, ${state.waiting.size} waiting${state.numBlocks ? blocks : ""}.`;
+    const counts = [`${state.running.size} running`, `${state.waiting.size} waiting`];
+    if (state.numBlocks > 0) {
+      counts.push(`${ownership(state).numUsed} of ${plural(state.numBlocks, "block")} used`);
+    }
+    return `${counts.join(", ")}.`;
   }
 
-  /** @param {import("./engine-state.js").EngineState} state @param {import("./engine-blocks.js").Ownership} owned */
+  /** @param {EngineState} state @param {import("./engine-blocks.js").Ownership} owned */
   #showMapWords(state, owned) {
     const { scale, numCells } = this.#map;
     const size = `${plural(state.numBlocks, "block")} of ${plural(state.blockSize, "token")}`;
-    const unit = scale === 1 ? "a cell is a block" : `a cell is ${scale} blocks, filled as far as they are used`;
+    const many = `a cell is ${grouped(scale)} blocks, filled as far as they are used`;
+    const unit = scale === 1 ? "a cell is a block" : many;
     setText(byId("engine-scale"), `${size}; ${unit}`);
     const isThere = this.#cell !== null && this.#cell < numCells;
     const words = isThere ? this.#map.describe(state, owned, /** @type {number} */ (this.#cell)) : "";
