@@ -21,7 +21,7 @@ MIN_IMAGES = {
     "part04_continuous_batching": 6,
 }
 MAX_BYTES = 2_000_000  # of a file, pictures included: a page that opens at once
-ALLOWED = {"common", "numpy", "matplotlib", *sys.stdlib_module_names}
+ALLOWED = {"common", "numpy", "matplotlib", "torch", *sys.stdlib_module_names}
 
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
