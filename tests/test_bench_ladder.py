@@ -267,7 +267,25 @@ def test_one_that_fails_does_not_stop_the_others(capsys: Any) -> None:
     assert [row["rate"] for row in table] == pytest.approx([90.0, 45.0])  # 18 of 20 tokens count
     assert table[1]["ratio"] == pytest.approx(2.0) and table[1]["pairs"] == 1
     assert table[1]["same"] == 100 and table[1]["mfu"] > 0 and table[1]["mbu"] is None
-    assert remarks(entrants) == ["bad failed: bad luck"]
+    assert remarks(entrants) == ["bad: 1 round.", "bad failed: bad luck"]
+
+
+def test_ctrl_c_keeps_what_was_measured(capsys: Any) -> None:
+    def interrupted(after: int) -> Entrant:
+        left = iter(range(after))
+
+        def run(runs: list[dict[str, Any]]) -> dict[str, Any]:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return answer_of(runs, 10.0)
+
+        return Entrant("one", run, 5)
+
+    entrant = interrupted(2)
+    measure_rounds([entrant], [prefill_point(1, 3)], 100, 0, 1)
+    assert entrant.num_rounds == 2 and "stopped early" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):  # nothing yet
+        measure_rounds([interrupted(0)], [prefill_point(1, 3)], 100, 0, 1)
 
 
 @pytest.mark.long

@@ -32,7 +32,7 @@ from common.bench.arguments import (
     positive,
     settings_of,
 )
-from common.bench.ladder import known_vocab_size, part_entrant, remarks
+from common.bench.ladder import known_vocab_size, most_rounds, part_entrant, remarks
 from common.bench.machine import usable_cores
 from common.bench.processes import ROOT, last_line, part_package, run_json, run_worker
 from common.bench.rates import BATCH_SIZES, Point, decode_point, prefill_point
@@ -196,7 +196,7 @@ def compare_result(
     columns = [COLUMNS[1], COLUMNS[0], column("dtype", "format"), *COLUMNS[2:]]
     notes = [
         f"Model {args.model}, greedy; each measurement in a fresh process, engines in turns,"
-        f" medians of {plural(args.pairs, 'round')}. Ratio: {ours.name} over this engine, paired by"
+        f" medians of {plural(most_rounds(entrants), 'round')}. Ratio: {ours.name} over this engine, paired by"
         f" round, with its 95% bootstrap interval; same tokens: of {ours.name}'s."
     ]
     if ours.serial:

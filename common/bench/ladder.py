@@ -148,11 +148,11 @@ def ladder_result(
 ) -> Result:
     before = dict(zip(map(id, entrants[1:]), entrants, strict=False))
     columns = [*COLUMNS]
-    if args.pairs >= MIN_CLAIM:
+    if most_rounds(entrants) >= MIN_CLAIM:
         columns.insert(-1, column("no_slower", "no slower"))
     notes = [
         f"Model {args.model}, greedy; each measurement in a fresh process, parts in turns, medians"
-        f" of {plural(args.pairs, 'round')}. Ratio: to the part above, paired by round, with its 95%"
+        f" of {plural(most_rounds(entrants), 'round')}. Ratio: to the part above, paired by round, with its 95%"
         " bootstrap interval; same tokens: as that part gave."
     ]
     facts = next((entrant.facts for entrant in entrants if entrant.facts), None)
@@ -180,9 +180,20 @@ def ladder_result(
     )
 
 
+def most_rounds(entrants: list[Entrant]) -> int:
+    return max(entrant.num_rounds for entrant in entrants)
+
+
 def remarks(entrants: list[Entrant]) -> list[str]:
-    """What went wrong, and who else used the machine."""
-    notes = [f"{entrant.name} failed: {entrant.failure}" for entrant in entrants if entrant.failure]
+    """Who was measured less, what went wrong, and who else used the machine."""
+    notes = [
+        f"{entrant.name}: {plural(entrant.num_rounds, 'round')}."
+        for entrant in entrants
+        if entrant.num_rounds < most_rounds(entrants)
+    ]
+    notes += [
+        f"{entrant.name} failed: {entrant.failure}" for entrant in entrants if entrant.failure
+    ]
     others = [cores for entrant in entrants for cores in entrant.other_cores]
     if others and (remark := disturbance(max(others))):
         notes.append(f"Disturbed, in the worst of {len(others)} measurements: {remark}.")

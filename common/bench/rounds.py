@@ -50,6 +50,11 @@ class Entrant:
     other_cores: list[float] = field(default_factory=list)
     failure: str | None = None
 
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that were measured."""
+        return max(map(len, self.rates.values()), default=0)
+
     def points(self, points: list[Point]) -> list[Point]:
         """Those to measure."""
         return [point for point in points if not self.serial or stand_in(point, points) is point]
@@ -67,21 +72,32 @@ def stand_in(point: Point, points: list[Point]) -> Point:
 def measure_rounds(
     entrants: list[Entrant], points: list[Point], vocab_size: int, seed: int, repeats: int
 ) -> None:
-    """Measure all, round by round. An entrant that fails is told and takes no further part."""
+    """Measure all, round by round. An entrant that fails is told and takes no further part.
+
+    Ctrl-C ends it early, with what there is by then, once each entrant has been measured.
+    """
     turns = [
         (number, entrant)
         for number in range(max(entrant.rounds for entrant in entrants))
         for entrant in entrants[:: -1 if number % 2 else 1]
         if number < entrant.rounds
     ]
-    for number, entrant in progress(turns, "measurements"):
-        if entrant.failure is not None:
-            continue
-        try:
-            measure(entrant, points, number, vocab_size, f"{seed} {number}", repeats)
-        except BenchError as error:
-            entrant.failure = str(error)
-            print(f"{entrant.name}: {error}", file=sys.stderr)
+    try:
+        for number, entrant in progress(turns, "measurements"):
+            if entrant.failure is None:
+                take_turn(entrant, points, number, vocab_size, f"{seed} {number}", repeats)
+    except KeyboardInterrupt:
+        if not all(entrant.rates or entrant.failure for entrant in entrants):
+            raise
+        print("stopped early: the result is of the rounds until here", file=sys.stderr)
+
+
+def take_turn(entrant: Entrant, *arguments: Any) -> None:
+    try:
+        measure(entrant, *arguments)
+    except BenchError as error:
+        entrant.failure = str(error)
+        print(f"{entrant.name}: {error}", file=sys.stderr)
 
 
 def measure(
