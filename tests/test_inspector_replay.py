@@ -403,7 +403,8 @@ def test_the_real_engine_is_watched_and_its_trace_replayed(
         page.watch()
         page.js("settings.open = true")
         page.one("#max_tokens").send_keys("12")
-        page.one("#prompt").send_keys("What is the capital of France?", ENTER)
+        page.one("#temperature").send_keys("0")
+        page.one("#prompt").send_keys("Tell me a long story about the sea.", ENTER)
         page.until(lambda: page.text("#engine-running-count") == "1")
         page.until(lambda: page.text(".stat-tokens").startswith("12 tokens"))
         body = {"prompt": ["One", "Two", "Three"], "max_tokens": 5, "ignore_eos": True}
