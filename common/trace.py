@@ -34,6 +34,8 @@ class StepRecord:
     scheduled: request id -> number of tokens run for it in this step.
     phases: (name, begin, end), in order, in seconds.
     finished: request id -> finish reason.
+    device: (step, begin, end): when a device that the host does not wait for worked on a step that
+    was launched earlier. Known when its tokens are read.
     """
 
     step: int
@@ -46,6 +48,7 @@ class StepRecord:
     allocated: dict[str, list[int]] = field(default_factory=dict)
     freed: dict[str, list[int]] = field(default_factory=dict)
     preempted: list[str] = field(default_factory=list)
+    device: list[tuple[int, float, float]] = field(default_factory=list)
 
     def phase_seconds(self) -> dict[str, float]:
         """Name of each phase -> how long it took."""
@@ -175,6 +178,10 @@ class Trace:
         """Note that a request ended."""
         self._next.finished[request_id] = reason
 
+    def device(self, step: int, begin: float, end: float) -> None:
+        """Note when the device worked on a step that was launched before, in seconds."""
+        self._next.device.append((step, begin, end))
+
     @property
     def last_record(self) -> StepRecord | None:
         """The latest step, None before the first."""
@@ -232,7 +239,8 @@ class Trace:
         for number, line in enumerate(lines, start=2):
             try:
                 values = json.loads(line)
-                values["phases"] = [(name, begin, end) for name, begin, end in values["phases"]]
+                for key, spans in (("phases", values["phases"]), ("device", values.get("device"))):
+                    values[key] = [(of, begin, end) for of, begin, end in spans or []]
                 record = StepRecord(**values)
                 trace._last.apply(record)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -255,15 +263,16 @@ class Trace:
 
 
 def to_perfetto(records: list[StepRecord]) -> dict[str, Any]:
-    """Chrome trace events: one track of steps, one of phases; times in microseconds."""
+    """Chrome trace events: tracks of steps, of phases, and of a device's work; in microseconds."""
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": name}}
-        for tid, name in ((1, "steps"), (2, "phases"))
+        for tid, name in ((1, "steps"), (2, "phases"), (3, "device"))
     ]
     for record in records:
         arguments = {"scheduled": record.scheduled, "finished": record.finished}
         spans = [(1, f"step {record.step}", record.begin, record.end, arguments)]
         spans += [(2, name, begin, end, {}) for name, begin, end in record.phases]
+        spans += [(3, f"step {step}", begin, end, {}) for step, begin, end in record.device]
         for tid, name, begin, end, args in spans:
             times = {"ts": begin * 1e6, "dur": (end - begin) * 1e6}
             events.append({"ph": "X", "pid": 1, "tid": tid, "name": name, "args": args, **times})

@@ -28,11 +28,15 @@ def sample_rows(
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """Tokens and log probabilities of each row; from part 03 on by this machine's own kernels."""
     sampler = module_of(part, "sampler")
-    if not hasattr(sampler, "logprobs_of"):
+    if part < 3:
         return sampler.sample(logits, batch)
     batch = replace(batch, choices=torch.zeros_like(batch.positions))
-    token_ids = sampler.sample(select_ops(), logits, batch).tolist()
-    return token_ids, sampler.logprobs_of(logits, token_ids, batch)
+    drawn = sampler.sample(select_ops(), logits, batch)
+    if part < 5:
+        token_ids = drawn.tolist()
+        return token_ids, sampler.logprobs_of(logits, token_ids, batch)
+    tokens, logprobs = sampler.with_logprobs(logits, drawn, batch).lists()
+    return [token_id for [token_id] in tokens], [logprob for [logprob] in logprobs]
 
 
 def draw_many(

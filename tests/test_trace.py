@@ -319,15 +319,18 @@ def test_a_bad_first_line_is_named(tmp_path: Path, text: str) -> None:
 def test_perfetto_events_are_complete_and_in_microseconds() -> None:
     record = StepRecord(7, begin=2.0, end=2.5, scheduled={"a": 3}, finished={"a": "stop"})
     record.phases = [("schedule", 2.0, 2.125), ("forward", 2.125, 2.5)]
+    record.device = [(6, 1.5, 2.25)]
     trace = json.loads(json.dumps(to_perfetto([record]), allow_nan=False))
     assert trace["displayTimeUnit"] in ("ms", "ns")
     names = [event for event in trace["traceEvents"] if event["ph"] == "M"]
     spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-    assert {event["tid"]: event["args"]["name"] for event in names} == {1: "steps", 2: "phases"}
+    tracks = {event["tid"]: event["args"]["name"] for event in names}
+    assert tracks == {1: "steps", 2: "phases", 3: "device"}
     assert [(e["name"], e["tid"], e["ts"], e["dur"]) for e in spans] == [
         ("step 7", 1, 2e6, 0.5e6),
         ("schedule", 2, 2e6, 0.125e6),
         ("forward", 2, 2.125e6, 0.375e6),
+        ("step 6", 3, 1.5e6, 0.75e6),
     ]
     assert spans[0]["args"] == {"scheduled": {"a": 3}, "finished": {"a": "stop"}}
 

@@ -172,9 +172,14 @@ def code_hashes(parts: Iterable[int]) -> dict[str, str]:
 
 
 def command_line() -> str:
-    """This process's command line as one would type it, with paths relative to where one stands."""
+    """This process's command line as one would type it, with paths relative to where one stands.
+
+    Of a path that leads elsewhere the last three names are kept: the rest is this machine's own.
+    """
     script, *arguments = sys.argv
     if script.endswith("__main__.py"):
         script = "-m common.bench"
     here = os.getcwd() + os.sep
-    return f"python {script} {shlex.join(a.removeprefix(here) for a in arguments)}".rstrip()
+    shown = [argument.removeprefix(here) for argument in arguments]
+    shown = [os.sep.join(a.split(os.sep)[-3:]) if os.path.isabs(a) else a for a in shown]
+    return f"python {script} {shlex.join(shown)}".rstrip()

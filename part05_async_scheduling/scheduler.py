@@ -1,0 +1,159 @@
+"""Who runs in this step, and with how many tokens.
+
+Sequences join and leave at every step (Yu et al., "Orca: A Distributed Serving System for
+Transformer-Based Generative Models", OSDI 2022). First come, first served: nobody overtakes. A step
+either runs the prompts of those who join, or one more token of everyone who runs. Blocks are taken
+when they are needed; when there are none left, the sequence that joined last gives up its own and
+waits at the head of the queue. It keeps its output: when it comes back, prompt and output run again
+as one prompt (recomputation, as in vLLM).
+
+The scheduler does not wait for tokens. It counts those that are on their way (placeholders), knows
+how many each sequence may have, and so knows its next step before the last one has ended. Steps run
+on the device in the order in which they were scheduled: blocks that are given up can be given to
+the next at once, though a step in flight still writes to them.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from common.trace import Trace
+
+from .config import EngineConfig
+from .kv_cache import KVCache
+from .sequence import Sequence
+
+
+@dataclass
+class SchedulerOutput:
+    """One step's work. A sequence is sampled when its last token is among those it runs."""
+
+    num_new_tokens: dict[Sequence, int] = field(default_factory=dict)
+    admitted: list[Sequence] = field(default_factory=list)  # joined in this step, or came back
+    new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)  # at its table's end
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_new_tokens.values())
+
+
+class Scheduler:
+    """The queue, the running sequences, and the blocks and table rows that they hold."""
+
+    def __init__(self, config: EngineConfig, kv: KVCache, trace: Trace) -> None:
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.kv, self.trace = kv, trace
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order in which they joined
+        self.leaving: set[Sequence] = set()  # their last tokens are on their way; they hold nothing
+        self.free_rows = deque(range(config.max_num_seqs))
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence at the end of the queue."""
+        self.trace.arrived(sequence.request_id, sequence.num_tokens)
+        self.waiting.append(sequence)
+
+    def schedule(self) -> SchedulerOutput:
+        """The next step's work; empty when there is none."""
+        output = SchedulerOutput()
+        self.admit(output)
+        if not output.admitted:
+            self.decode(output)
+        for sequence, count in output.num_new_tokens.items():
+            self.trace.scheduled(sequence.request_id, count)
+        return output
+
+    def admit(self, output: SchedulerOutput) -> None:
+        """Let sequences join from the head of the queue, each with all of its tokens.
+
+        One that was preempted with a token on its way joins when that is read.
+        The first may be longer than the budget, or it would never run. Each running sequence is
+        left a block to grow into: else the newcomer would soon be preempted for it.
+        """
+        budget = self.max_num_batched_tokens
+        while self.waiting and self.free_rows:
+            sequence = self.waiting[0]
+            if sequence.num_placeholders:
+                break
+            count = sequence.num_tokens
+            needed = self.kv.blocks_for(count) + len(self.running)
+            if (output.admitted and count > budget) or not self.kv.pool.can_allocate(needed):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.row = self.free_rows.popleft()
+            self.grow(sequence, output)
+            output.admitted.append(sequence)
+            output.num_new_tokens[sequence] = count
+            budget -= count
+
+    def decode(self, output: SchedulerOutput) -> None:
+        """One more token of each running sequence, the oldest first, while blocks last."""
+        for sequence in list(self.running):
+            while sequence.row is not None and not self.grow(sequence, output):
+                self.preempt(self.running[-1])
+            if sequence.row is not None:
+                output.num_new_tokens[sequence] = 1
+
+    def grow(self, sequence: Sequence, output: SchedulerOutput) -> bool:
+        """Give a sequence blocks for all of its tokens; False when there are not enough."""
+        missing = self.kv.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        if missing > 0:
+            if not self.kv.pool.can_allocate(missing):
+                return False
+            blocks = self.kv.pool.allocate(missing)
+            self.trace.allocated(sequence.request_id, blocks)
+            sequence.block_table += blocks
+            output.new_blocks[sequence] = blocks
+        return True
+
+    def launched(self, num_new_tokens: dict[Sequence, int], sampled: list[Sequence]) -> None:
+        """Count what is on its way now; who gets the last token that it may have gives up its
+        blocks and its row."""
+        for sequence, count in num_new_tokens.items():
+            sequence.num_computed_tokens += count
+        for sequence in sampled:
+            sequence.num_placeholders += 1
+            if sequence.num_tokens == sequence.limit:
+                self.release(sequence)
+                self.leaving.add(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take everything from a running sequence but its tokens, and let it wait before others."""
+        self.release(sequence)
+        self.waiting.appendleft(sequence)
+        self.trace.preempted(sequence.request_id)
+        self.num_preemptions += 1
+
+    def finish(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is."""
+        if sequence in self.leaving:
+            self.leaving.remove(sequence)
+        elif sequence.row is None:
+            self.waiting.remove(sequence)
+        else:
+            self.release(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks and row."""
+        self.running.remove(sequence)
+        self.free_rows.append(sequence.row)
+        self.kv.pool.free(sequence.block_table)
+        self.trace.freed(sequence.request_id, sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+        sequence.row = None
+
+    def check_integrity(self) -> None:
+        """Assert that rows and blocks have one owner each, or are free."""
+        for sequence in [*self.waiting, *self.leaving]:
+            assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
+            assert sequence.row is None, f"{sequence.request_id} waits and has row {sequence.row}"
+        rows = [*self.free_rows, *(sequence.row for sequence in self.running)]
+        assert sorted(rows) == list(range(len(rows))), f"rows lost or given twice: {sorted(rows)}"
+        for sequence in self.running:
+            computed, room = sequence.num_computed_tokens, len(sequence.block_table)
+            assert computed == sequence.num_tokens - 1, f"{sequence.request_id}: {computed} tokens"
+            most = self.kv.blocks_for(sequence.num_tokens)
+            assert self.kv.blocks_for(computed) <= room <= most, f"{sequence.request_id}: {room}"
+        self.kv.pool.check_integrity([sequence.block_table for sequence in self.running])
