@@ -299,6 +299,17 @@ def test_attention_with_a_sliding_window(ops: Ops, mix: list, window: int) -> No
     check_attention(ops, make_attention(mix, 6, 2, 32, 16), window)
 
 
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("block_size", [1, 16, 256])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_attention_of_long_prompts(
+    ops: Ops, head_dim: int, block_size: int, window: int | None
+) -> None:
+    """Several tiles of queries and of keys; a prompt whose first tokens were computed before."""
+    mix = [(450, 450), (1, 300), (131, 700)]
+    check_attention(ops, make_attention(mix, 9, 3, head_dim, block_size), window)
+
+
 @settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 130), st.integers(0, 200)), min_size=1, max_size=6),

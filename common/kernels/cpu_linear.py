@@ -41,6 +41,7 @@ def multiply_panel(x, weight, bias, out, panel, num_tokens, depth, num_columns):
                 end - row,
                 x + (row * depth + begin) * 4,
                 depth * 4,
+                4,
                 block,
                 PANEL * 4,
                 start,

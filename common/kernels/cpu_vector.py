@@ -46,9 +46,11 @@ def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.shuffle_vector(first, undefined, zeros)
 
 
-def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+def multiply_add(
+    builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value, flags: tuple[str, ...] = FAST
+) -> ir.Value:
     """a * b + c; one instruction where the machine has it."""
-    return builder.fadd(builder.fmul(a, b, flags=FAST), c, flags=FAST)
+    return builder.fadd(builder.fmul(a, b, flags=flags), c, flags=flags)
 
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
@@ -62,7 +64,8 @@ def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
 
 def emit_tile(builder: ir.IRBuilder, rows: int, vectors: int, args: list[ir.Value]) -> None:
     """The code of one tile of fixed size."""
-    x, x_stride, w, w_stride, start, start_stride, out, out_stride, depth, ahead, ahead_step = args
+    x, x_stride, x_step, w, w_stride, start, start_stride, out, out_stride, *rest = args
+    depth, ahead, ahead_step = rest
 
     def at(base: ir.Value, stride: ir.Value, index: int) -> ir.Value:
         return builder.add(base, builder.mul(stride, INT(index)))
@@ -87,7 +90,7 @@ def emit_tile(builder: ir.IRBuilder, rows: int, vectors: int, args: list[ir.Valu
             load(builder, VECTOR, builder.add(base, INT(v * LANES * 4))) for v in range(vectors)
         ]
         for row in range(rows):
-            address = builder.add(at(x, x_stride, row), builder.mul(k, INT(4)))
+            address = builder.add(at(x, x_stride, row), builder.mul(k, x_step))
             value = broadcast(builder, load(builder, FLOAT, address))
             for vector in range(vectors):
                 place = sums[step, row, vector]
@@ -122,6 +125,7 @@ def make_tile(vectors: int):
         rows,
         x,
         x_stride,
+        x_step,
         w,
         w_stride,
         start,
@@ -144,15 +148,16 @@ def make_tile(vectors: int):
             builder.position_at_end(end)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 12), codegen
+        return types.void(*[types.intp] * 13), codegen
 
     return tile
 
 
-# tile(rows, x, x_stride, w, w_stride, start, start_stride, out, out_stride, depth, ahead, ahead_step):
+# tile(rows, x, x_stride, x_step, w, w_stride, start, start_stride, out, out_stride,
+#      depth, ahead, ahead_step):
 #     out[r, :] = start[r, :] + sum over k of x[r, k] * w[k, :]     for r < rows <= MAX_ROWS
 # over one panel's columns (PANEL, or LANES). All but rows and depth are addresses and strides in
-# bytes. x's elements follow each other in a row; start_stride 0 gives all rows one start (a bias).
+# bytes. x[r, k] lies at r * x_stride + k * x_step; start_stride 0 gives all rows one start (a bias).
 panel_tile = make_tile(2)
 half_panel_tile = make_tile(1)
 
@@ -234,3 +239,19 @@ def highest(typing_context, x, depth, start):
         return builder.call(reduce, [builder.load(place)])
 
     return types.float32(types.intp, types.intp, types.float32), codegen
+
+
+@intrinsic
+def scale(typing_context, x, out, depth, factor):
+    """out[:depth] = x[:depth] * factor; x and out addresses, depth a multiple of LANES."""
+
+    def codegen(context, builder, signature, args):
+        x, out, depth, factor = args
+        factors = broadcast(builder, factor)
+        with cgutils.for_range(builder, builder.udiv(depth, INT(LANES)), intp=INT) as loop:
+            offset = builder.mul(loop.index, INT(LANES * 4))
+            value = load(builder, VECTOR, builder.add(x, offset))
+            store(builder, builder.fmul(value, factors), builder.add(out, offset))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.float32), codegen
