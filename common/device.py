@@ -1,5 +1,6 @@
 """Where the arithmetic happens: device, number format and threads, resolved before anything is built."""
 
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -41,3 +42,18 @@ def usable_cores() -> int:
     except (OSError, ValueError):
         pass
     return cores
+
+
+def release_openmp_workers() -> None:
+    """End the calling thread's OpenMP workers: another thread will do the work from now on.
+
+    GNU's OpenMP keeps workers for every thread that has run a parallel loop, as loading a model
+    does. When there are more workers than cores it puts them to sleep between any two loops, and a
+    decode step of SmolLM2-135M takes 38 ms instead of 23. Does nothing with another OpenMP.
+    """
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    for path in {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line}:
+        release = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)
+        if release is not None:
+            release(1)  # omp_pause_soft: they come back when the thread runs a loop again

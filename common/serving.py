@@ -19,6 +19,7 @@ from sse_starlette.sse import AppStatus
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.cli import option, validate
+from common.device import release_openmp_workers
 
 HEADER_SECONDS = 20.0  # for a request's headers to arrive
 
@@ -186,6 +187,7 @@ def serve(build: Callable[[], FastAPI], config: ServerConfig) -> None:
     sock = bind(config)
     try:
         app = build()
+        release_openmp_workers()  # this thread has loaded the model; another will run it
         sock.listen()  # the port may have been taken since
         server = make_server(app, config)
         host, port = sock.getsockname()[:2]

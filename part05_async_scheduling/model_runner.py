@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common.checkpoint import context_length, iter_weights, load_config
-from common.device import resolve_device, usable_cores
+from common.device import release_openmp_workers, resolve_device, usable_cores
 from common.kernels import AttentionMetadata, select_ops
 from common.sampling import SMALLEST_TOP_P, SamplingBatch, SamplingParams, as_int64
 
@@ -102,6 +102,7 @@ class ModelRunner:
         num_blocks = choose_num_blocks(config, shape, self.dtype, self.device, reserved)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
+        release_openmp_workers()  # from now on the queue's thread does the work
 
     def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on the GPU beside weights and cache: by running it."""

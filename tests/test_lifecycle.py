@@ -392,10 +392,13 @@ def test_a_failing_step_ends_its_stream_with_an_error(
     rig = make_rig(part)
     rig.fake_model(lambda call: 5)
     calls: list[int] = []
+    num_failed = 0
 
     def fail(token_ids: list[int], num_rows: int, real: Callable[[], Any]) -> Any:
+        if 6 in token_ids:
+            calls.clear()  # the second request begins; a step of the first may have been in flight
         calls.append(len(token_ids))
-        if 13 in token_ids or len(calls) == 4:
+        if 13 in token_ids or (len(calls) == 3 and num_failed == 1):
             raise RuntimeError("the model failed")
         return real()
 
@@ -406,6 +409,7 @@ def test_a_failing_step_ends_its_stream_with_an_error(
             assert "[DONE]" not in events
             assert len(events) == num_tokens + 1
             assert json.loads(events[-1])["error"]["type"] == "server_error"
+            num_failed += 1
         assert events_of(url)[-1] == "[DONE]"
         rig.check_idle()
 
