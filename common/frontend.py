@@ -48,7 +48,10 @@ class Admission:
         not so many at all."""
         if count > self.limit:
             raise ApiError(
-                400, f"one request may ask for {self.limit} completions here, not {count}"
+                400,
+                f"n times the number of prompts is {count}: one request may ask for {self.limit}"
+                " completions here",
+                param="n",
             )
         if self.count + count > self.limit:
             raise ApiError(

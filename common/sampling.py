@@ -1,7 +1,7 @@
 """What a request may ask of the sampler, and the noise it is sampled with.
 
 `SamplingParams` is validated once, at the boundary, and never changes. The noise is a pure function
-of (seed, position, token id), so a seeded result is the same alone or in a batch, in this part or
+of (seed, position, choice, token id), so a seeded result is the same alone or in a batch, in this part or
 in any other, today or after a restart.
 """
 

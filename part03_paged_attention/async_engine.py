@@ -17,6 +17,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from common.output import Delta, OutputProcessor
 from common.sampling import SamplingParams
 
@@ -164,6 +166,8 @@ class AsyncEngine:
         """One step; an exception ends the requests it ran, not the engine."""
         try:
             return self.engine.step()
+        except torch.AcceleratorError:  # the GPU is lost to this process: /health must say so
+            raise
         except Exception:
             logger.exception("a step failed")
             self.engine.fail_step()

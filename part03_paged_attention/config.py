@@ -23,7 +23,9 @@ class EngineConfig:
     block_size: int | None = option(
         None, "tokens in a block of the KV cache (16; flash: 256)", minimum=1, maximum=4096
     )
-    num_blocks: int | None = option(None, "blocks of the KV cache (as memory allows)", minimum=1)
+    num_blocks: int | None = option(
+        None, "blocks of the KV cache (as memory allows)", minimum=1, maximum=1 << 31
+    )
     kv_cache_memory: int | None = option(
         None, "bytes for the KV cache (a share of what is free)", minimum=1
     )

@@ -6,6 +6,7 @@ operating system (Kwon et al., "Efficient Memory Management for Large Language M
 PagedAttention", SOSP 2023). What is wasted is at most the rest of each sequence's last block.
 """
 
+import os
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -105,20 +106,23 @@ def choose_num_blocks(
 
     Raises ValueError.
     """
+    if config.num_blocks is not None and config.kv_cache_memory is not None:
+        raise ValueError("num_blocks and kv_cache_memory are both given: one decides the other")
     if config.num_blocks is not None:
         return config.num_blocks
     token_bytes = model.num_layers * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
     block_bytes = config.block_size * token_bytes
     memory = config.kv_cache_memory
     if memory is None and device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading the weights has left over
         free, total = torch.cuda.mem_get_info(device)
         memory = int(free - (1 - config.gpu_memory_utilization) * total)
     elif memory is None:
         memory = min(CPU_LIMIT, int(CPU_SHARE * free_memory()))
     if memory < block_bytes:
         raise ValueError(
-            f"kv_cache_memory is {memory} bytes; a block of {config.block_size} tokens takes"
-            f" {block_bytes}"
+            f"{memory} bytes are there for the KV cache, and a block of {config.block_size} tokens"
+            f" takes {block_bytes}: see kv_cache_memory and block_size"
         )
     blocks_each = -(-model.max_model_len // config.block_size)
     return min(memory // block_bytes, config.max_num_seqs * blocks_each)
@@ -141,14 +145,19 @@ def longest_sequence(config: EngineConfig, model: ModelConfig, num_blocks: int) 
 
 def free_memory() -> int:
     """Bytes that this process may still take: the system's, or what its control group leaves."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # where Linux is not
+    if Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        [available] = (line for line in lines if line.startswith("MemAvailable:"))
+        free = int(available.split()[1]) * 1024
     try:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
+            numbers = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+            reclaimable = {name: int(number) for name, number in numbers}["inactive_file"]
+            used = int((group / "memory.current").read_text()) - reclaimable
+            free = min(free, int(limit) - used)
+    except (OSError, ValueError, KeyError):
         pass
     return free

@@ -31,7 +31,7 @@ class ModelConfig:
     max_model_len: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    sliding_window: int | None
+    windows: tuple[int | None, ...]  # of each layer: how far back it sees
     rope: dict[str, Any]
 
     @classmethod
@@ -46,6 +46,9 @@ class ModelConfig:
         if rope["rope_type"] not in ("default", "llama3"):
             raise ModelError(f"rope_type is {rope['rope_type']!r}; supported are default, llama3")
         windowed = getattr(config, "use_sliding_window", True)
+        window = getattr(config, "sliding_window", None) if windowed else None
+        kinds = getattr(config, "layer_types", None)
+        kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
         head_dim = getattr(config, "head_dim", None)
         return cls(
             hidden_size=config.hidden_size,
@@ -57,7 +60,7 @@ class ModelConfig:
             max_model_len=max_model_len,
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings,
-            sliding_window=getattr(config, "sliding_window", None) if windowed else None,
+            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
             rope=rope,
         )
 
@@ -118,7 +121,7 @@ class Attention:
         has_norms = f"{prefix}.q_norm.weight" in weights.tensors
         self.q_norm = weights.take(f"{prefix}.q_norm.weight") if has_norms else None
         self.k_norm = weights.take(f"{prefix}.k_norm.weight") if has_norms else None
-        self.eps, self.window = config.rms_norm_eps, config.sliding_window
+        self.eps, self.window = config.rms_norm_eps, config.windows[layer]
         self.scale = config.head_dim**-0.5
 
     def __call__(

@@ -27,6 +27,8 @@ def logprobs_of(
     logits: Tensor, token_ids: list[int], batch: SamplingBatch
 ) -> list[TokenLogprobs | None]:
     """Log probabilities where they are asked for: the model's own, before penalties and filters."""
+    if all(count is None for count in batch.num_logprobs):
+        return [None] * len(token_ids)
     return list(map(token_logprobs, logits.float(), token_ids, batch.num_logprobs))
 
 

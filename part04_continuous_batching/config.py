@@ -23,7 +23,9 @@ class EngineConfig:
     block_size: int | None = option(
         None, "tokens in a block of the KV cache (16; flash: 256)", minimum=1, maximum=4096
     )
-    num_blocks: int | None = option(None, "blocks of the KV cache (as memory allows)", minimum=1)
+    num_blocks: int | None = option(
+        None, "blocks of the KV cache (as memory allows)", minimum=1, maximum=1 << 31
+    )
     kv_cache_memory: int | None = option(
         None, "bytes for the KV cache (a share of what is free)", minimum=1
     )
@@ -35,7 +37,10 @@ class EngineConfig:
         None, "sequences in one batch (32 on a CPU, 256 on a GPU)", minimum=1, maximum=4096
     )
     max_num_batched_tokens: int = option(
-        2048, "tokens of the prompts that one step may run (one prompt may be longer)", minimum=1
+        2048,
+        "tokens of the prompts that one step may run (one prompt may be longer)",
+        minimum=1,
+        maximum=1 << 20,
     )
 
     def __post_init__(self) -> None:

@@ -98,8 +98,16 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
-        batch = self.prepare(self.largest_step(shape.max_model_len))
-        self.sample(batch, self.forward(batch))
+        try:
+            batch = self.prepare(self.largest_step(shape.max_model_len))
+            self.sample(batch, self.forward(batch))
+        except torch.OutOfMemoryError as error:
+            most = max(shape.max_model_len, self.config.max_num_batched_tokens)
+            raise ValueError(
+                f"no memory on the GPU for a step of {most} tokens:"
+                " see max_model_len and max_num_batched_tokens"
+            ) from error
+        self.counts = None
         peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.empty_cache()
         return peak - before
@@ -107,11 +115,12 @@ class ModelRunner:
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
         """The longest prompts that one step may run, and as many sequences; all in block 0."""
         largest = SchedulerOutput()
+        params = SamplingParams(presence_penalty=1.0, top_p=0.9)  # what takes most
         left = max(max_model_len, self.config.max_num_batched_tokens)
         for row in range(self.config.max_num_seqs):
             count = max(1, min(left, max_model_len))
             left -= count
-            sequence = Sequence(f"profile-{row}", [0] * count, SamplingParams(), seed=row, row=row)
+            sequence = Sequence(f"profile-{row}", [0] * count, params, seed=row, row=row)
             largest.admitted.append(sequence)
             largest.num_new_tokens[sequence] = count
         return largest

@@ -39,7 +39,8 @@ class Scheduler:
         self.kv, self.trace = kv, trace
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they joined
-        self.free_rows = deque(range(config.max_num_seqs))
+        self.num_rows = config.max_num_seqs
+        self.free_rows = deque(range(self.num_rows))
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -128,7 +129,8 @@ class Scheduler:
             assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
             assert sequence.row is None, f"{sequence.request_id} waits and has row {sequence.row}"
         rows = [*self.free_rows, *(sequence.row for sequence in self.running)]
-        assert sorted(rows) == list(range(len(rows))), f"rows lost or given twice: {sorted(rows)}"
+        everyone = list(range(self.num_rows))
+        assert sorted(rows) == everyone, f"rows lost or given twice: {sorted(rows)}"
         for sequence in self.running:
             computed, room = sequence.num_computed_tokens, len(sequence.block_table)
             assert computed == sequence.num_tokens - 1, f"{sequence.request_id}: {computed} tokens"

@@ -1,6 +1,6 @@
 """The model's input in one piece of memory: one copy to the GPU a step, whatever there is to say.
 
-A step's input is some twenty small tensors. Made one by one they cost as many copies, and each copy
+A step's input is 17 small tensors. Made one by one they cost as many copies, and each copy
 to a GPU takes longer than the bytes in it. Here they are views of one buffer: written on the host as
 arrays, copied once, read on the device as tensors. Where each view begins depends on the shape of
 the batch alone, so batches of one shape lie at the same addresses.

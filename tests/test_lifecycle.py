@@ -27,6 +27,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
 from common.serving import ServerConfig
 from common.testing.parts import PARTS, certain_logits, engine_of, module_of, wrap_model
@@ -437,8 +438,11 @@ class Death(BaseException):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("death", [Death, torch.AcceleratorError])
 @pytest.mark.parametrize("part", STREAMING)
-def test_a_dead_engine_is_no_secret(make_rig: Callable[..., Rig], part: int) -> None:
+def test_a_dead_engine_is_no_secret(
+    make_rig: Callable[..., Rig], part: int, death: type[BaseException]
+) -> None:
     """Health says so, open requests end with an error, and new ones do not wait."""
     rig = make_rig(part)
     gate = rig.gate()
@@ -450,7 +454,7 @@ def test_a_dead_engine_is_no_secret(make_rig: Callable[..., Rig], part: int) -> 
         gate.let(2)
 
         def die(*args: Any) -> None:
-            raise Death
+            raise death
 
         rig.monkeypatch.setattr(rig.engine, "schedule", die)
         gate.open()

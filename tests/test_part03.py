@@ -165,6 +165,11 @@ def tiny_config(kind: str) -> Any:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
+
+    def windowed(config_class: Any, num_full_layers: int) -> Any:
+        window = {"use_sliding_window": True, "sliding_window": 8}
+        return config_class(**common, **window, max_window_layers=num_full_layers)
+
     return {
         "llama-tied": lambda: transformers.LlamaConfig(**common, tie_word_embeddings=True),
         "llama-biases": lambda: transformers.LlamaConfig(**common, attention_bias=True),
@@ -173,13 +178,19 @@ def tiny_config(kind: str) -> Any:
         "qwen3": lambda: transformers.Qwen3Config(**common, head_dim=32),
         "mistral": lambda: transformers.MistralConfig(**common, sliding_window=None),
         "mistral-window": lambda: transformers.MistralConfig(**common, sliding_window=20),
+        "qwen2-window-on-all": lambda: windowed(transformers.Qwen2Config, 0),
+        "qwen2-window-on-some": lambda: windowed(transformers.Qwen2Config, 1),
+        "qwen3-window-on-none": lambda: windowed(transformers.Qwen3Config, 2),
     }[kind]()
 
 
 @pytest.mark.parametrize("part", distinct_files("model.py"))
 @pytest.mark.parametrize(
     "kind",
-    ["llama-tied", "llama-biases", "llama-3.1", "qwen2", "qwen3", "mistral", "mistral-window"],
+    [
+        *("llama-tied", "llama-biases", "llama-3.1", "qwen2", "qwen3", "mistral", "mistral-window"),
+        *("qwen2-window-on-all", "qwen2-window-on-some", "qwen3-window-on-none"),
+    ],
 )
 def test_model_families(part: int, kind: str, tmp_path: Any) -> None:
     """A checkpoint written by transformers, read by ours: the same tokens."""

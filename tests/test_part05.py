@@ -157,9 +157,7 @@ def test_a_preempted_sequence_keeps_the_token_that_was_on_its_way() -> None:
     assert caught and tokens["a"] == tokens["b"] == alone(PROMPT, long)
 
 
-def test_nobody_joins_with_a_token_on_its_way(
-    engine: Any, gate: threading.Semaphore
-) -> None:
+def test_nobody_joins_with_a_token_on_its_way(engine: Any, gate: threading.Semaphore) -> None:
     """Preempted at once after its launch: it waits until that step is read."""
     engine.add_request("a", PROMPT, GREEDY)
     step(engine)

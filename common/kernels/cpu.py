@@ -304,7 +304,7 @@ class CpuOps(Ops):
         with _compile_lock:
             is_cached = is_compiled()
             if not is_cached:
-                print("Compiling CPU kernels (once, about 30 s) …", file=sys.stderr, flush=True)
+                print("Compiling CPU kernels (once, about 45 s) …", file=sys.stderr, flush=True)
             start = time.perf_counter()
             self._run_each()
             if not is_cached:

@@ -137,7 +137,7 @@ def rotary_and_store_kernel(
         heads < NUM_HEADS + NUM_KV_HEADS, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS
     )
     offset = tl.where(is_value, half, 0) + kv_head[:, None] * HEAD_DIM
-    cached = kv_cache + place + layer * 2 * half + offset
+    cached = kv_cache + place + layer.to(tl.int64) * (2 * half) + offset
     store_halves(cached, rotated, second, columns, is_cached, HEAD_DIM)
 
 
