@@ -187,7 +187,8 @@ class Frontend:
             self.app.add_api_route(path, handler, methods=["POST"], response_model=None)
 
     def add_trace(self, trace: Trace) -> None:
-        """Add `GET /trace`, the engine's steps as they happen, and `GET /trace.jsonl`, those kept."""
+        """Add `GET /trace`, the engine's steps as they happen, and those kept as `/trace.jsonl` and
+        `/trace.perfetto.json`."""
         add_trace_routes(self.app, trace)
 
     def add_metrics(self, metrics: EngineMetrics) -> None:

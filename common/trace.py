@@ -14,7 +14,7 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -262,12 +262,10 @@ class Trace:
         return to_perfetto(self.records())
 
 
-def to_perfetto(records: list[StepRecord]) -> dict[str, Any]:
+def perfetto_events(records: Iterable[StepRecord]) -> Iterator[dict[str, Any]]:
     """Chrome trace events: tracks of steps, of phases, and of a device's work; in microseconds."""
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": name}}
-        for tid, name in ((1, "steps"), (2, "phases"), (3, "device"))
-    ]
+    for tid, name in ((1, "steps"), (2, "phases"), (3, "device")):
+        yield {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": name}}
     for record in records:
         arguments = {"scheduled": record.scheduled, "finished": record.finished}
         spans = [(1, f"step {record.step}", record.begin, record.end, arguments)]
@@ -275,8 +273,12 @@ def to_perfetto(records: list[StepRecord]) -> dict[str, Any]:
         spans += [(3, f"step {step}", begin, end, {}) for step, begin, end in record.device]
         for tid, name, begin, end, args in spans:
             times = {"ts": begin * 1e6, "dur": (end - begin) * 1e6}
-            events.append({"ph": "X", "pid": 1, "tid": tid, "name": name, "args": args, **times})
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+            yield {"ph": "X", "pid": 1, "tid": tid, "name": name, "args": args, **times}
+
+
+def to_perfetto(records: Iterable[StepRecord]) -> dict[str, Any]:
+    """A whole Chrome trace, as `json.dump` takes it."""
+    return {"traceEvents": list(perfetto_events(records)), "displayTimeUnit": "ms"}
 
 
 def phase(method: Function) -> Function:

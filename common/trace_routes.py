@@ -2,20 +2,21 @@
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from sse_starlette import EventSourceResponse
 
-from common.trace import Trace, to_json
+from common.trace import Trace, perfetto_events, to_json
 
 SECONDS = 0.05  # between looks at what is new
 LINES = 32  # written before others have their turn: about a millisecond
 
 
 def add_trace_routes(app: FastAPI, trace: Trace) -> None:
-    """Add `GET /trace` and `GET /trace.jsonl`."""
+    """Add `GET /trace`, `GET /trace.jsonl` and `GET /trace.perfetto.json`."""
 
     async def events() -> AsyncIterator[dict[str, str]]:
         with trace.follow() as records:
@@ -36,6 +37,16 @@ def add_trace_routes(app: FastAPI, trace: Trace) -> None:
             yield some
             await asyncio.sleep(0)
 
+    async def as_perfetto() -> AsyncIterator[str]:
+        yield '{"displayTimeUnit": "ms", "traceEvents": [\n'
+        lines = (json.dumps(event) for event in perfetto_events(trace.records()))
+        separator = ""
+        while some := list(itertools.islice(lines, 8 * LINES)):
+            yield separator + ",\n".join(some)
+            separator = ",\n"
+            await asyncio.sleep(0)
+        yield "\n]}\n"
+
     async def follow() -> EventSourceResponse:
         """The steps as server-sent events, from now on.
 
@@ -49,5 +60,11 @@ def add_trace_routes(app: FastAPI, trace: Trace) -> None:
         headers = {"Content-Disposition": 'attachment; filename="trace.jsonl"'}
         return StreamingResponse(kept(), media_type="application/x-ndjson", headers=headers)
 
+    async def perfetto() -> StreamingResponse:
+        """The steps kept, for ui.perfetto.dev and chrome://tracing."""
+        headers = {"Content-Disposition": 'attachment; filename="trace.perfetto.json"'}
+        return StreamingResponse(as_perfetto(), media_type="application/json", headers=headers)
+
     app.add_api_route("/trace", follow, methods=["GET"], response_model=None)
     app.add_api_route("/trace.jsonl", download, methods=["GET"], response_model=None)
+    app.add_api_route("/trace.perfetto.json", perfetto, methods=["GET"], response_model=None)

@@ -275,6 +275,9 @@ def test_the_steps_kept_can_be_downloaded(count: int, tmp_path: Path) -> None:
     assert answer.headers["content-disposition"] == 'attachment; filename="trace.jsonl"'
     trace.save(tmp_path / "trace.jsonl")
     assert answer.content == (tmp_path / "trace.jsonl").read_bytes()
+    answer = TestClient(app).get("/trace.perfetto.json")
+    assert answer.headers["content-disposition"].endswith('"trace.perfetto.json"')
+    assert answer.json() == trace.to_perfetto()
 
 
 def test_an_empty_trace_is_saved_and_loaded(tmp_path: Path) -> None:
