@@ -45,6 +45,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench kv --json part03_paged_attention/results/kv.json
 	$(BIN)/python -m common.bench ladder --workload mixed --parts 1 2 3 4 --part-pairs 1=1 --part-pairs 2=1 --json part04_continuous_batching/results/ladder_mixed.json --plot part04_continuous_batching/results/ladder_mixed.png
 	$(BIN)/python -m common.bench compare --part 4 $(PEERS) --json part04_continuous_batching/results/compare.json --plot part04_continuous_batching/results/compare.png
+	$(BIN)/python -m common.bench ladder --workload mixed --parts 4 5 --pairs 15 --json part05_async_scheduling/results/ladder_mixed.json
+	$(BIN)/python -m common.bench ladder --workload mixed --parts 5 6 --pairs 15 --json part06_chunked_prefill/results/ladder_mixed.json
+	$(BIN)/python -m common.bench arrival --parts 5 6 --json part06_chunked_prefill/results/arrival.json --plot part06_chunked_prefill/results/arrival.png
 	$(BIN)/python -m common.bench report --all --write
 
 notebooks: $(VENV)/.dev

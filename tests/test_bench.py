@@ -36,6 +36,7 @@ from common.bench.workload import (
     poisson_arrivals,
     random_work,
 )
+from common.testing.parts import PARTS
 
 LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops": None}
 
@@ -724,3 +725,34 @@ def test_offline_on_part_01(tmp_path: Path) -> None:
     assert row["output_len"] == 4 and row["prefill_tps"] > 0 and row["peak_mib"] > 0
     assert row["prefill_mfu"] > 0 and "float32" in result["notes"][0]
     assert list(result["code"]) == ["part01"]
+
+
+@pytest.mark.skipif(max(PARTS) < 6, reason="part 06 is not there")
+def test_a_long_prompt_among_streams(monkeypatch: Any, tmp_path: Path) -> None:
+    """Counted in a real engine: tokens of each stream, and gaps that the newcomer falls into."""
+    from common.bench import arrival
+    from common.testing.parts import engine_of
+
+    job = {"streams": 3, "stream_prompt_len": 4, "output_len": 20, "prompt_len": 60, "before": 5}
+    engine = engine_of(6, "random:tiny-llama", threads=1, max_num_batched_tokens=16)
+    answer = arrival.measure(engine, job | {"vocab_size": 500, "seed": "0"})
+    assert [len(times) for times in answer["tokens"]] == [20] * 4
+    assert all(times == sorted(times) for times in answer["tokens"])
+    assert 9 <= len(answer["gaps"]) <= 45 and min(answer["gaps"]) >= 0
+    assert answer["ttft_s"] > 0 and answer["tokens"][-1][0] == pytest.approx(answer["ttft_s"])
+    monkeypatch.setattr(arrival, "run_worker", lambda job, **_: {**answer, "wall_other_cores": 0.0, "unmeasured": "x"})  # fmt: skip
+    flags = ["arrival", "--parts", "5", "6", "--repeats", "2", "--json", str(tmp_path / "a.json")]
+    assert main([*flags, "--plot", str(tmp_path / "a.png")]) == 0
+    before, after = load_result(tmp_path / "a.json")["rows"]
+    assert before["worst_ms"] == 1000 * max(answer["gaps"]) and after["worst_ratio"] == 1
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="before must be less"):
+        arrival.run(arrival_flags(flags, before=100))
+
+
+def arrival_flags(flags: list[str], **change: Any) -> Any:
+    from common.bench.__main__ import build_parser
+
+    args = build_parser().parse_args(flags)
+    vars(args).update(change)
+    return args

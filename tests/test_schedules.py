@@ -25,6 +25,8 @@ LIMITS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derando
 
 def engine_for(part: int, model: str, pool: dict[str, Any], budget: int) -> Any:
     extra = {"max_num_batched_tokens": budget} if part > 3 else {}
+    if part > 5 and budget == 20:
+        extra["long_prefill_threshold"] = 7
     return engine_of(part, model, threads=1, **pool, **extra)
 
 

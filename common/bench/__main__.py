@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "ladder": "all parts on the same work, side by side",
     "compare": "a part beside transformers, vLLM or llama.cpp",
     "serve": "load on an OpenAI-compatible server: TTFT, ITL, TPOT, E2E",
+    "arrival": "what streams notice of a long prompt that comes in",
     "kv": "how many sequences a piece of KV memory holds, in strips and in blocks",
     "startup": "how long parts take to start, and their memory",
     "streaming": "one part's whole responses against another's streams",

@@ -95,6 +95,16 @@ def offline_job(job: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def arrival_job(job: dict[str, Any]) -> dict[str, Any]:
+    """A long prompt among streams: see `common.bench.arrival.measure`."""
+    from common.bench.arrival import measure
+
+    engine, _, answer = start_engine(job)
+    answer |= measure(engine, job)
+    engine.shutdown()
+    return answer
+
+
 def generate_job(job: dict[str, Any]) -> dict[str, Any]:
     """{"part", "model", "settings", "runs": [{"prompts", "max_tokens"}]} -> seconds and token ids of
     each run: greedy, and no token ends it."""
@@ -172,6 +182,7 @@ def engine_facts(engine: Any, config: Any) -> dict[str, Any]:
 
 
 JOBS = {
+    "arrival": arrival_job,
     "generate": generate_job,
     "kv": kv_job,
     "limits": limits_job,

@@ -1,0 +1,1 @@
+"""An engine that cuts prompts into slices and runs them beside those who decode."""
