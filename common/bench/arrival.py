@@ -107,6 +107,8 @@ def row(part: int, answers: list[dict[str, Any]]) -> dict[str, Any]:
         "total_s": statistics.median(totals),
         "worsts": worsts,
         "totals": totals,
+        "worst_ratio": None,
+        "total_ratio": None,
     }
 
 
