@@ -27,7 +27,7 @@ from common.api import NEUTRAL
 from common.checkpoint import resolve
 from common.serving import ServerConfig
 from common.testing.http import INTERNALS, SECRET_PROMPT, check_error, raw_request, routes, send
-from common.testing.parts import PARTS, engine_of, module_of, wrap_model
+from common.testing.parts import HTTP_PARTS, engine_of, module_of, wrap_model
 from common.testing.server import RunningServer, server_process, serving_thread
 from common.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ VICTIM: dict[str, Any] = {
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module", params=PARTS, ids=lambda part: f"part{part:02d}")
+@pytest.fixture(scope="module", params=HTTP_PARTS, ids=lambda part: f"part{part:02d}")
 def part(request: pytest.FixtureRequest) -> int:
     return request.param
 
@@ -633,7 +633,7 @@ def test_a_patient_limit_does_not_cut_a_running_answer(
 # What errors say, and what text may do.
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", HTTP_PARTS)
 def test_exceptions_stay_inside(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failing engine's words, which may name anything, are not the client's."""
     engine = engine_of(part, MODEL, threads=1)

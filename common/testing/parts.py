@@ -43,6 +43,10 @@ def distinct_files(name: str) -> list[int]:
     return list(seen.values())
 
 
+# Parts whose HTTP edge has new content, and the latest: in the others a request meets the same code
+# until it reaches the engine.
+HTTP_PARTS = sorted({*distinct_files("server.py"), PARTS[-1]})
+
 KV_MEMORY = 256 << 20  # bytes, unless a test asks for other: many engines live at once
 
 
