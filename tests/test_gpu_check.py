@@ -62,7 +62,7 @@ def test_it_runs_through_without_a_web_framework(
     assert done.returncode == 0, done.stdout + done.stderr
     result = load_result(out)
     found = result["sections"]
-    assert list(found) == ["limits", "kernels", "oracle", "speed", "ladder"]
+    assert list(found) == ["limits", "kernels", "oracle", "speed", "overlap", "ladder"]
     assert all(item["status"] == OK for items in found.values() for item in items)
     assert result["failures"] == [] and result["limits"]["read_gbps"] > 0
     assert result["machine"]["cores"] and result["versions"]["torch"]
@@ -73,6 +73,9 @@ def test_it_runs_through_without_a_web_framework(
     names = " ".join(item["name"] for item in found["speed"])
     for operation in ("attention", "linear", "add_rms_norm", "rotary", "silu", "sample"):
         assert operation in names
+    for overlap in found["overlap"]:
+        assert overlap["tok/s at 2"] > 0 and overlap["step us at 2"] > 0
+    assert len(found["overlap"]) == 2 * (max(PARTS) > 4)
     [ladder] = found["ladder"]
     assert [row["point"] for row in ladder["rows"]][-1].startswith("prefill")
     assert all(row["rate"] > 0 and row["mfu"] > 0 for row in ladder["rows"])

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     title = f"A prompt of {args.prompt_len} tokens among {args.streams} streams"
     result = make_result(title, COLUMNS, rows, limits=limits, parts=args.parts, notes=notes)
     if args.plot:
-        draw({part: answers[part][0]["tokens"] for part in args.parts}, args.plot)
+        draw({part: median_round(answers[part])["tokens"] for part in args.parts}, args.plot)
     finish(args, result)
     return 0
 
@@ -110,6 +110,12 @@ def row(part: int, answers: list[dict[str, Any]]) -> dict[str, Any]:
         "worst_ratio": None,
         "total_ratio": None,
     }
+
+
+def median_round(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The round whose worst gap is the median one."""
+    ordered = sorted(answers, key=lambda answer: max(answer["gaps"]))
+    return ordered[(len(ordered) - 1) // 2]
 
 
 def draw(tokens_of: dict[int, list[list[float]]], path: Path) -> None:

@@ -14,6 +14,7 @@ KINDS = {  # the job's kind: where its items come from
     "kernels": "common.gpu_check.correctness:items",
     "oracle": "common.gpu_check.oracle:items",
     "speed": "common.gpu_check.speed:items",
+    "overlap": "common.gpu_check.overlap:items",
     "ladder": "common.gpu_check.ladder:items",
 }
 
