@@ -84,9 +84,11 @@ class GpuWork:
 class GpuQueue:
     """The current stream of a GPU. Reads the GPU's clock through events."""
 
-    def __init__(self) -> None:
-        self.start = torch.cuda.Event(enable_timing=True)
-        self.start.record()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self.start = torch.cuda.Event(enable_timing=True)
+            self.start.record()
         self.start.synchronize()
         self.start_seconds = time.perf_counter()
 
@@ -94,8 +96,9 @@ class GpuQueue:
         return self.start_seconds + self.start.elapsed_time(event) / 1000
 
     def submit(self, run: Callable[[], Sampled]) -> GpuWork:
-        return GpuWork(self, run)
+        with torch.cuda.device(self.device):  # which is the calling thread's, and may be another
+            return GpuWork(self, run)
 
 
 def device_queue(device: torch.device) -> DeviceQueue:
-    return GpuQueue() if device.type == "cuda" else CpuQueue()
+    return GpuQueue(device) if device.type == "cuda" else CpuQueue()
