@@ -28,6 +28,7 @@ from common.tokenizer import Tokenizer
 MAX_CHOICES = 128  # prompts times n in one request
 MAX_MESSAGES = 4096
 MAX_KEYS = 16  # of an object inside a request
+MAX_SALT = 256  # characters
 
 # Fields of OpenAI's interface that no part implements, with the value that asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -149,10 +150,11 @@ class _Request(BaseModel):
     n: StrictInt | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
+    cache_salt: Annotated[StrictStr, Field(min_length=1, max_length=MAX_SALT)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
 
-    def check(self, streaming: bool, max_n: int) -> None:
+    def check(self, streaming: bool, max_n: int, cache_salt: bool = False) -> None:
         """Refuse what is not supported. Raises ApiError naming the field."""
         for name, value in (self.model_extra or {}).items():
             neutral = NEUTRAL.get(name, ())
@@ -163,6 +165,10 @@ class _Request(BaseModel):
         if self.stream and not streaming:
             raise ApiError(
                 400, "stream is not supported by this part; part 02 has it", param="stream"
+            )
+        if self.cache_salt is not None and not cache_salt:
+            raise ApiError(
+                400, "cache_salt is not supported by this part; part 07 has it", param="cache_salt"
             )
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
@@ -279,6 +285,7 @@ class Job:
     stream: bool
     include_usage: bool
     tokenizer: Tokenizer | None
+    cache_salt: str | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, "TextOffsets"] = field(default_factory=dict)  # of each choice streamed
@@ -305,15 +312,19 @@ class Job:
         return {**head, "choices": choices, "usage": self.usage(completions)}
 
     def usage(self, completions: Sequence[Any]) -> dict[str, Any]:
-        """Token counts; a prompt counts once, however many choices it has."""
+        """Token counts; a prompt counts once, however many choices it has.
+
+        completions: in their order, all choices of a prompt one after the other.
+        """
         prompt = sum(map(len, self.prompts))
+        first_choices = completions[:: self.params.n]
         completion = sum(len(c.token_ids) for c in completions)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {
-                "cached_tokens": sum(c.num_cached_tokens for c in completions)
+                "cached_tokens": sum(c.num_cached_tokens for c in first_choices)
             },
         }
 

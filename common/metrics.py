@@ -113,6 +113,18 @@ READINGS = (
         "Times that a running request went back to waiting.",
         "num_preemptions",
     ),
+    Reading(
+        "vllm:prefix_cache_queries",
+        "counter",
+        "Tokens of requests that the prefix cache was asked for.",
+        "num_prefix_cache_queries",
+    ),
+    Reading(
+        "vllm:prefix_cache_hits",
+        "counter",
+        "Tokens of requests that were found in the prefix cache.",
+        "num_prefix_cache_hits",
+    ),
 )
 
 # Label of vllm:cache_config_info -> key of stats().

@@ -23,18 +23,33 @@ BUDGETS = [1, 20, 2048]  # tokens of prompts a step, where a part has such a bud
 LIMITS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
-def engine_for(part: int, model: str, pool: dict[str, Any], budget: int) -> Any:
-    extra = {"max_num_batched_tokens": budget} if part > 3 else {}
+PREFIX_CACHES = ["hash", "radix"]  # where a part has one
+
+
+def engine_for(
+    part: int, model: str, pool: dict[str, Any], budget: int, prefix_cache: str = "hash"
+) -> Any:
+    extra: dict[str, Any] = {"max_num_batched_tokens": budget} if part > 3 else {}
     if part > 5 and budget == 20:
         extra["long_prefill_threshold"] = 7
+    if part > 6:
+        extra["prefix_cache"] = prefix_cache
     return engine_of(part, model, threads=1, **pool, **extra)
 
 
 def check_schedules(part: int, count: int) -> None:
     @settings(max_examples=count, **LIMITS)
-    @given(st.sampled_from(MODELS), st.sampled_from(POOLS), st.sampled_from(BUDGETS), events())
-    def check(model: str, pool: dict[str, Any], budget: int, schedule: list[Event]) -> None:
-        Drive(engine_for(part, model, pool, budget), model).run(schedule)
+    @given(
+        st.sampled_from(MODELS),
+        st.sampled_from(POOLS),
+        st.sampled_from(BUDGETS),
+        st.sampled_from(PREFIX_CACHES),
+        events(),
+    )
+    def check(
+        model: str, pool: dict[str, Any], budget: int, cache: str, schedule: list[Event]
+    ) -> None:
+        Drive(engine_for(part, model, pool, budget, cache), model).run(schedule)
 
     check()
 

@@ -1,0 +1,385 @@
+"""Part 07's own invariants: what may be found in a prefix cache, and what must never be."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from common.sampling import SamplingParams
+from common.testing.oracle import check_greedy, check_seeded
+from common.testing.parts import engine_of, module_of, wrap_model
+
+MODEL = "random:tiny-llama"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+PROMPT = [(7 * i) % 500 + 2 for i in range(30)]
+KINDS = ["hash", "radix"]
+
+cache_module = module_of(7, "prefix_cache")
+Sequence = module_of(7, "sequence").Sequence
+BlockPool = module_of(7, "kv_cache").BlockPool
+
+
+def engine_with(kind: str = "hash", **flags: Any) -> Any:
+    """An engine with an empty cache."""
+    flags = {"num_blocks": 64, "block_size": 4, "max_num_seqs": 8} | flags
+    engine = engine_of(7, MODEL, threads=1, prefix_cache=kind, **flags)
+    assert not engine.has_unfinished()
+    scheduler = engine.scheduler
+    taken = scheduler.cache.allocate(scheduler.cache.num_free)  # which forgets all
+    scheduler.cache.pool.free(taken)
+    return engine
+
+
+def run(engine: Any, *prompts: list[int], **arguments: Any) -> list[Any]:
+    params = arguments.pop("params", GREEDY)
+    completions = engine.generate(list(prompts), params, progress=False, **arguments)
+    engine.check_integrity()
+    assert engine.stats()["num_used_blocks"] == 0
+    return completions
+
+
+def finish(engine: Any) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    while engine.has_unfinished():
+        for output in engine.step():
+            tokens[output.request_id] = tokens.get(output.request_id, []) + output.token_ids
+        engine.check_integrity()
+    return tokens
+
+
+# What is found.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", range(1, 14))
+def test_full_blocks_are_found_but_never_all_tokens(kind: str, length: int) -> None:
+    engine = engine_with(kind)
+    first, second = (run(engine, PROMPT[:length])[0] for _ in range(2))
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == (length - 1) // 4 * 4
+    assert first.token_ids == second.token_ids
+    assert check_greedy(MODEL, [(PROMPT[:length], second.token_ids)]).is_right
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_generated_is_found_too(kind: str) -> None:
+    """The next turn of a conversation begins with the last answer."""
+    engine = engine_with(kind)
+    [answer] = run(engine, PROMPT[:10])  # 18 tokens; the last was drawn and never computed
+    [longer] = run(engine, PROMPT[:10] + answer.token_ids + [3] * 6)
+    assert longer.num_cached_tokens == 16
+    other = PROMPT[:10] + answer.token_ids[:3] + [3] * 9
+    assert run(engine, other)[0].num_cached_tokens == 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_different_beginning_finds_nothing(kind: str) -> None:
+    """The same tokens elsewhere have other keys and values."""
+    engine = engine_with(kind)
+    run(engine, PROMPT)
+    assert run(engine, [9] + PROMPT)[0].num_cached_tokens == 0
+    assert run(engine, [9, *PROMPT[1:]])[0].num_cached_tokens == 0
+    assert run(engine, PROMPT[4:])[0].num_cached_tokens == 0
+    assert run(engine, PROMPT[:8] + [9] + PROMPT[9:])[0].num_cached_tokens == 8
+
+
+def test_off_finds_nothing() -> None:
+    engine = engine_with("off")
+    assert [run(engine, PROMPT)[0].num_cached_tokens for _ in range(3)] == [0, 0, 0]
+    assert engine.stats()["num_prefix_cache_hits"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_salts_are_walls(kind: str) -> None:
+    """Two tenants never share a block, and neither does one with those who have no salt."""
+    engine = engine_with(kind)
+    salts = ["alice", "bob", None, "alic", "\ud800", "alice\0"]
+    for salt in salts:
+        assert run(engine, PROMPT, cache_salt=salt)[0].num_cached_tokens == 0, salt
+    for salt in salts:
+        assert run(engine, PROMPT, cache_salt=salt)[0].num_cached_tokens == 28, salt
+    tables = []
+    for salt in salts:
+        engine.add_request(f"salt {salt!r}", PROMPT, GREEDY, cache_salt=salt)
+    engine.step()
+    tables = [set(sequence.block_table) for sequence in engine.sequences.values()]
+    assert sum(map(len, tables)) == len(set.union(*tables)), "a block with two tenants"
+    finish(engine)
+
+
+def test_a_salt_that_looks_like_a_block_opens_nothing() -> None:
+    """The first block's key must not be had by a salt that spells another block's key."""
+    cache = cache_module.HashPrefixCache(BlockPool(8), 4)
+    victim = Sequence("v", PROMPT[:8], GREEDY, 0)
+    first = cache.keys(victim, 8)[0]
+    for salt in (first.decode("latin-1"), first.hex(), ""):
+        thief = Sequence("t", PROMPT[4:8], GREEDY, 0, cache_salt=salt)
+        assert not set(cache.keys(thief, 4)) & set(cache.keys(victim, 8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seeds_and_penalties_do_not_notice(kind: str) -> None:
+    params = SamplingParams(
+        seed=5, temperature=0.9, presence_penalty=1.0, frequency_penalty=0.5, max_tokens=12
+    )
+    params = replace(params, ignore_eos=True)
+    engine = engine_with(kind)
+    first, second = (run(engine, PROMPT, params=params)[0] for _ in range(2))
+    assert second.num_cached_tokens == 28 and first.token_ids == second.token_ids
+    assert check_seeded(MODEL, [(PROMPT, second.token_ids, params)]).is_right
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_completions_of_one_prompt_share_its_blocks(kind: str) -> None:
+    """Those that join later: eight choices of 28 tokens and a budget of 32."""
+    engine = engine_with(kind, max_num_batched_tokens=32)
+    completions = run(engine, PROMPT[:28], params=replace(GREEDY, n=8))
+    assert len({tuple(c.token_ids) for c in completions}) == 1
+    assert completions[0].num_cached_tokens == 0
+    assert sum(c.num_cached_tokens for c in completions) >= 5 * 24
+
+
+# When it is found.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_shared_when_it_is_read_and_not_before(kind: str) -> None:
+    engine = engine_with(kind, max_num_batched_tokens=8)
+    engine.add_request("a", PROMPT, GREEDY)
+    engine.step()
+    assert engine.sequences["a"].num_computed_tokens == 8
+    assert engine.sequences["a"].num_published_blocks == 0, "launched and not read"
+    engine.step()
+    assert engine.sequences["a"].num_computed_tokens == 16
+    assert engine.sequences["a"].num_published_blocks == 2
+    finish(engine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_failed_step_left_is_never_found(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_with(kind, max_num_batched_tokens=8)
+    calls: list[int] = []
+
+    def fail(token_ids: list[int], num_rows: int, real: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("the model failed")
+        return real()
+
+    with monkeypatch.context() as patch:
+        wrap_model(engine, patch, fail)
+        engine.add_request("a", PROMPT, GREEDY)
+        with pytest.raises(RuntimeError):
+            for _ in range(4):
+                engine.step()
+        engine.fail_step()
+        finish(engine)
+    [again] = run(engine, PROMPT)
+    assert again.num_cached_tokens == 8, "what the first step computed, and no more"
+    assert check_greedy(MODEL, [(PROMPT, again.token_ids)]).is_right
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_preempted_sequence_finds_itself(kind: str, is_async: bool) -> None:
+    engine = engine_with(kind, async_scheduling=is_async)
+    engine.add_request("a", PROMPT, replace(GREEDY, max_tokens=20))
+    tokens = [token for _ in range(8) for output in engine.step() for token in output.token_ids]
+    sequence = engine.sequences["a"]
+    engine.scheduler.preempt(sequence)
+    engine.check_integrity()
+    for _ in range(3):
+        tokens += [token for output in engine.step() for token in output.token_ids]
+    assert sequence.row is not None
+    assert sequence.num_cached_tokens == 0, "usage tells what its first start found"
+    record = [r for r in engine.trace.records() if r.preempted][-1:] or engine.trace.records()[-4:]
+    assert all(sum(r.scheduled.values()) < 20 for r in record), "it was computed again"
+    tokens += finish(engine)["a"]
+    assert len(tokens) == 20 and check_greedy(MODEL, [(PROMPT, tokens)]).is_right
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_of_one_token_leaves_its_prompt(kind: str) -> None:
+    """It gives up its row when its only step is launched, and its blocks when that is read."""
+    engine = engine_with(kind)
+    for expected in (0, 28):
+        [c] = run(engine, PROMPT, params=replace(GREEDY, max_tokens=1))
+        assert c.num_cached_tokens == expected
+
+
+# What is forgotten.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_beginning_outlives_the_end(kind: str) -> None:
+    """12 blocks: a chain of 8 is in them, and others take some: its last blocks are lost first."""
+    engine = engine_with(kind, num_blocks=12)
+    run(engine, PROMPT[:30], params=replace(GREEDY, max_tokens=3))
+    run(engine, [5] * 22, params=replace(GREEDY, max_tokens=1))
+    [c] = run(engine, PROMPT[:30], params=replace(GREEDY, max_tokens=1))
+    assert 0 < c.num_cached_tokens < 28
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_was_used_last_stays(kind: str) -> None:
+    engine = engine_with(kind, num_blocks=16)
+    one = replace(GREEDY, max_tokens=1)
+    prompts = [[token] * 17 for token in (5, 6, 7)]  # 5 blocks each, 4 of them to be shared
+    for prompt in prompts:
+        run(engine, prompt, params=one)
+    run(engine, prompts[0], params=one)  # so that the second was not used for longest
+    run(engine, [8] * 17, params=one)
+    found = [run(engine, p, params=one)[0].num_cached_tokens for p in (prompts[0], prompts[2])]
+    assert found == [16, 16]
+    assert run(engine, prompts[1], params=one)[0].num_cached_tokens < 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_of_the_cache_is_bounded(kind: str) -> None:
+    """Ten thousand prompts, each with its salt: no structure grows beyond what the pool holds."""
+    cache = cache_module.make_prefix_cache(kind, BlockPool(8), 2)
+    for i in range(10_000):
+        sequence = Sequence(f"s{i}", [i, i + 1, i % 7, 1, 2], GREEDY, 0, cache_salt=f"{i % 97}")
+        sequence.block_table = cache.match(sequence)
+        sequence.block_table += cache.allocate(3 - len(sequence.block_table))
+        cache.publish(sequence, 5)
+        cache.release(sequence)
+    cache.check_integrity([])
+    if kind == "hash":
+        assert len(cache.blocks) <= 8
+    else:
+        assert cache.num_nodes <= 8 and not cache.ends and len(cache.leaves) <= 2 * 8 + 65
+
+
+def test_hits_are_counted() -> None:
+    engine = engine_with("hash")
+    before = engine.stats()
+    run(engine, PROMPT)
+    run(engine, PROMPT)
+    after = engine.stats()
+    assert after["num_prefix_cache_queries"] - before["num_prefix_cache_queries"] == 60
+    assert after["num_prefix_cache_hits"] - before["num_prefix_cache_hits"] == 28
+
+
+# Against a brute-force model of what may be found.
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Sequences come, compute, grow and go. The model knows what each block holds, in full, and
+    which beginnings can be found: those that were published and whose block was not given away."""
+
+    kind = ""
+
+    @initialize(num_blocks=st.integers(4, 24), block_size=st.integers(1, 3))
+    def start(self, num_blocks: int, block_size: int) -> None:
+        self.pool, self.block_size = BlockPool(num_blocks), block_size
+        self.cache = cache_module.make_prefix_cache(self.kind, self.pool, block_size)
+        self.sequences: list[Any] = []
+        self.computed: dict[Any, int] = {}
+        self.holds: dict[int, Any] = {}  # block -> (salt, all tokens up to its end)
+        self.found_in: dict[Any, int] = {}  # (salt, tokens up to a block's end) -> block
+        self.count = 0
+
+    def beginning(self, sequence: Any, num_blocks: int) -> Any:
+        tokens = sequence.prompt_token_ids + sequence.output_token_ids
+        return sequence.cache_salt, tuple(tokens[: num_blocks * self.block_size])
+
+    def allocate(self, count: int) -> list[int]:
+        before = self.cache.num_free
+        blocks = self.cache.allocate(count)
+        assert len(set(blocks)) == count and self.cache.num_free == before - count
+        self.found_in = {key: b for key, b in self.found_in.items() if b not in blocks}
+        for block in blocks:
+            assert not any(block in other.block_table for other in self.sequences)
+            self.holds.pop(block, None)
+        return blocks
+
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        salt=st.sampled_from([None, None, "a", "b"]),
+    )
+    def begin(self, tokens: list[int], salt: str | None) -> None:
+        sequence = Sequence(f"s{self.count}", tokens, GREEDY, 0, cache_salt=salt)
+        self.count += 1
+        found = self.cache.match(sequence)
+        best = 0
+        while (best + 1) * self.block_size < len(tokens):
+            if self.beginning(sequence, best + 1) not in self.found_in:
+                break
+            best += 1
+        assert len(found) == best, f"{len(found)} blocks found, {best} are there"
+        for place, block in enumerate(found):
+            assert self.holds[block] == self.beginning(sequence, place + 1)
+        sequence.block_table = found
+        missing = -(-len(tokens) // self.block_size) - len(found)
+        if missing > self.cache.num_free:
+            self.cache.release(sequence)
+            return
+        sequence.block_table += self.allocate(missing)
+        self.sequences.append(sequence)
+        self.computed[sequence] = len(found) * self.block_size
+
+    @precondition(lambda self: self.sequences)
+    @rule(which=st.integers(0, 99), count=st.integers(1, 9))
+    def compute(self, which: int, count: int) -> None:
+        """Some more of what is known, read and published."""
+        sequence = self.sequences[which % len(self.sequences)]
+        end = min(self.computed[sequence] + count, sequence.num_known_tokens)
+        self.computed[sequence] = end
+        for place in range(end // self.block_size):
+            key = self.beginning(sequence, place + 1)
+            block = sequence.block_table[place]
+            assert self.holds.setdefault(block, key) == key, "a shared block was written to"
+            self.found_in.setdefault(key, block)
+        self.cache.publish(sequence, end)
+
+    @precondition(lambda self: self.sequences)
+    @rule(which=st.integers(0, 99), token=st.integers(0, 1))
+    def grow(self, which: int, token: int) -> None:
+        sequence = self.sequences[which % len(self.sequences)]
+        missing = -(-(sequence.num_known_tokens + 1) // self.block_size)
+        missing -= len(sequence.block_table)
+        if missing <= self.cache.num_free:
+            sequence.block_table += self.allocate(missing)
+            sequence.output_token_ids.append(token)
+
+    @precondition(lambda self: self.sequences)
+    @rule(which=st.integers(0, 99))
+    def end(self, which: int) -> None:
+        """It finishes, is aborted or preempted."""
+        sequence = self.sequences.pop(which % len(self.sequences))
+        self.cache.release(sequence)
+        del self.computed[sequence]
+
+    @invariant()
+    def is_whole(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.check_integrity([sequence.block_table for sequence in self.sequences])
+            used = {block for sequence in self.sequences for block in sequence.block_table}
+            assert self.cache.num_free <= self.pool.num_blocks - len(used)
+            if not self.sequences:
+                assert self.cache.num_free == self.pool.num_blocks
+
+
+class HashMachine(CacheMachine):
+    kind = "hash"
+
+
+class RadixMachine(CacheMachine):
+    kind = "radix"
+
+
+LIMITS = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+TestHash, TestRadix = HashMachine.TestCase, RadixMachine.TestCase
+TestHash.settings = TestRadix.settings = LIMITS
