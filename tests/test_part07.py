@@ -240,6 +240,32 @@ def test_who_was_used_last_stays(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_two_that_begin_alike_and_part(kind: str) -> None:
+    """Each goes on behind the blocks that they share, and both ways can be found."""
+    cache = cache_module.make_prefix_cache(kind, BlockPool(16), 2)
+
+    def begin(name: str, tokens: list[int]) -> Any:
+        sequence = Sequence(name, tokens, GREEDY, 0)
+        sequence.block_table = cache.match(sequence)
+        missing = (len(tokens) + 1) // 2 - len(sequence.block_table)
+        sequence.block_table += cache.allocate(missing)
+        cache.publish(sequence, len(tokens))
+        return sequence
+
+    first, second = (begin(name, [1, 2, 3, 4, 5]) for name in "ab")
+    assert first.block_table[:2] == second.block_table[:2]
+    for sequence, tokens in ((first, [6, 7, 8]), (second, [9, 7, 8])):
+        sequence.output_token_ids += tokens
+        sequence.block_table += cache.allocate(1)
+        cache.publish(sequence, 8)
+        cache.check_integrity([first.block_table, second.block_table])
+    for sequence, token in ((first, 6), (second, 9)):
+        third = begin("c", [1, 2, 3, 4, 5, token, 7, 8, 0])
+        assert third.block_table[:4] == sequence.block_table
+        cache.release(third)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_memory_of_the_cache_is_bounded(kind: str) -> None:
     """Ten thousand prompts, each with its salt: no structure grows beyond what the pool holds."""
     cache = cache_module.make_prefix_cache(kind, BlockPool(8), 2)
