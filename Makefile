@@ -30,7 +30,7 @@ serve: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check

@@ -82,7 +82,13 @@ def test_the_page_and_python_make_the_same_of_every_record(
     trace = random_trace(seed, capacity=150)
     expected = python_states(trace)
     assert run_module(page, STATES, "".join(trace.lines())) == expected
-    for field in ("preempted", "freed", "finished", "arrived"):  # each of which must matter
+    for field in (
+        "preempted",
+        "freed",
+        "finished",
+        "arrived",
+        "cached",
+    ):  # each of which must matter
         lines = [json.loads(line) for line in "".join(trace.lines()).splitlines()]
         for line in lines[1:]:
             line[field] = type(line[field])()
@@ -280,6 +286,42 @@ def test_what_an_engine_does_not_do_is_not_shown(serve: Callable[..., EnginePage
 
 
 @browser
+def test_what_a_prefix_cache_found_is_shown(serve: Callable[..., EnginePage]) -> None:
+    """In numbers, in words, and in the map: a block of several has the colours of all."""
+    trace = Trace(num_blocks=8, block_size=16)
+    page = serve(trace)
+    page.watch()
+    run_step(trace, {"a": 40}, arrived={"a": 40}, allocated={"a": [0, 1, 2]})
+    page.shows_rows("a running 40 3")
+    assert not page.one("#engine-shared").is_displayed()
+    changes = {"arrived": {"b": 40, "c": 9}, "allocated": {"b": [0, 1, 3]}, "cached": {"b": 32}}
+    run_step(trace, {"a": 1, "b": 8}, **changes)
+    page.shows_rows("a running 41 – 3", "b running 8 32 3", "c waiting 0 – 0")
+    assert page.step[2] == "Arrived: b (40 tokens), c (9 tokens). Cached: b (32 tokens)"
+    assert page.counts["blocks used"] == "4 / 8" and page.one("#engine-shared").is_displayed()
+    a, b = page.swatch(0), page.swatch(1)
+    x, y = page.block(1, 8, 24)
+    left, right = (page.colours_at("#engine-blocks", x + by, y) for by in (-6, 6))
+    assert (left, right) == ({a}, {b})
+    x, y = page.block(3, 8, 24)
+    assert page.colours_at("#engine-blocks", x - 6, y) == {b}, "full: 40 tokens are in b's blocks"
+    words = {
+        1: "Block 1: a, block 2 of its 3, 16 of 16 tokens; also b",
+        3: "Block 3: b, block 3 of its 3, 8 of 16 tokens",
+    }
+    for block, text in words.items():
+        page.point("#engine-blocks", *page.block(block, 8, 24))
+        page.until(lambda text=text: page.text("#engine-block") == text)
+    run_step(trace, {"c": 9}, finished={"a": "stop"}, freed={"a": [2, 1, 0]}, cached={"c": 0})
+    page.shows_rows("b running 8 32 3", "c running 9 0 0")
+    assert page.counts["blocks used"] == "3 / 8" and page.step[2] == "Finished: a (stop)"
+    run_step(trace, {"c": 1}, preempted=["b"], freed={"b": [3, 1, 0]})
+    page.shows_rows("c running 10 0 0", "b waiting 0 – 0")
+    page.open()  # who comes later sees the column too
+    page.shows_rows("c running 10 0 0", "b waiting 0 – 0")
+
+
+@browser
 def test_the_timeline_shows_prompts_beside_single_tokens(serve: Callable[..., EnginePage]) -> None:
     """A bar's height is the root of its tokens; within it each sequence has its share."""
     trace = Trace()
@@ -414,7 +456,7 @@ def test_every_control_has_a_name_and_a_place_in_the_tab_order(
     headers = page.js(
         "return [...document.querySelectorAll('.sequences thead th')].map((th) => th.scope)"
     )
-    assert headers == ["col"] * 4
+    assert headers == ["col"] * 5
 
 
 @browser

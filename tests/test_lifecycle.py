@@ -30,7 +30,14 @@ import pytest
 import torch
 
 from common.serving import ServerConfig
-from common.testing.parts import PARTS, certain_logits, engine_of, module_of, wrap_model
+from common.testing.parts import (
+    HTTP_PARTS,
+    PARTS,
+    certain_logits,
+    engine_of,
+    module_of,
+    wrap_model,
+)
 from common.testing.server import RunningServer, server_process, serving_thread
 from common.trace import Trace
 
@@ -44,6 +51,7 @@ BASE: dict[str, Any] = {
     "logprobs": 0,
 }
 STREAMING = [part for part in PARTS if part > 1]
+STREAMING_HTTP = [part for part in HTTP_PARTS if part > 1]
 SECONDS = 60.0  # for what must happen to happen
 
 
@@ -262,7 +270,7 @@ def test_part_01_goes_on_for_a_client_that_left(make_rig: Callable[..., Rig]) ->
         rig.check_idle()
 
 
-@pytest.mark.parametrize("part", STREAMING)
+@pytest.mark.parametrize("part", STREAMING_HTTP)
 def test_clients_that_never_read(make_rig: Callable[..., Rig], part: int) -> None:
     """Neither a stream nor the trace waits for its reader, and neither grows for ever."""
     rig = make_rig(part)
@@ -285,7 +293,7 @@ def test_clients_that_never_read(make_rig: Callable[..., Rig], part: int) -> Non
         until(lambda: trace._followers == [], "the trace left")
 
 
-@pytest.mark.parametrize("part", STREAMING)
+@pytest.mark.parametrize("part", STREAMING_HTTP)
 def test_forty_clients_some_of_whom_leave(make_rig: Callable[..., Rig], part: int) -> None:
     """Whoever stays gets what they get alone; when all are gone nothing is left of any."""
     rig = make_rig(part)
@@ -483,7 +491,7 @@ TEXT = "Grüße, 日本語 🙂🙃 und 👩‍👩‍👧‍👦 naïve café.\
 @pytest.mark.parametrize(
     "stop", [None, "STOP", "日本", "🙃", "語 🙂", "\n", ["nowhere", "café.\nS"], "G", "‍👧"]
 )
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", HTTP_PARTS)
 def test_text_is_the_same_streamed_and_whole(
     make_rig: Callable[..., Rig], part: int, stop: Any
 ) -> None:
@@ -526,7 +534,7 @@ def test_text_is_the_same_streamed_and_whole(
 # Servers that start and stop.
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", HTTP_PARTS)
 def test_twenty_starts_and_stops_leave_nothing(make_rig: Callable[..., Rig], part: int) -> None:
     rig = make_rig(part)
     rig.fake_model(lambda call: 5 + call % 400)
@@ -549,7 +557,7 @@ def test_twenty_starts_and_stops_leave_nothing(make_rig: Callable[..., Rig], par
     assert sys.getswitchinterval() == switch_interval
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", HTTP_PARTS)
 def test_requests_leave_nothing(make_rig: Callable[..., Rig], part: int) -> None:
     """No object stays for each request, finished, failed, refused or left."""
     rig = make_rig(part)
@@ -580,7 +588,7 @@ def test_requests_leave_nothing(make_rig: Callable[..., Rig], part: int) -> None
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", HTTP_PARTS)
 def test_sigterm_lets_running_requests_finish(part: int) -> None:
     """Then the process ends with 0, and its port is free for the next one at once."""
     body = BASE | {"max_tokens": 1000}
@@ -629,7 +637,7 @@ def accepts(port: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("part", STREAMING)
+@pytest.mark.parametrize("part", STREAMING_HTTP)
 def test_the_end_waits_for_no_watcher(make_rig: Callable[..., Rig], part: int) -> None:
     """The trace has no end of its own, and requests are waited for until the timeout only."""
     rig = make_rig(part)

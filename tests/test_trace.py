@@ -148,6 +148,35 @@ def test_blocks_taken_and_given_up_in_one_step_are_counted() -> None:
     assert step([4], [4, 1, 5]) == {}
 
 
+def test_tokens_that_were_found_count_as_there() -> None:
+    """They are no tokens run, but their blocks are full; after a preemption it is looked anew."""
+    state = EngineState(num_blocks=8, block_size=4)
+
+    def step(**changes: dict) -> tuple[dict, dict, dict]:
+        state.apply(StepRecord(0, 0.0, **changes))
+        return state.waiting, state.running, state.cached
+
+    assert step(arrived={"a": 11, "b": 5}, cached={"a": 8}) == ({"b": 0}, {"a": 8}, {"a": 8})
+    assert step(scheduled={"a": 3}) == ({"b": 0}, {"a": 11}, {"a": 8})
+    assert step(preempted=["a"]) == ({"a": 0, "b": 0}, {}, {})
+    found = {"a": 4, "b": 0}
+    assert step(cached=found, scheduled={"a": 7}) == ({}, {"a": 11, "b": 0}, found)
+    copy = state.copy()
+    assert step(finished={"a": "stop"}) == ({}, {"b": 0}, {"b": 0})
+    assert copy.cached == found, "a copy changes by itself"
+    assert step(cached={"a": 4}) == ({}, {"b": 0}, {"b": 0}), "one that has ended joins no more"
+
+
+def test_a_trace_of_before_there_were_caches_is_read(tmp_path: Path) -> None:
+    trace = Trace()
+    run_steps(trace, 2)
+    lines = [json.loads(line) for line in trace.lines()]
+    for line in lines:
+        del line["cached"]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert Trace.load(tmp_path / "old.jsonl").records() == trace.records()
+
+
 def test_decorated_methods_are_phases_under_their_name() -> None:
     class Engine:
         trace = Trace()
@@ -341,16 +370,18 @@ def test_perfetto_events_are_complete_and_in_microseconds() -> None:
 @pytest.mark.parametrize("part", [part for part in PARTS if part > 2])
 def test_the_state_is_the_engines(part: int) -> None:
     """After every step of a random schedule in a small pool: who waits, and how many blocks are
-    used. Requests end at once, are aborted, and where the part preempts, are preempted."""
+    used. Requests end at once, are aborted, and where the part preempts, are preempted. Half of them
+    begin alike, and where the part has a prefix cache they share blocks."""
     engine = engine_of(part, "random:tiny-llama", threads=1, num_blocks=10, max_num_seqs=6)
     trace, rng = engine.trace, random.Random(part)
-    preempted = 0
+    preempted = shared = 0
     with trace.follow() as records:
         state = trace.catch_up(records)
         for number in range(40):
             length = rng.choice([1, 1, 20, 50])
             params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-            engine.add_request(f"r{number}", [rng.randrange(2, 500)] * rng.randint(1, 40), params)
+            token = rng.randrange(2, 500) if number % 2 else 7
+            engine.add_request(f"r{number}", [token] * rng.randint(1, 40), params)
             for _ in range(rng.choice([1, 5, 30])):
                 if rng.random() < 0.05:
                     engine.abort(f"r{rng.randrange(number + 1)}")
@@ -360,10 +391,12 @@ def test_the_state_is_the_engines(part: int) -> None:
                     preempted += len(trace.last_record.preempted)
                     stats = engine.stats()
                     used = [block for blocks in state.blocks.values() for block in blocks]
-                    assert len(used) == len(set(used)) == stats["num_used_blocks"]
+                    assert len(set(used)) == stats["num_used_blocks"]
+                    shared += len(used) - len(set(used))
                     assert len(state.waiting) == stats["num_waiting"]
         while engine.has_unfinished():
             engine.step()
             state.apply(records.pop())
     assert state.running == state.waiting == state.blocks == {}
     assert state.step > 200 and not records and (part == 3 or preempted > 0)
+    assert (shared > 0) == (part > 6)
