@@ -150,11 +150,14 @@ class _Request(BaseModel):
     n: StrictInt | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
+    speculative: StrictBool | None = None
     cache_salt: Annotated[StrictStr, Field(min_length=1, max_length=MAX_SALT)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
 
-    def check(self, streaming: bool, max_n: int, cache_salt: bool = False) -> None:
+    def check(
+        self, streaming: bool, max_n: int, cache_salt: bool = False, speculative: bool = False
+    ) -> None:
         """Refuse what is not supported. Raises ApiError naming the field."""
         for name, value in (self.model_extra or {}).items():
             neutral = NEUTRAL.get(name, ())
@@ -169,6 +172,12 @@ class _Request(BaseModel):
         if self.cache_salt is not None and not cache_salt:
             raise ApiError(
                 400, "cache_salt is not supported by this part; part 07 has it", param="cache_salt"
+            )
+        if self.speculative and not speculative:
+            raise ApiError(
+                400,
+                "speculative is not supported by this server; part 08 has it, with --speculative",
+                param="speculative",
             )
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
@@ -286,6 +295,7 @@ class Job:
     include_usage: bool
     tokenizer: Tokenizer | None
     cache_salt: str | None = None
+    may_draft: bool = True
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, "TextOffsets"] = field(default_factory=dict)  # of each choice streamed
@@ -319,7 +329,7 @@ class Job:
         prompt = sum(map(len, self.prompts))
         first_choices = completions[:: self.params.n]
         completion = sum(len(c.token_ids) for c in completions)
-        return {
+        usage = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
@@ -327,6 +337,13 @@ class Job:
                 "cached_tokens": sum(c.num_cached_tokens for c in first_choices)
             },
         }
+        if num_drafts := sum(c.num_draft_tokens for c in completions):
+            num_accepted = sum(c.num_accepted_tokens for c in completions)
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": num_accepted,
+                "rejected_prediction_tokens": num_drafts - num_accepted,
+            }
+        return usage
 
     def role_chunk(self, index: int) -> dict[str, Any]:
         """What opens choice `index` of a chat's stream."""

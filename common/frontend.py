@@ -95,7 +95,7 @@ class Frontend:
     """The app with the routes that need no engine, and the way from a request to a `Job`.
 
     engine: anything with `config.model`, `tokenizer`, `max_model_len`, `vocab_size`.
-    streaming, max_n, cache_salt: what this part can do.
+    streaming, max_n, cache_salt, speculative: what this part can do.
     health: None while all is well, else what is wrong.
     """
 
@@ -107,6 +107,7 @@ class Frontend:
         streaming: bool,
         max_n: int,
         cache_salt: bool = False,
+        speculative: bool = False,
         health: Callable[[], str | None] = lambda: None,
         lifespan: Any = None,
     ) -> None:
@@ -114,7 +115,7 @@ class Frontend:
         self.max_model_len: int = engine.max_model_len
         self.vocab_size: int = engine.vocab_size
         self.streaming, self.max_n, self.health = streaming, max_n, health
-        self.cache_salt = cache_salt
+        self.cache_salt, self.speculative = cache_salt, speculative
         name = engine.config.model
         self.model = config.served_model_name or (
             os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
@@ -206,7 +207,7 @@ class Frontend:
     async def read(self, request: CompletionRequest | ChatCompletionRequest) -> Job:
         """Check a request and turn it into tokens. Raises ApiError."""
         self._check_model(request.model)
-        request.check(self.streaming, self.max_n, self.cache_salt)
+        request.check(self.streaming, self.max_n, self.cache_salt, self.speculative)
         params = request.sampling_params()
         chat = isinstance(request, ChatCompletionRequest)
         texts: list[Any] = [request.messages] if chat else request.prompts()
@@ -239,6 +240,7 @@ class Frontend:
             include_usage=bool(options and options.include_usage),
             tokenizer=self.tokenizer,
             cache_salt=request.cache_salt,
+            may_draft=request.speculative is not False,
         )
 
     def _tokens(self, prompt: str | list[Any]) -> list[int]:

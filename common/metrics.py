@@ -125,6 +125,19 @@ READINGS = (
         "Tokens of requests that were found in the prefix cache.",
         "num_prefix_cache_hits",
     ),
+    Reading("vllm:spec_decode_num_drafts", "counter", "Drafts that were verified.", "num_drafts"),
+    Reading(
+        "vllm:spec_decode_num_draft_tokens",
+        "counter",
+        "Tokens of drafts that were verified.",
+        "num_draft_tokens",
+    ),
+    Reading(
+        "vllm:spec_decode_num_accepted_tokens",
+        "counter",
+        "Tokens of drafts that stayed.",
+        "num_accepted_tokens",
+    ),
 )
 
 # Label of vllm:cache_config_info -> key of stats().

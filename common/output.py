@@ -37,6 +37,8 @@ class Completion:
     num_prompt_tokens: int
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
+    num_draft_tokens: int = 0  # guesses that were verified
+    num_accepted_tokens: int = 0  # and stayed
 
     @property
     def num_completion_tokens(self) -> int:
@@ -68,6 +70,7 @@ class OutputProcessor:
         self._text: list[str] = []
         self.num_prompt_tokens = num_prompt_tokens
         self.num_cached_tokens = 0
+        self.num_draft_tokens = self.num_accepted_tokens = 0
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
@@ -144,4 +147,6 @@ class OutputProcessor:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             logprobs=self.logprobs if self.params.logprobs is not None else None,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
         )

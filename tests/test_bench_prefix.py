@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common.bench import BenchError, prefix, prefix_costs, prefix_variants
+from common.bench import BenchError, prefix, prefix_costs, prefix_variants, prefix_worker
 from common.bench.__main__ import main
 from common.bench.prefix_requests import (
     Request,
@@ -362,7 +362,33 @@ def test_a_warm_up_shares_nothing() -> None:
 # The subcommand
 
 
-def test_prefix_of_fake_parts(fake_parts: None, tmp_path: Path, capsys: Any) -> None:
+def run_here(job: dict[str, Any], verbose: bool = False) -> dict[str, Any]:
+    """What the fresh process would do: importing torch takes it seconds."""
+    answer = prefix_worker.prefix_job(json.loads(json.dumps(job)))
+    return json.loads(json.dumps({**answer, "wall_other_cores": 0.0}))
+
+
+def test_a_fresh_process_answers_the_same(fake_parts: None) -> None:
+    one = workload("agent")
+    work = {**vars(one), "requests": [asdict(request) for request in one.requests]}
+    job = {"job": "prefix", "part": 77, "model": "m", "settings": {}, "vocab_size": 512}
+    answers = [
+        run({**job, "workloads": [work]}, False) for run in (run_here, prefix_variants.run_job)
+    ]
+    here, there = (answer["runs"]["agent"] for answer in answers)
+    for run in (here, there):
+        assert all(record.pop("ttft_s") > 0 for record in run["records"].values())
+        assert run.pop("seconds") > 0
+    assert here == there and answers[1]["dtype"] == "float32"
+    job["settings"] = {"block_size": 10_000, "nothing": 1}
+    with pytest.raises(BenchError, match="prefix failed: got an unexpected keyword"):
+        prefix_variants.run_job({**job, "workloads": [work]}, False)
+
+
+def test_prefix_of_fake_parts(
+    fake_parts: None, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(prefix_variants, "run_job", run_here)
     flags = "prefix --variants 76 77:off 77:hash --quick --model random:tiny-llama --pairs 2"
     out = ["--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png")]
     assert main([*flags.split(), *out]) == 0
@@ -386,8 +412,17 @@ def test_prefix_of_fake_parts(fake_parts: None, tmp_path: Path, capsys: Any) -> 
         assert (hashed["first_ms"] is None) == (name != "document")
     hashed = table["document", "part 77, hash"]
     assert hashed["hit_rate"] == pytest.approx(hashed["possible"]) and hashed["hit_rate"] > 50
-    counted = hashed["counters"]["num_prefix_cache_hits"]  # without the warm-up's
-    assert counted == round(hashed["hit_rate"] * hashed["prompt_tokens"] / 100)
+    counters = hashed["counters"]  # without the warm-up's
+    assert counters["num_prefix_cache_queries"] == hashed["prompt_tokens"]
+    num_hits = round(hashed["hit_rate"] * hashed["prompt_tokens"] / 100)
+    assert counters["num_prefix_cache_hits"] == num_hits
+    later = [
+        [statistics.median(ttfts[1:]) for ttfts in table["document", engine]["ttfts_ms"]]
+        for engine in ("part 76", "part 77, hash")
+    ]
+    assert hashed["ttft_ratio"] == pytest.approx(
+        statistics.median(theirs / ours for theirs, ours in zip(*later, strict=True))
+    )
     evicted = table["eviction", "part 77, hash"]
     assert 0 < evicted["hit_rate"] < evicted["possible"]
     notes = " ".join(result["notes"])
@@ -397,12 +432,10 @@ def test_prefix_of_fake_parts(fake_parts: None, tmp_path: Path, capsys: Any) -> 
 
 
 def test_a_variant_that_fails(fake_parts: None, monkeypatch: Any, capsys: Any) -> None:
-    real = prefix_variants.run_job
-
     def run_job(job: dict[str, Any], verbose: bool) -> dict[str, Any]:
         if job["settings"].get("prefix_cache") == "hash":
             raise BenchError("bad luck")
-        return real(job, verbose)
+        return run_here(job)
 
     monkeypatch.setattr(prefix_variants, "run_job", run_job)
     flags = "prefix --variants 76 77:hash --quick --model random:tiny-llama --pairs 1"
@@ -437,9 +470,9 @@ def test_variants_by_name() -> None:
         ("--set num_blocks=7", "--set num_blocks"),
         ("--set nothing=7", "nothing"),
         ("--kv-share 0.01", "--kv-share 0.01 leaves"),
-        ("--document-len 1000", "--document-len 1000: 10"),
+        ("--document-len 1020", "--document-len 1020: 10"),
         ("--variants 6 --costs", "--variants must name a cache"),
-        ("--plot x.gif --variants 98", "error: "),
+        ("--plot x.gif", "--plot must name a .png or an .svg, not 'x.gif'"),
     ],
 )
 def test_bad_flags_give_one_line(flags: str, says: str, capsys: Any) -> None:
@@ -479,8 +512,6 @@ def test_real_engines_do_the_same_work() -> None:
 
 @pytest.mark.skipif(max(PARTS) < 7, reason="part 07 is not there")
 def test_costs_of_real_caches(monkeypatch: Any, tmp_path: Path) -> None:
-    from common.bench import prefix_worker
-
     monkeypatch.setattr(prefix_costs, "run_job", lambda job, _: prefix_worker.costs_job(job))
     flags = f"prefix --costs --quick --variants 7:off 7:hash 7:radix --json {tmp_path}/c.json"
     assert main(flags.split()) == 0

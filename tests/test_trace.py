@@ -372,17 +372,17 @@ def test_the_state_is_the_engines(part: int) -> None:
     """After every step of a random schedule in a small pool: who waits, and how many blocks are
     used. Requests end at once, are aborted, and where the part preempts, are preempted. Half of them
     begin alike, and where the part has a prefix cache they share blocks."""
-    engine = engine_of(part, "random:tiny-llama", threads=1, num_blocks=10, max_num_seqs=6)
+    engine = engine_of(part, "random:tiny-llama", threads=1, num_blocks=7, max_num_seqs=6)
     trace, rng = engine.trace, random.Random(part)
     preempted = shared = 0
     with trace.follow() as records:
         state = trace.catch_up(records)
         for number in range(40):
-            length = rng.choice([1, 1, 20, 50])
+            length = rng.choice([1, 1, 30, 50])
             params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
             token = rng.randrange(2, 500) if number % 2 else 7
             engine.add_request(f"r{number}", [token] * rng.randint(1, 40), params)
-            for _ in range(rng.choice([1, 5, 30])):
+            for _ in range(rng.choice([1, 5, 15])):
                 if rng.random() < 0.05:
                     engine.abort(f"r{rng.randrange(number + 1)}")
                 if engine.has_unfinished():
@@ -397,6 +397,7 @@ def test_the_state_is_the_engines(part: int) -> None:
         while engine.has_unfinished():
             engine.step()
             state.apply(records.pop())
+            preempted += len(trace.last_record.preempted)
     assert state.running == state.waiting == state.blocks == {}
     assert state.step > 200 and not records and (part == 3 or preempted > 0)
     assert (shared > 0) == (part > 6)

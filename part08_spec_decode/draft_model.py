@@ -1,0 +1,135 @@
+"""Drafts from a model: a smaller one with the same vocabulary, or some layers of the model itself.
+
+Either writes keys and values into the blocks that its sequences have already. A model of its own
+has a tensor of its own under the same block numbers, so whatever happens to a block happens to both:
+preemption, sharing, and drafts that did not stay, which are written over. The model's own layers
+use what the model has computed for the tokens before; what they write for drafts, its verification
+overwrites (Zhang et al., "Draft & Verify: Lossless Large Language Model Acceleration via
+Self-Speculative Decoding", ACL 2024).
+
+Drafts are drawn with the noise that the model will draw its own tokens with: where the two models
+agree roughly, they then draw the same. Requests without a seed are verified by rejection; their
+drafts may not know that noise, so they have another.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from .config import EngineConfig
+from .model_runner import Batch, ModelRunner
+from .rejection_sampler import target_probs
+from .sampler import Sampled, sample
+from .sequence import Sequence
+from .speculative import Draft
+
+OTHER_NOISE = 0x5DEECE66D  # makes another noise of a seed
+
+
+class ModelProposer:
+    """Drafts token after token, all sequences side by side."""
+
+    is_free = False
+
+    def __init__(self, config: EngineConfig, runner: ModelRunner) -> None:
+        """Raises ValueError."""
+        self.runner, self.budget = runner, config.max_num_batched_tokens
+        self.has_own_kv = config.speculative == "draft"
+        self.model = runner.draft_model if self.has_own_kv else runner.model
+        self.kv_data = (runner.draft_kv if self.has_own_kv else runner.kv).data
+        self.layers = None if self.has_own_kv else layers_to_run(config, runner)
+
+    def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
+        """Nothing is read before the last token is launched: each step takes what the one before it
+        has drawn from the device, where it also stays for the verification."""
+        limits = dict(zip(sequences, max_lengths, strict=True))
+        rounds, probs = [], {sequence: [] for sequence in sequences}
+        running, begins, counts = self.first_round(limits)
+        while running:
+            batch = self.runner.lay_out(running, begins, counts, admitted=[])
+            work = self.runner.queue.submit(lambda batch=batch: self.run(batch, probs))
+            batch.buffers.reader = work
+            rounds.append((batch.sampled, work))
+            running = [sequence for sequence in batch.sampled if limits[sequence] > len(rounds)]
+            begins = [sequence.num_tokens + len(rounds) - 1 for sequence in running]
+            counts = [1] * len(running)
+        drawn: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences}
+        for sampled, work in rounds:
+            for sequence, token_id in zip(sampled, work.result().token_ids.tolist(), strict=True):
+                drawn[sequence].append(token_id)
+                sequence.num_drafted_kv = sequence.num_tokens + len(drawn[sequence]) - 1
+        return [
+            Draft(drawn[sequence], torch.stack(probs[sequence]) if probs[sequence] else None)
+            for sequence in sequences
+        ]
+
+    def first_round(
+        self, limits: dict[Sequence, int]
+    ) -> tuple[list[Sequence], list[int], list[int]]:
+        """Who runs, from where, and how many tokens: those that the model has not seen yet.
+
+        A model of its own has to catch up on a prompt, in slices as large as a step may be; until
+        then it drafts nothing for it.
+        """
+        running, begins, counts, budget = [], [], [], self.budget
+        for sequence, limit in limits.items():
+            begin = sequence.num_tokens - 1
+            if self.has_own_kv:  # all but what was drafted and has not stayed
+                begin = min(sequence.num_drafted_kv, begin)
+            count = min(sequence.num_tokens - begin, budget)
+            if limit > 0 and count > 0:
+                running.append(sequence)
+                begins.append(begin)
+                counts.append(count)
+                budget -= count
+                sequence.num_drafted_kv = begin + count
+        return running, begins, counts
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, probs: dict[Sequence, list[torch.Tensor]]) -> Sampled:
+        """Draw the next token of each sampled sequence; note what it was drawn from, if it matters.
+
+        On the device.
+        """
+        runner, about = self.runner, batch.sampling
+        runner.fill_in(batch)
+        hidden = self.model.forward(
+            batch.token_ids, batch.positions, self.kv_data, batch.metadata, self.layers
+        )
+        if not batch.sampled:
+            return Sampled(batch.rows, [])
+        logits = self.model.logits(hidden[batch.sampled_tokens])
+        rejecting = [i for i, sequence in enumerate(batch.sampled) if will_reject(sequence)]
+        if rejecting:
+            rows = torch.tensor(rejecting, device=logits.device)
+            columns = (about.temperature, about.top_k, about.top_p, about.min_p)
+            found = target_probs(logits[rows], *(column[rows, 0] for column in columns))
+            for i, row in zip(rejecting, found, strict=True):
+                probs[batch.sampled[i]].append(row)
+            seeds = about.seeds.clone()
+            seeds[rows] ^= OTHER_NOISE
+            about = replace(about, seeds=seeds)
+        token_ids = sample(runner.ops, logits, about)
+        runner.last_token_ids[batch.rows] = token_ids
+        return Sampled(token_ids, about.num_logprobs)
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
+
+def will_reject(sequence: Sequence) -> bool:
+    """Whether a sequence's drafts stay by rejection: where no seed promises what is drawn."""
+    return sequence.params.seed is None and sequence.params.temperature > 0
+
+
+def layers_to_run(config: EngineConfig, runner: ModelRunner) -> list[int]:
+    """The layers that draft: the first and the last ones, without some in between.
+
+    Raises ValueError.
+    """
+    num_layers = runner.model.config.num_layers
+    count = config.draft_layers or max(1, round(num_layers * 2 / 3))
+    if count > num_layers:
+        raise ValueError(f"draft_layers is {count}: the model has {num_layers}")
+    num_first = (count + 1) // 2
+    return [*range(num_first), *range(num_layers - (count - num_first), num_layers)]

@@ -1,0 +1,240 @@
+"""Which draft tokens stay, and what follows them: the output is distributed as without drafts.
+
+One forward gives the target's logits at all places of a draft of K tokens and at the place after
+it. There are two ways from there to the tokens, and a batch may have rows of both.
+
+Sample and match: the target's own token is drawn at each place with its ordinary noise, and the draft
+stays as long as it is equal. What is emitted is what would have been without drafts, token for
+token, so greedy and seeded rows keep their contract, whatever the drafts are worth.
+
+Rejection (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding",
+arXiv 2211.17192): draft x, drawn from q, stays with probability min(1, p(x) / q(x)); at the first that
+does not, the token is drawn from max(p - q, 0), normalised. More drafts stay than by matching, and
+each place still has exactly p, because the first way to emit x has probability min(p, q)(x), the second
+(1 - Σ min(p, q)) * max(p - q, 0)(x) / Σ max(p - q, 0), and 1 - Σ min(p, q) = Σ max(p - q, 0).
+
+Where all K stay, the last place gives one token more from p, the bonus.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.sampling import uniforms
+
+GREEDY_BELOW = 1e-5  # temperatures below this are greedy, as in common.kernels
+LIKELY = 1024  # most likely tokens that mostly reach top_p: the rest need not be sorted
+ACCEPT_STREAM, RESIDUAL_STREAM = 1, 2  # of noise; stream 0 is the ordinary one, which draws drafts
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a step emits. Row i has num_accepted[i] drafts and one token of the target after them."""
+
+    token_ids: (
+        Tensor  # [num_seqs, 1 + most drafts] int64; what lies beyond a row's own means nothing
+    )
+    num_accepted: Tensor  # [num_seqs] int64
+
+    @property
+    def last_token_ids(self) -> Tensor:
+        """The last token of each row, [num_seqs] int64: the next step's input."""
+        return self.token_ids.gather(1, self.num_accepted.unsqueeze(1)).squeeze(1)
+
+    def lists(self) -> tuple[list[list[int]], list[int]]:
+        """Each row's tokens to emit, and how many of them are drafts. Waits for the device."""
+        num_accepted = self.num_accepted.tolist()
+        rows = zip(self.token_ids.tolist(), num_accepted, strict=True)
+        return [token_ids[: count + 1] for token_ids, count in rows], num_accepted
+
+
+@dataclass(frozen=True)
+class RejectionRows:
+    """The rows of a batch that accept by rejection, and what is known of them.
+
+    p and q of one row after the other: a row with K drafts has 1 + K rows of p and K of q.
+    """
+
+    rows: Tensor  # [num_rows] int64: which of the batch
+    target_probs: Tensor  # p, [drafts + num_rows, vocab], after temperature and filters
+    draft_probs: Tensor  # q, [drafts, vocab]: what each draft was really drawn from
+    seeds: Tensor  # [num_rows] int64
+    positions: Tensor  # [num_rows] int64: the number of tokens before a row's first draft
+    choices: Tensor  # [num_rows] int64
+
+
+def verify(
+    draft_token_ids: Tensor,
+    lengths: Tensor,
+    target_token_ids: Tensor,
+    rejection: RejectionRows | None = None,
+) -> Verified:
+    """Accept and resample for a batch; nothing here waits for the device.
+
+    draft_token_ids: [num_seqs, most drafts] int64; beyond a row's own anything.
+    lengths: [num_seqs] int64, how many drafts each row has; 0 where it only draws a token.
+    target_token_ids: [num_seqs + sum of lengths] int64, the target's draws at all places of one row
+        after the other, as `ops.sample` gives them. Those of rejection rows are not looked at.
+    rejection: the rows that do not match, if any; temperature 0 has no place among them.
+    """
+    most = draft_token_ids.shape[1]
+    begins = (lengths + 1).cumsum(0) - (lengths + 1)
+    places = begins.unsqueeze(1) + torch.arange(most + 1, device=lengths.device)
+    targets = target_token_ids[places.clamp(max=len(target_token_ids) - 1)]
+    verified = sample_and_match(draft_token_ids, targets, lengths)
+    if rejection is None:
+        return verified
+    rows = rejection.rows
+    noise = verification_noise(rejection.seeds, rejection.positions, rejection.choices, most + 1)
+    theirs = rejection_sample(
+        draft_token_ids[rows],
+        lengths[rows],
+        rejection.draft_probs,
+        rejection.target_probs,
+        *noise,
+    )
+    return Verified(
+        verified.token_ids.index_copy(0, rows, theirs.token_ids),
+        verified.num_accepted.index_copy(0, rows, theirs.num_accepted),
+    )
+
+
+def sample_and_match(
+    draft_token_ids: Tensor, target_token_ids: Tensor, lengths: Tensor
+) -> Verified:
+    """Drafts stay as long as they equal the target's draws, so the draws are what is emitted.
+
+    draft_token_ids: [num_seqs, most]; target_token_ids: [num_seqs, most + 1]; lengths: [num_seqs].
+    """
+    place = torch.arange(draft_token_ids.shape[1], device=lengths.device)
+    is_equal = draft_token_ids == target_token_ids[:, :-1]
+    stays = is_equal & (place < lengths.unsqueeze(1))
+    return Verified(target_token_ids, stays.cumprod(dim=1).sum(dim=1))
+
+
+def rejection_sample(
+    draft_token_ids: Tensor,
+    lengths: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    accept_uniforms: Tensor,
+    residual_uniforms: Tensor,
+) -> Verified:
+    """Drafts stay with probability min(1, p / q); then a token from what q leaves of p.
+
+    draft_token_ids: [num_seqs, most]; lengths: [num_seqs]; draft_probs: q, [sum of lengths, vocab];
+    target_probs: p, [sum of lengths + num_seqs, vocab]; uniforms: in (0, 1), one a place,
+    [num_seqs, most + 1] float64.
+    """
+    num_seqs, most = draft_token_ids.shape
+    if len(draft_probs) == 0:
+        draft_probs = target_probs.new_zeros(1, target_probs.shape[1])
+    place = torch.arange(most, device=lengths.device)
+    is_draft = place < lengths.unsqueeze(1)
+    drafts = draft_token_ids.where(is_draft, 0)
+    q_begins = lengths.cumsum(0) - lengths
+    p_begins = q_begins + torch.arange(num_seqs, device=lengths.device)
+    last_q, last_p = len(draft_probs) - 1, len(target_probs) - 1
+    q = draft_probs[(q_begins.unsqueeze(1) + place).clamp(max=last_q), drafts].double()
+    p = target_probs[(p_begins.unsqueeze(1) + place).clamp(max=last_p), drafts].double()
+    # u q < p, not u < p / q: where q is 0 by rounding, the draft stays if the target may draw it.
+    stays = (accept_uniforms[:, :most] * q < p) & is_draft
+    stop = stays.cumprod(dim=1).sum(dim=1)
+
+    p = target_probs[p_begins + stop].double()  # [num_seqs, vocab], of one place a row
+    q = draft_probs[(q_begins + stop).clamp(max=last_q)].double()
+    was_rejected = (stop < lengths).unsqueeze(1)
+    residual = torch.where(was_rejected, (p - q).clamp(min=0), p)
+    # Where p and q are equal up to rounding, nothing may be left; then they are the same.
+    residual = residual.where(residual.sum(dim=1, keepdim=True) > 0, p)
+    token_ids = draw(residual, residual_uniforms.gather(1, stop.unsqueeze(1)))
+    emitted = torch.cat([drafts, torch.zeros_like(token_ids)], dim=1)
+    return Verified(emitted.scatter(1, stop.unsqueeze(1), token_ids), stop)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """A token of each row with the weights' probabilities, by inverting their sum.
+
+    weights: [num_seqs, vocab] float64, not normalised; uniform: [num_seqs, 1]. Returns [num_seqs, 1].
+    """
+    sums = weights.cumsum(dim=1)
+    # A sum in parallel need not rise everywhere, so weight 0 is kept out explicitly.
+    reaches = (sums > uniform * sums[:, -1:]) & (weights > 0)
+    return reaches.to(torch.int8).argmax(dim=1, keepdim=True)  # the first that does
+
+
+def verification_noise(
+    seeds: Tensor, positions: Tensor, choices: Tensor, num_places: int
+) -> tuple[Tensor, Tensor]:
+    """What decides over drafts, and what draws after them: each [num_seqs, num_places] float64.
+
+    Functions of seed, position and choice, as all noise here; in streams of their own, since drafts are
+    drawn with the ordinary one and may not know what decides over them. A position's noise is used
+    once: what lies beyond a rejected draft is drafted again, from a text that does not depend on it.
+    """
+    places = positions.unsqueeze(1) + torch.arange(num_places, device=positions.device)
+    seeds, choices = seeds.unsqueeze(1), choices.unsqueeze(1)
+    zeros = torch.zeros_like(places)
+    accept = uniforms(seeds, places, zeros, choices, ACCEPT_STREAM)
+    coarse = uniforms(seeds, places, zeros, choices, RESIDUAL_STREAM)
+    fine = uniforms(seeds, places, zeros + 1, choices, RESIDUAL_STREAM)
+    # 24 bits are too few to find a place among all tokens: a second word has the next 24.
+    return accept, coarse + (fine - 0.5) / (1 << 24)
+
+
+def target_probs(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """What `ops.sample` draws from: probabilities after temperature, top-k, top-p and min-p.
+
+    logits: [rows, vocab]; the others [rows], as for `ops.sample`. Returns [rows, vocab] float64. At
+    temperature 0 all is on the largest logit. Reads two numbers back from the device.
+    """
+    limits = torch.finfo(torch.float32)
+    scaled = logits.float() / temperature.float().clamp(min=GREEDY_BELOW).unsqueeze(1)
+    scaled = scaled.nan_to_num_(limits.min, limits.max, limits.min)
+    smallest = smallest_kept(scaled, top_k, top_p, min_p)
+    largest = scaled.amax(dim=1)
+    smallest = torch.where(temperature < GREEDY_BELOW, largest, smallest)
+    scaled = scaled.masked_fill_(scaled < smallest.unsqueeze(1), -torch.inf)
+    # By hand: torch's softmax in float64 took five times as long on a CPU.
+    weights = scaled.double().sub_(largest.unsqueeze(1)).exp_()
+    return weights.div_(weights.sum(dim=1, keepdim=True))
+
+
+def smallest_kept(
+    scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, num_candidates: int = LIKELY
+) -> Tensor:
+    """The smallest logit that stays in each row of [rows, vocab]: top-k, then top-p over what it left,
+    then min-p. As `common.kernels.reference.smallest_kept`, which sorts the vocabulary. [rows]
+    """
+    vocab = scaled.shape[1]
+    smallest = scaled.amax(dim=1) + min_p.float().log()
+    largest_k, has_top_p = int(top_k.max()), bool((top_p < 1).any())
+    if largest_k <= 0 and not has_top_p:
+        return smallest
+    count = min(vocab, max(largest_k, num_candidates if has_top_p else 1))
+    top = scaled.topk(count, dim=1).values
+    has_top_k = top_k > 0
+    num_allowed = torch.where(has_top_k, top_k, vocab).clamp(max=vocab).unsqueeze(1)
+    kth = top.gather(1, (num_allowed - 1).clamp(max=count - 1))[:, 0]
+    smallest = torch.maximum(smallest, kth.where(has_top_k, -torch.inf))
+    if not has_top_p:
+        return smallest
+
+    weights = (top.double() - top[:, :1]).exp()
+    in_top_k = torch.arange(count, device=top.device) < num_allowed
+    weights = weights.where(in_top_k, 0.0)
+    sums = weights.cumsum(dim=1)
+    total = (scaled.double() - top[:, :1]).exp().sum(dim=1)
+    target = top_p.double() * torch.where(has_top_k, sums[:, -1], total)
+    # A token stays while those before it do not reach top_p: so the one that crosses it stays.
+    num_kept = (sums - weights < target.unsqueeze(1)).sum(dim=1, keepdim=True).clamp(min=1)
+    pth = top.gather(1, num_kept - 1)[:, 0]
+    smallest = torch.maximum(smallest, pth.where(top_p < 1, -torch.inf))
+    is_beyond = (top_p < 1) & ~has_top_k & (sums[:, -1] < target)
+    if count < vocab and bool(is_beyond.any()):
+        columns = (x[is_beyond] for x in (scaled, top_k, top_p, min_p))
+        smallest[is_beyond] = smallest_kept(*columns, num_candidates=vocab)
+    return smallest

@@ -1,0 +1,95 @@
+"""From logits to the next tokens, for a batch of sequences that each have their own settings.
+
+Sampling is Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax. The
+noise depends on a sequence's seed, choice and position alone, so a seeded result does not depend on
+what else is in the batch. Filters and noise are one fused operation of `common.kernels`.
+
+Nothing here waits for the device: what was drawn stays there as tensors until somebody reads it.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from common.kernels import Ops
+from common.output import TokenLogprobs
+from common.sampling import SamplingBatch
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What was drawn in one step, a row for each sampled sequence.
+
+    Log probabilities are there for the rows that asked, and are as wide as the largest wish: the
+    token's own first, then those of the most likely tokens.
+    """
+
+    token_ids: Tensor  # [num_sampled] int64
+    num_logprobs: list[int | None]  # how many most likely tokens each row wants
+    logprobs: Tensor | None = None  # [rows that asked, 1 + most]
+    top_token_ids: Tensor | None = None  # [rows that asked, most] int64
+    num_accepted: Tensor | None = None  # [sequences] int64: drafts that stay; None: there were none
+    num_drafts: Tensor | None = None  # [sequences] int64: a sequence has a row more than drafts
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Sampled":
+        """A copy on another device."""
+        tensors = (self.token_ids, self.logprobs, self.top_token_ids)
+        tensors += (self.num_accepted, self.num_drafts)
+        copies = [x if x is None else x.to(device, non_blocking=non_blocking) for x in tensors]
+        return Sampled(copies[0], self.num_logprobs, *copies[1:])
+
+    def lists(self) -> tuple[list[list[int]], list[list[TokenLogprobs | None]]]:
+        """The tokens of each sequence, and their log probabilities where it asked."""
+        token_ids = self.token_ids.tolist()
+        found = [] if self.logprobs is None else self.logprobs.tolist()
+        tops = [] if self.top_token_ids is None else self.top_token_ids.tolist()
+        asked = iter(zip(found, tops, strict=True))
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        for row, count in enumerate(self.num_logprobs):
+            if count is not None:
+                (own, *values), ids = next(asked)
+                top = tuple(zip(ids[:count], values[:count], strict=True))
+                logprobs[row] = TokenLogprobs(token_ids[row], own, top)
+        if self.num_accepted is None:
+            return [[token_id] for token_id in token_ids], [[logprob] for logprob in logprobs]
+        ends = (self.num_drafts + 1).cumsum(0)
+        begins = (ends - self.num_drafts - 1).tolist()
+        runs = [
+            slice(begin, begin + 1 + count)
+            for begin, count in zip(begins, self.num_accepted.tolist(), strict=True)
+        ]
+        return [token_ids[run] for run in runs], [logprobs[run] for run in runs]
+
+
+def sample(ops: Ops, logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """The next token of each row of logits, [batch, vocab]; returns [batch] int64."""
+    logits = logits.float()
+    if batch.output_counts is not None:
+        logits = logits - batch.presence_penalty * (batch.output_counts > 0)
+        logits = logits - batch.frequency_penalty * batch.output_counts
+    columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
+    columns += (batch.seeds, batch.positions, batch.choices)
+    return ops.sample(logits, *(column.squeeze(1) for column in columns))
+
+
+def with_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    batch: SamplingBatch,
+    num_accepted: Tensor | None = None,
+    num_drafts: Tensor | None = None,
+) -> Sampled:
+    """The tokens, with log probabilities where they are asked for: the model's own, before
+    penalties and filters."""
+    asked = [row for row, count in enumerate(batch.num_logprobs) if count is not None]
+    sampled = Sampled(
+        token_ids, batch.num_logprobs, num_accepted=num_accepted, num_drafts=num_drafts
+    )
+    if not asked:
+        return sampled
+    most = max(batch.num_logprobs[row] for row in asked)
+    logprobs = logits[asked].float().log_softmax(dim=-1)
+    own = logprobs.gather(1, token_ids[asked].unsqueeze(1))
+    values, ids = logprobs.topk(most)
+    return replace(sampled, logprobs=torch.cat([own, values], dim=1), top_token_ids=ids)

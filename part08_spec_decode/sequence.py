@@ -1,0 +1,100 @@
+"""A request as the engine sees it, and what a step says about it. Tokens only: text is not here."""
+
+import sys
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from common.output import TokenLogprobs
+from common.sampling import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request's tokens and progress."""
+
+    # set by the request
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    choice: int = 0  # which of n completions of one prompt
+    limit: int = sys.maxsize  # tokens that it may have, prompt and output together
+    cache_salt: str | None = None  # it shares blocks only with those that have the same
+    may_draft: bool = True
+
+    # set by the engine, step by step
+    output_token_ids: list[int] = field(default_factory=list)
+    num_placeholders: int = 0  # output tokens that are on their way: launched and not yet read
+    num_computed_tokens: int = 0  # tokens whose keys and values are in the cache, or on their way
+
+    # set by the scheduler
+    block_table: list[int] = field(default_factory=list)
+    row: int | None = None  # its row in the runner's tables while it runs
+    num_cached_tokens: int | None = None  # that were found in the cache when it first joined
+    num_drafted_kv: int = 0  # tokens whose keys and values a draft model of its own has
+
+    # set by the speculator
+    draft_token_ids: list[int] = field(default_factory=list)  # guesses that the next step verifies
+    draft_probs: Tensor | None = None  # what they were drawn from, [most, vocab]
+    num_draft_tokens: int = 0  # that were verified in all
+    num_accepted_tokens: int = 0  # and stayed
+
+    # set by the prefix cache
+    block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks
+    num_published_blocks: int = 0  # of its table, that others can find
+
+    @property
+    def rejects(self) -> bool:
+        """Whether its drafts stay by rejection sampling, and not by being what is drawn."""
+        return self.draft_probs is not None and bool(self.draft_token_ids)
+
+    @property
+    def draft_counts(self) -> tuple[int, int]:
+        """How many drafts were verified, and how many of them stayed."""
+        return self.num_draft_tokens, self.num_accepted_tokens
+
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Also those that are on their way."""
+        return self.num_known_tokens + self.num_placeholders
+
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Token ids `begin` to `end` of prompt and output together.
+
+        One that is on its way is written as -1 - row: the device puts in what that row has drawn.
+        Behind those that are known lie the drafts.
+        """
+        offset, known = len(self.prompt_token_ids), self.num_known_tokens
+        if begin >= known:
+            return [-1 - self.row] * (end - begin)
+        drafts = self.draft_token_ids[: max(end - known, 0)]
+        if begin >= offset:
+            return self.output_token_ids[begin - offset : end - offset] + drafts
+        return (self.prompt_token_ids + self.output_token_ids)[begin:end] + drafts
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step adds to a request.
+
+    finish_reason: `stop`, `length`, `abort` or `error` on the last output of a request, else None.
+    num_cached_tokens: how many of its prompt's tokens were not computed but found.
+    num_draft_tokens, num_accepted_tokens: how many drafts were verified so far, and stayed.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None

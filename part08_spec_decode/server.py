@@ -1,0 +1,95 @@
+"""The HTTP server: answers are streamed as server-sent events, token by token, or sent whole.
+
+A client that goes away, streaming or not, has its request aborted.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from sse_starlette import EventSourceResponse
+
+from common import inspector
+from common.api import ApiError, Job, internal_error
+from common.cli import parse
+from common.frontend import Admission, Frontend, unless_disconnected
+from common.output import Delta, OutputProcessor
+from common.sampling import MAX_N
+from common.serving import ServerConfig, serve
+
+from .async_engine import AsyncEngine
+from .config import EngineConfig
+from .engine import LLMEngine
+
+
+def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
+    async_engine = AsyncEngine(engine)
+    frontend = Frontend(
+        engine,
+        config,
+        streaming=True,
+        max_n=MAX_N,
+        cache_salt=True,
+        speculative=engine.speculator is not None,
+        health=async_engine.problem,
+        lifespan=async_engine.lifespan,
+    )
+    admission = Admission(config.max_waiting + engine.config.max_num_seqs)
+
+    async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
+        admission.check(job.num_choices)
+        if job.stream:
+            return EventSourceResponse(events(job), sep="\n", send_timeout=60)
+        return await unless_disconnected(request, whole(job))
+
+    def completions(job: Job) -> AsyncIterator[tuple[int, OutputProcessor, Delta]]:
+        about = (job.cache_salt, job.may_draft)
+        return async_engine.generate(job.prompts, job.params, *about)
+
+    async def whole(job: Job) -> dict[str, Any]:
+        outputs: dict[int, OutputProcessor] = {}
+        with admission.admit(job.num_choices):
+            stream = completions(job)
+            async for index, output, _ in stream:
+                outputs[index] = output
+        return job.response([outputs[index].completion(index) for index in sorted(outputs)])
+
+    async def events(job: Job) -> AsyncIterator[str]:
+        try:
+            with admission.admit(job.num_choices):
+                async for chunk in chunks(job):
+                    yield json.dumps(chunk, ensure_ascii=False)
+            yield "[DONE]"
+        except ApiError as error:
+            yield json.dumps(error.body())
+
+    async def chunks(job: Job) -> AsyncIterator[dict[str, Any]]:
+        outputs: dict[int, OutputProcessor] = {}
+        if job.chat:
+            for index in range(job.num_choices):
+                yield job.role_chunk(index)
+        stream = completions(job)
+        async for index, output, delta in stream:
+            outputs[index] = output
+            if delta.finish_reason == "error":
+                raise internal_error()
+            if job.has_news(delta):
+                yield job.chunk(index, delta)
+        if job.include_usage:
+            yield job.usage_chunk([outputs[index] for index in sorted(outputs)])
+
+    frontend.route(answer)
+    frontend.add_trace(engine.trace)
+    frontend.add_metrics(async_engine.metrics)
+    inspector.mount(frontend.app)
+    return frontend.app
+
+
+def main() -> None:
+    engine_config, server_config = parse([EngineConfig, ServerConfig], description=__doc__)
+    serve(lambda: create_app(LLMEngine(engine_config), server_config), server_config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,753 @@
+"""Part 08's pieces by themselves: what the rejection sampler emits is distributed as the target's own,
+n-gram drafts are those of a search through the whole text, drafts end where they do not pay."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
+from common.kernels import reference, select_ops
+from common.sampling import SamplingParams, uniforms
+from part08 import draft_length as lengths_module
+from part08.draft_length import DraftLength, StepCost, expected_tokens
+from part08.rejection_sampler import (
+    RejectionRows,
+    Verified,
+    rejection_sample,
+    sample_and_match,
+    target_probs,
+    verification_noise,
+    verify,
+)
+from part08.sequence import Sequence
+from part08.speculative import Draft, NgramIndex, NgramProposer
+
+COUNT = 50_000
+VOCAB = 8
+OPS = select_ops("reference")
+GENERATOR = torch.Generator().manual_seed(8)
+P = (
+    torch.randn(VOCAB, VOCAB, generator=GENERATOR).double().mul(1.5).softmax(dim=1)
+)  # [previous, next]
+NEAR = (P.log() + 0.3 * torch.randn(VOCAB, VOCAB, generator=GENERATOR)).softmax(dim=1)
+FAR = torch.randn(VOCAB, VOCAB, generator=GENERATOR).double().mul(1.5).softmax(dim=1)
+P[2, 5] = P[2, 6] = 0  # tokens that the target never draws, but the draft does
+P /= P.sum(dim=1, keepdim=True)
+DISJOINT = torch.where(P < 0.05, 1.0, 0.0).double()
+DISJOINT /= DISJOINT.sum(dim=1, keepdim=True)
+DRAFTS = {"far": FAR, "near": NEAR, "equal": P, "disjoint": DISJOINT}
+
+
+def fits(counts: Tensor, probs: Tensor) -> bool:
+    """Whether chi-square lets counts pass as draws from probs; none may be where probs is 0."""
+    counts, probs = counts.flatten(), probs.flatten()
+    if counts[probs == 0].sum() > 0:
+        return False
+    kept = probs > 0
+    return bool(chisquare(counts[kept], probs[kept] * counts.sum()).pvalue > 1e-4)
+
+
+def draw(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """A token of each row, by the ordinary noise of seed and position."""
+    uniform = uniforms(seeds, positions, torch.zeros_like(positions))
+    return (probs.cumsum(dim=1) < uniform[:, None]).sum(dim=1).clamp(max=probs.shape[1] - 1)
+
+
+class MarkovModel:
+    """COUNT sequences of a target whose next token depends on the last, and a draft model of its kind."""
+
+    def __init__(self, draft: Tensor, max_drafts: int, mixed: bool = False) -> None:
+        self.draft, self.max_drafts, self.mixed = draft, max_drafts, mixed
+        self.seeds = torch.arange(COUNT)
+        self.rng = torch.Generator().manual_seed(max_drafts)
+
+    def step(
+        self, last: Tensor, seeds: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(drafts [rows, max_drafts], lengths, q of all drafts, p of all places), q and p flat."""
+        lengths = torch.full_like(last, self.max_drafts)
+        if self.mixed:
+            lengths = torch.randint(self.max_drafts + 1, lengths.shape, generator=self.rng)
+        tokens = [last]
+        for place in range(self.max_drafts):
+            tokens.append(draw(self.draft[tokens[-1]], seeds, positions + place))
+        before = torch.stack(tokens, dim=1)  # [rows, max_drafts + 1]: the token before each place
+        place = torch.arange(self.max_drafts + 1)
+        q = self.draft[before[place < lengths[:, None]]]
+        p = P[before[place <= lengths[:, None]]]
+        return before[:, 1:], lengths, q, p
+
+    def generate(self, num_tokens: int, **changes: Tensor) -> Tensor:
+        """The first num_tokens tokens of each, by as many steps as it takes: [COUNT, num_tokens]."""
+        out = torch.zeros(COUNT, num_tokens + self.max_drafts + 1, dtype=torch.int64)
+        done = torch.zeros(COUNT, dtype=torch.int64)
+        places = torch.arange(self.max_drafts + 1)
+        self.num_emitted: list[Tensor] = []
+        while len(rows := (done < num_tokens).nonzero()[:, 0]) > 0:
+            begins, seeds = done[rows], self.seeds[rows]
+            last = torch.where(begins > 0, out[rows, begins - 1], 0)
+            drafts, lengths, q, p = self.step(last, seeds, begins + 1)
+            accept, residual = verification_noise(seeds, begins + 1, begins * 0, len(places))
+            noise = {"accept_uniforms": accept, "residual_uniforms": residual}
+            noise |= {name: values[rows] for name, values in changes.items()}
+            verified = rejection_sample(drafts, lengths, q, p, **noise)
+            # What lies beyond a row's own tokens is overwritten by its next step.
+            out[rows[:, None], begins[:, None] + places] = verified.token_ids
+            self.num_emitted.append(verified.num_accepted + 1)
+            done[rows] += self.num_emitted[-1]
+        return out[:, :num_tokens]
+
+
+def joint(first: Tensor, second: Tensor) -> Tensor:
+    """How often each pair occurs, [VOCAB, VOCAB]."""
+    return torch.bincount(first * VOCAB + second, minlength=VOCAB**2).view(VOCAB, VOCAB)
+
+
+def check_markov(tokens: Tensor) -> bool:
+    """Each position's distribution, and the joint ones of neighbours, are the target's."""
+    probs = P[0]
+    good = True
+    for position in range(tokens.shape[1]):
+        good &= fits(torch.bincount(tokens[:, position], minlength=VOCAB), probs)
+        if position + 1 < tokens.shape[1]:
+            pairs = joint(tokens[:, position], tokens[:, position + 1])
+            good &= fits(pairs, probs[:, None] * P)
+        probs = probs @ P
+    return good
+
+
+class TestRejection:
+    @pytest.mark.parametrize(
+        ("draft", "max_drafts"),
+        [
+            *((draft, length) for draft in ("far", "near") for length in range(1, 9)),
+            *((draft, length) for draft in ("equal", "disjoint") for length in (1, 3, 8)),
+        ],
+    )
+    def test_the_distribution_is_the_targets(self, draft: str, max_drafts: int) -> None:
+        """Every position, and neighbours together, across the borders of steps; 50,000 sequences."""
+        tokens = MarkovModel(DRAFTS[draft], max_drafts).generate(3)
+        assert check_markov(tokens)
+
+    def test_drafts_of_different_lengths_in_one_batch(self) -> None:
+        tokens = MarkovModel(NEAR, 5, mixed=True).generate(3)
+        assert check_markov(tokens)
+
+    def test_chi_square_finds_who_accepts_always(self) -> None:
+        always = torch.full((COUNT, 4), 1e-12)
+        always_near = MarkovModel(NEAR, 3).generate(3, accept_uniforms=always)
+        assert not check_markov(always_near)
+
+    def test_chi_square_finds_a_wrong_draft_distribution(self) -> None:
+        """Drafts are drawn from one distribution, and another is told as theirs."""
+        model = MarkovModel(NEAR, 2)
+        drafts, lengths, q, p = model.step(model.seeds * 0, model.seeds, model.seeds * 0)
+        noise = verification_noise(model.seeds, model.seeds * 0, model.seeds * 0, 3)
+        told = q.sqrt() / q.sqrt().sum(dim=1, keepdim=True)
+        right, wrong = (
+            rejection_sample(drafts, lengths, x, p, *noise).token_ids[:, 0] for x in (q, told)
+        )
+        assert fits(torch.bincount(right, minlength=VOCAB), P[0])
+        assert not fits(torch.bincount(wrong, minlength=VOCAB), P[0])
+
+    def test_chi_square_finds_noise_that_also_drew_the_drafts(self) -> None:
+        """Why what follows a rejected draft has a stream of its own: the draft's noise is spent."""
+        model = MarkovModel(FAR, 1)
+        spent = uniforms(model.seeds[:, None], torch.tensor([[1, 2]]), torch.zeros(1, 2).long())
+        assert not check_markov(model.generate(1, residual_uniforms=spent))
+        assert not check_markov(model.generate(1, accept_uniforms=spent))
+
+    @pytest.mark.parametrize("max_drafts", (1, 3, 8))
+    def test_tokens_of_a_step_are_as_the_formula_says(self, max_drafts: int) -> None:
+        """Where a draft stays with the same probability at each place."""
+        p, q = P[0], NEAR[0]
+        acceptance = float(torch.minimum(p, q).sum())
+        seeds = torch.arange(COUNT)
+        zeros = torch.zeros_like(seeds)
+        drafts = torch.stack(
+            [draw(q.expand(COUNT, -1), seeds, zeros + i) for i in range(max_drafts)], 1
+        )
+        lengths = zeros + max_drafts
+        noise = verification_noise(seeds, zeros, zeros, max_drafts + 1)
+        all_q, all_p = q.expand(COUNT * max_drafts, -1), p.expand(COUNT * (max_drafts + 1), -1)
+        verified = rejection_sample(drafts, lengths, all_q, all_p, *noise)
+        mean = 1 + verified.num_accepted.double().mean().item()
+        error = verified.num_accepted.double().std().item() / COUNT**0.5
+        expected = (1 - acceptance ** (max_drafts + 1)) / (1 - acceptance)
+        assert expected_tokens(acceptance, max_drafts) == pytest.approx(expected)
+        assert abs(mean - expected) < 4 * error
+
+    def test_results_repeat(self) -> None:
+        first, second = (MarkovModel(NEAR, 3).generate(3) for _ in range(2))
+        assert torch.equal(first, second)
+
+    def test_equal_distributions_accept_all(self) -> None:
+        model = MarkovModel(P, 4)
+        model.generate(5)
+        assert bool((model.num_emitted[0] == 5).all())
+
+    def test_nothing_is_left_when_rounding_makes_q_the_larger(self) -> None:
+        """p = 0.3, 0.7 and q the same and a little more: no residual, but a draft is rejected."""
+        p = torch.tensor([[0.3, 0.7], [0.5, 0.5]], dtype=torch.float64)
+        q = p[:1] * (1 + 1e-9)
+        just_above = torch.full((1, 2), 1 - 1e-12, dtype=torch.float64)
+        drafts, lengths = torch.tensor([[0]]), torch.tensor([1])
+        verified = rejection_sample(drafts, lengths, q, p, just_above, just_above * 0.5)
+        assert verified.lists() == ([[1]], [0])
+
+    def test_tokens_of_probability_0(self) -> None:
+        """A draft that q could not draw stays if p can draw it; what p cannot draw never comes."""
+        p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).repeat(2, 1)
+        q = torch.tensor([[1.0, 0.0, 0.0]]).repeat(2, 1)
+        drafts, lengths = torch.tensor([[1], [2]]), torch.tensor([1, 1])
+        half = torch.full((2, 2), 0.5, dtype=torch.float64)
+        assert rejection_sample(drafts, lengths, q, p, half, half).lists() == (
+            [[1, 0], [1]],
+            [1, 0],
+        )
+
+    @pytest.mark.parametrize("uniform", (2.0**-50, 1 - 2.0**-49))
+    def test_the_ends_of_the_uniforms(self, uniform: float) -> None:
+        p = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
+        q = torch.zeros(0, 4)
+        noise = torch.full((1, 1), uniform, dtype=torch.float64)
+        drafts, lengths = torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0])
+        tokens, _ = rejection_sample(drafts, lengths, q, p, noise, noise).lists()
+        assert tokens == ([[1]] if uniform < 0.5 else [[2]])
+
+    def test_noise_has_streams_of_its_own(self) -> None:
+        seeds = torch.arange(2000)
+        zeros = torch.zeros_like(seeds)
+        accept, residual = verification_noise(seeds, zeros, zeros, 2)
+        ordinary = uniforms(seeds, zeros, zeros)
+        columns = torch.stack(
+            [accept[:, 0], accept[:, 1], residual[:, 0], residual[:, 1], ordinary]
+        )
+        correlations = torch.corrcoef(columns) - torch.eye(5)
+        assert correlations.abs().max() < 0.1
+        assert columns.min() > 0 and columns.max() < 1
+        other_choice, _ = verification_noise(seeds, zeros, zeros + 1, 2)
+        assert not torch.equal(accept, other_choice)
+
+
+class TestMatch:
+    def sampled(self, before: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        ones = torch.ones(len(before))
+        return OPS.sample(
+            P[before].log(), ones, (ones * 0).long(), ones, ones * 0, seeds, positions
+        )
+
+    @pytest.mark.parametrize("max_drafts", (1, 4))
+    def test_tokens_are_those_without_drafts(self, max_drafts: int) -> None:
+        """Certain drafts (the likeliest next token): token for token the seeded result, and so its
+        distribution."""
+        seeds, num_tokens = torch.arange(COUNT), 3
+        plain = [torch.zeros_like(seeds)]
+        for position in range(1, num_tokens + 1):
+            plain.append(self.sampled(plain[-1], seeds, torch.full_like(seeds, position)))
+        expected = torch.stack(plain[1:], dim=1)
+        assert check_markov(expected)
+
+        out = torch.zeros(COUNT, num_tokens + max_drafts + 1, dtype=torch.int64)
+        done, last = torch.zeros_like(seeds), torch.zeros_like(seeds)
+        while bool((done < num_tokens).any()):
+            tokens = [last]
+            for _ in range(max_drafts):
+                tokens.append(P[tokens[-1]].argmax(dim=1))
+            before = torch.stack(tokens, dim=1)
+            positions = done[:, None] + 1 + torch.arange(max_drafts + 1)
+            targets = self.sampled(
+                before.flatten(), seeds.repeat_interleave(max_drafts + 1), positions.flatten()
+            )
+            verified = verify(before[:, 1:], torch.full_like(seeds, max_drafts), targets)
+            emitted = torch.arange(max_drafts + 1) <= verified.num_accepted[:, None]
+            emitted &= (done < num_tokens)[:, None]
+            rows, columns = emitted.nonzero(as_tuple=True)
+            out[rows, done[rows] + columns] = verified.token_ids[rows, columns]
+            last = torch.where(emitted.any(dim=1), verified.last_token_ids, last)
+            done = done + emitted.sum(dim=1)
+        assert torch.equal(out[:, :num_tokens], expected)
+
+    def test_mismatch_first_middle_last_and_nowhere(self) -> None:
+        drafts = torch.tensor([[9, 2, 3], [1, 9, 3], [1, 2, 9], [1, 2, 3], [1, 2, 7], [7, 7, 7]])
+        targets = torch.tensor([[1, 2, 3, 4]] * 6)
+        verified = sample_and_match(drafts, targets, torch.tensor([3, 3, 3, 3, 2, 0]))
+        rows = [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3], [1]]
+        assert verified.lists() == (rows, [0, 1, 2, 3, 2, 0])
+        assert verified.last_token_ids.tolist() == [row[-1] for row in rows]
+
+    def test_a_match_after_a_mismatch_does_not_count(self) -> None:
+        verified = sample_and_match(
+            torch.tensor([[9, 2, 3]]), torch.tensor([[1, 2, 3, 4]]), torch.tensor([3])
+        )
+        assert verified.lists() == ([[1]], [0])
+
+    def test_a_batch_without_drafts(self) -> None:
+        none = torch.zeros(3, 0, dtype=torch.int64)
+        verified = verify(none, torch.zeros(3, dtype=torch.int64), torch.tensor([5, 6, 7]))
+        assert verified.lists() == ([[5], [6], [7]], [0, 0, 0])
+
+
+class TestMixedBatch:
+    """Every second row is greedy; the others accept by rejection."""
+
+    max_drafts = 4
+
+    def verified(self, only_rejection: bool = False) -> tuple[Verified, Tensor, Tensor]:
+        """(result, greedy rows' drafts, which rows are greedy)"""
+        model = MarkovModel(NEAR, self.max_drafts, mixed=True)
+        zeros = torch.zeros(COUNT, dtype=torch.int64)
+        drafts, lengths, q, p = model.step(zeros, model.seeds, zeros)
+        is_greedy = torch.arange(COUNT) % 2 == 0
+        likeliest = [zeros]
+        for _ in range(self.max_drafts):
+            likeliest.append(P[likeliest[-1]].argmax(dim=1))
+        drafts = torch.where(is_greedy[:, None], torch.stack(likeliest[1:], 1), drafts)
+        drafts[::4, 2] = 7  # a quarter of all: greedy rows with a wrong third draft
+        places = torch.arange(self.max_drafts + 1)
+        before = torch.cat([zeros[:, None], drafts], dim=1)
+        targets = P[before[places <= lengths[:, None]]].argmax(dim=1)
+        rows = (~is_greedy).nonzero()[:, 0]
+        q_mask = (~is_greedy).repeat_interleave(lengths)
+        p_mask = (~is_greedy).repeat_interleave(lengths + 1)
+        rejection = RejectionRows(rows, p[p_mask], q[q_mask], rows, rows * 0, rows * 0)
+        if only_rejection:
+            alone = replace(rejection, rows=torch.arange(len(rows)))
+            some = torch.zeros(int((lengths[rows] + 1).sum()), dtype=torch.int64)
+            return verify(drafts[rows], lengths[rows], some, alone), drafts, lengths
+        return verify(drafts, lengths, targets, rejection), drafts, lengths
+
+    def test_greedy_rows_are_exact(self) -> None:
+        verified, _, lengths = self.verified()
+        tokens, num_accepted = verified.lists()
+        chain = [0]
+        for _ in range(self.max_drafts + 1):
+            chain.append(int(P[chain[-1]].argmax()))
+        assert chain[3] != 7
+        for row in range(0, 2000, 2):
+            length = min(int(lengths[row]), 2) if row % 4 == 0 else int(lengths[row])
+            assert num_accepted[row] == length
+            assert tokens[row] == chain[1 : length + 2]
+
+    def test_the_others_keep_their_distribution(self) -> None:
+        verified, _, _ = self.verified()
+        first = verified.token_ids[1::2, 0]
+        assert fits(torch.bincount(first, minlength=VOCAB), P[0])
+        has_two = verified.num_accepted[1::2] >= 1
+        kept = verified.token_ids[1::2][has_two]
+        for token in range(VOCAB):  # the second token, given the first
+            second = kept[kept[:, 0] == token, 1]
+            if len(second) > 500:
+                assert fits(torch.bincount(second, minlength=VOCAB), P[token])
+
+    def test_a_row_does_not_depend_on_its_batch(self) -> None:
+        mixed, _, _ = self.verified()
+        alone, _, _ = self.verified(only_rejection=True)
+        tokens, num_accepted = mixed.lists()
+        assert (tokens[1::2], num_accepted[1::2]) == alone.lists()
+
+
+def test_verify_does_not_wait_for_the_device() -> None:
+    """Tensors without data: whoever read one, or made one on another device, would raise."""
+    ids = torch.zeros(3, 4, dtype=torch.int64, device="meta")
+    column, flat = ids[:, 0], torch.zeros(11, dtype=torch.int64, device="meta")
+    p, q = torch.zeros(7, 9, device="meta"), torch.zeros(5, 9, device="meta")
+    rejection = RejectionRows(column[:2], p, q, column[:2], column[:2], column[:2])
+    verified = verify(ids, column, flat, rejection)
+    assert verified.token_ids.shape == (3, 5) and verified.token_ids.is_meta
+    assert verified.last_token_ids.shape == verified.num_accepted.shape == (3,)
+
+
+class TestTargetProbs:
+    FILTERS = (
+        {},
+        {"temperature": 0.4},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"top_p": 0.999},
+        {"min_p": 0.2},
+        {"top_k": 50, "top_p": 0.8, "min_p": 0.01, "temperature": 1.3},
+        {"top_k": 2000, "top_p": 0.99},
+    )
+
+    def columns(self, settings: list[dict[str, float]]) -> list[Tensor]:
+        defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        names = {name: [{**defaults, **row}[name] for row in settings] for name in defaults}
+        return [torch.tensor(values) for values in names.values()]
+
+    @pytest.mark.parametrize("spread", (0.5, 2.0, 8.0))
+    @pytest.mark.parametrize("vocab", (5, 1500, 6000))
+    def test_filters_are_the_references(self, vocab: int, spread: float) -> None:
+        """All filters in one batch; also rows so flat that top_p needs the whole vocabulary."""
+        rows = [row for row in self.FILTERS for _ in range(4)]
+        generator = torch.Generator().manual_seed(vocab)
+        logits = spread * torch.randn(len(rows), vocab, generator=generator)
+        logits[::4, : vocab // 2] = logits[::4, vocab // 2 : vocab // 2 * 2]  # many equal ones
+        temperature, top_k, top_p, min_p = self.columns(rows)
+        probs = target_probs(logits, temperature, top_k, top_p, min_p)
+        scaled = logits / temperature[:, None]
+        smallest = reference.smallest_kept(scaled.double(), top_k, top_p.double(), min_p)
+        smallest = torch.where(min_p > 0, smallest - 1e-6, smallest)  # float32 there, float64 here
+        kept = scaled.where(scaled >= smallest[:, None], -torch.inf)
+        expected = kept.double().softmax(dim=1)
+        assert torch.equal(probs > 0, expected > 0)
+        torch.testing.assert_close(probs, expected, rtol=1e-12, atol=0)
+
+    def test_it_is_what_ops_sample_draws_from(self) -> None:
+        logits = torch.randn(12, generator=torch.Generator().manual_seed(3)).expand(COUNT, -1)
+        zeros = torch.zeros(COUNT, dtype=torch.int64)
+        for row in self.FILTERS[:7]:
+            columns = [column.expand(COUNT) for column in self.columns([row])]
+            token_ids = OPS.sample(logits, *columns, torch.arange(COUNT), zeros)
+            probs = target_probs(logits[:1], *self.columns([row]))
+            assert fits(torch.bincount(token_ids, minlength=12), probs), row
+
+    def test_the_crossing_token_stays(self) -> None:
+        logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+        for top_p, kept in ((0.6, 2), (0.45, 1), (1e-9, 1), (0.96, 4)):
+            probs = target_probs(logits, *self.columns([{"top_p": top_p}]))
+            assert int((probs > 0).sum()) == kept
+
+    def test_temperature_0_is_the_largest(self) -> None:
+        logits = torch.tensor([[1.0, 5.0, 4.999], [1.0, 2.0, 3.0]])
+        probs = target_probs(logits, *self.columns([{"temperature": 0.0}, {}]))
+        assert probs[0].tolist() == [0, 1, 0]
+        torch.testing.assert_close(probs[1], logits[1].double().softmax(0))
+
+    def test_broken_logits_give_numbers(self) -> None:
+        broken = torch.full((4, 3), torch.nan)
+        broken[1, 1], broken[2, 2], broken[3] = 1.0, torch.inf, -torch.inf
+        probs = target_probs(broken, *self.columns([{"temperature": 0.5, "top_p": 0.9}] * 4))
+        torch.testing.assert_close(probs.sum(dim=1), torch.ones(4, dtype=torch.float64))
+        assert probs[1].tolist() == [0, 1, 0] and probs[2].tolist() == [0, 0, 1]
+
+
+def sequence_of(token_ids: list[int], num_output: int = 0) -> Sequence:
+    cut = len(token_ids) - num_output
+    sequence = Sequence("a", token_ids[:cut], SamplingParams(), seed=0)
+    sequence.output_token_ids = token_ids[cut:]
+    return sequence
+
+
+def search(token_ids: list[int], min_n: int, max_n: int, max_length: int) -> list[int]:
+    """What n-gram drafting is, by a search through the whole text."""
+    for n in range(max_n, min_n - 1, -1):
+        for begin in range(len(token_ids) - n):
+            if token_ids[begin : begin + n] == token_ids[len(token_ids) - n :]:
+                return token_ids[begin + n : begin + n + max_length]
+    return []
+
+
+class TestNgram:
+    @settings(max_examples=300, deadline=None)
+    @given(
+        pieces=st.lists(
+            st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=8
+        ),
+        min_n=st.integers(1, 3),
+        extra=st.integers(0, 3),
+        max_length=st.integers(0, 6),
+        rests=st.lists(st.booleans(), min_size=8, max_size=8),
+    )
+    def test_it_is_a_search(
+        self, pieces: list[list[int]], min_n: int, extra: int, max_length: int, rests: list[bool]
+    ) -> None:
+        """Tokens come in pieces, and not after each is it asked: always what a search finds."""
+        proposer = NgramProposer(min_n, min_n + extra)
+        sequence = sequence_of(pieces[0])
+        for piece, rests_now in zip([[], *pieces[1:]], rests, strict=False):
+            sequence.output_token_ids += piece
+            [draft] = proposer.propose([sequence], [0 if rests_now else max_length])
+            token_ids = sequence.prompt_token_ids + sequence.output_token_ids
+            found = search(token_ids, min_n, min_n + extra, max_length)
+            assert draft == Draft([] if rests_now else found)
+
+    def test_the_earliest_of_equally_long_matches(self) -> None:
+        text = [1, 2, 5, 5, 1, 2, 6, 6, 1, 2]
+        assert NgramProposer(2, 4).draft(sequence_of(text), 3) == [5, 5, 1]
+
+    def test_the_longest_match(self) -> None:
+        text = [1, 2, 5, 5, 3, 1, 2, 6, 6, 3, 1, 2]
+        assert NgramProposer(2, 4).draft(sequence_of(text), 2) == [6, 6]
+        assert NgramProposer(2, 2).draft(sequence_of(text), 2) == [5, 5]
+
+    def test_a_draft_ends_with_the_text(self) -> None:
+        assert NgramProposer(2, 4).draft(sequence_of([7, 1, 2, 3, 1, 2]), 9) == [3, 1, 2]
+        assert NgramProposer(2, 4).draft(sequence_of([4, 4, 4, 4]), 9) == [4]
+
+    @pytest.mark.parametrize("text", ([1], [1, 2], [1, 2, 3, 4, 5], [2, 1, 3, 1]))
+    def test_no_match(self, text: list[int]) -> None:
+        assert NgramProposer(2, 4).draft(sequence_of(text), 5) == []
+
+    def test_matches_reach_over_prompt_and_output(self) -> None:
+        text = [1, 2, 3, 9, 1, 2]
+        for num_output in range(len(text)):
+            assert NgramProposer(2, 4).draft(sequence_of(text, num_output), 2) == [3, 9]
+
+    def test_it_keeps_nothing_of_who_has_ended(self) -> None:
+        proposer = NgramProposer()
+        first, second = sequence_of([1, 2, 1, 2]), sequence_of([3, 4, 3, 4])
+        proposer.propose([first, second], [2, 2])
+        proposer.forget(first)
+        assert list(proposer.indexes) == [second]
+        proposer.forget(first)  # one that is not known
+        proposer.forget(second)
+        assert not proposer.indexes
+
+    def test_who_may_have_no_draft_costs_nothing(self) -> None:
+        proposer = NgramProposer()
+        proposer.propose([sequence_of([1, 2, 1, 2])], [0])
+        assert not proposer.indexes
+
+    def test_an_index_holds_an_entry_a_token_and_length(self) -> None:
+        index = NgramIndex(2, 4)
+        for token_id in range(1000):
+            index.extend([token_id % 97])
+        assert len(index.first_ends) <= 3 * 1000
+        assert index.first_ends == self.from_scratch(index.token_ids).first_ends
+
+    def from_scratch(self, token_ids: list[int]) -> NgramIndex:
+        index = NgramIndex(2, 4)
+        index.extend(list(token_ids))
+        return index
+
+    @pytest.mark.parametrize("sizes", ((0, 2), (3, 2), (-1, 4)))
+    def test_bad_sizes(self, sizes: tuple[int, int]) -> None:
+        with pytest.raises(ValueError, match=str(sizes[0])):
+            NgramProposer(*sizes)
+
+
+def cpu_seconds(num_tokens: int) -> float:
+    """About what a step of SmolLM2 takes on two cores."""
+    return 0.022 + 0.0009 * num_tokens
+
+
+def gpu_seconds(num_tokens: int) -> float:
+    return 0.005 + 0.00002 * max(0, num_tokens - 256)
+
+
+class Simulation:
+    """Sequences whose drafts stay with a given probability, on a device with a given cost."""
+
+    def __init__(self, num_sequences: int, acceptance: float, seconds=cpu_seconds, limit=8) -> None:
+        self.rng = random.Random(4)
+        self.lengths = DraftLength()
+        self.sequences = [sequence_of([i]) for i in range(num_sequences)]
+        self.acceptance, self.seconds, self.limit = acceptance, seconds, limit
+        self.shows_more = False  # whether drafts that are not verified are compared all the same
+
+    def run(self, num_steps: int) -> list[list[int]]:
+        """Each step's draft lengths."""
+        return [self.step() for _ in range(num_steps)]
+
+    def step(self) -> list[int]:
+        limits = [self.limit] * len(self.sequences)
+        self.lengths.num_steps += 1
+        chosen = self.lengths.choose(self.sequences, limits, len(self.sequences))
+        for sequence, length in zip(self.sequences, chosen, strict=True):
+            draft = list(range(self.limit if self.shows_more else length))
+            hits = 0
+            while hits < length and self.rng.random() < self.acceptance:
+                hits += 1
+            bonus = hits if hits == length and self.rng.random() < self.acceptance else -1
+            self.lengths.observe(sequence, draft, [*range(hits), bonus])
+        num_tokens = len(self.sequences) + sum(chosen)
+        noise = self.rng.lognormvariate(0, 0.05)
+        self.lengths.observe_step(num_tokens, self.seconds(num_tokens) * noise)
+        return chosen
+
+    def mean(self, num_steps: int) -> float:
+        steps = self.run(num_steps)
+        return sum(map(sum, steps)) / num_steps / len(self.sequences)
+
+
+class TestDraftLength:
+    def test_expected_tokens(self) -> None:
+        assert expected_tokens(0.5, 5) == pytest.approx(1.97, abs=0.005)
+        assert expected_tokens(0.75, 5) == pytest.approx(3.29, abs=0.005)
+        assert expected_tokens(0.0, 5) == 1 and expected_tokens(1.0, 5) == 6
+        assert expected_tokens(0.9, 0) == 1
+
+    def test_all_accepted_grows_to_the_limit(self) -> None:
+        simulation = Simulation(1, 1.0)
+        simulation.run(30)
+        assert simulation.mean(50) > 7.5
+
+    def test_all_rejected_stops_and_probes_rarely(self) -> None:
+        simulation = Simulation(1, 0.0)
+        simulation.run(200)
+        steps = simulation.run(2000)
+        num_drafts = sum(map(sum, steps))
+        assert 1 <= num_drafts <= 40, num_drafts
+        assert max(map(max, steps)) <= 2
+
+    def test_probes_fall_into_the_same_steps(self) -> None:
+        simulation = Simulation(16, 0.0)
+        simulation.run(200)
+        steps = simulation.run(1000)
+        assert sum(any(step) for step in steps) <= 20
+        assert sum(map(sum, steps)) / 1000 < 0.25
+
+    def test_it_comes_back(self) -> None:
+        """The text becomes easy to guess: a probe notices, and does not need a thousand steps."""
+        simulation = Simulation(1, 0.0)
+        simulation.run(150)
+        simulation.acceptance = 1.0
+        simulation.run(160)
+        assert simulation.mean(50) > 6
+
+    def test_it_comes_back_at_once_when_drafts_are_free(self) -> None:
+        """Drafts that are not verified are compared with what came anyway."""
+        simulation = Simulation(1, 0.0)
+        simulation.shows_more = True
+        simulation.run(150)
+        simulation.acceptance = 1.0
+        simulation.run(20)
+        assert simulation.mean(50) > 6
+
+    def test_load_makes_drafts_shorter(self) -> None:
+        means = []
+        for num_sequences in (1, 8, 32):
+            simulation = Simulation(num_sequences, 0.6)
+            simulation.run(100)
+            means.append(simulation.mean(200))
+        assert means[0] > means[1] + 0.3 > means[2] + 0.6, means
+        assert means[2] < 1, means
+
+    def test_a_gpu_with_room_drafts_under_load(self) -> None:
+        simulation = Simulation(16, 0.6, gpu_seconds)
+        simulation.run(100)
+        assert simulation.mean(100) > 4
+
+    def test_good_sequences_draft_beside_bad_ones(self) -> None:
+        draft_length = DraftLength()
+        good, bad = sequence_of([1]), sequence_of([2])
+        for step in range(60):
+            draft_length.observe_step(1 + step % 12, cpu_seconds(1 + step % 12))
+            draft_length.observe(good, [1, 2, 3, 4], [1, 2, 3, 4, 5])
+            draft_length.observe(bad, [1, 2, 3, 4], [9])
+        draft_length.num_steps = 1  # no probe
+        good_length, bad_length = draft_length.choose([good, bad], [4, 4], 2)
+        assert good_length == 4 and bad_length == 0
+
+    @settings(max_examples=100, deadline=None)
+    @given(
+        limits=st.lists(st.integers(0, 9), min_size=1, max_size=40),
+        num_prompt_tokens=st.integers(0, 300),
+        seed=st.integers(0, 99),
+    )
+    def test_limits_hold(self, limits: list[int], num_prompt_tokens: int, seed: int) -> None:
+        rng, draft_length = random.Random(seed), DraftLength()
+        sequences = [sequence_of([i]) for i in range(len(limits))]
+        for _ in range(40):
+            num_tokens = rng.choice((1, 2, 5, 16, 100))
+            draft_length.observe_step(num_tokens, rng.random())
+            lengths = draft_length.choose(sequences, limits, len(limits) + num_prompt_tokens)
+            assert all(0 <= n <= limit for n, limit in zip(lengths, limits, strict=True))
+            for sequence, length in zip(sequences, lengths, strict=True):
+                draft_length.observe(sequence, [1] * length, [rng.randint(0, 1)])
+
+    def test_drafting_has_its_price(self) -> None:
+        """A draft model that is as slow as the model drafts nothing, for all it is right."""
+        lengths = []
+        for seconds in (0.0001, 0.5):
+            simulation = Simulation(1, 0.95)
+            simulation.run(30)
+            simulation.lengths.observe_drafting(4, 4 * seconds)
+            lengths.append(simulation.step()[0])
+        assert lengths[0] > 4 and lengths[1] == 0
+
+    def test_a_free_proposer_is_asked_first_and_its_drafts_cut(self) -> None:
+        proposer, draft_length = NgramProposer(), DraftLength()
+        [repeats, new] = sequence_of([1, 2, 3, 4, 5, 6, 1, 2]), sequence_of([1, 2, 3])
+        for _ in range(3):
+            draft_length.observe_step(2, 0.01)
+            draft_length.observe_step(4, 0.0101)
+            draft_length.observe_step(8, 1.0)
+        drafts, lengths = draft_length.propose(proposer, [repeats, new], [4, 4], 2)
+        assert [draft.token_ids for draft in drafts] == [[3, 4, 5, 6], []]
+        assert lengths == [2, 0]
+
+    def test_a_proposer_with_a_model_is_asked_for_what_is_worth_it(self) -> None:
+        class Model:
+            is_free = False
+            asked: list[list[int]] = []  # noqa: RUF012
+
+            def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
+                self.asked.append(max_lengths)
+                return [Draft([7] * length) for length in max_lengths]
+
+            def forget(self, sequence: Sequence) -> None:
+                pass
+
+        model, draft_length = Model(), DraftLength()
+        sequences = [sequence_of([1]), sequence_of([2])]
+        for _ in range(100):
+            drafts, lengths = draft_length.propose(model, sequences, [3, 0], 2)
+            assert lengths == [len(draft.token_ids) for draft in drafts]
+            assert lengths[1] == 0
+            draft_length.observe(sequences[0], drafts[0].token_ids, [8])
+            draft_length.observe_step(2 + sum(lengths), cpu_seconds(2 + sum(lengths)))
+        assert len(model.asked) < 60
+        assert draft_length.seconds_per_place > 0
+
+    def test_of_many_who_draft_nothing_some_are_asked(self) -> None:
+        draft_length, limits = DraftLength(), [5] * 128
+        sequences = [sequence_of([i]) for i in range(128)]
+        assert draft_length.worth_asking(sequences, limits) == limits
+        for _ in range(lengths_module.IDLE_AFTER + 1):
+            draft_length.choose(sequences, [0] * 128, 128)
+        draft_length.choose(sequences[:1], [5], 1)  # one that drafts again
+        asked = []
+        for draft_length.num_steps in range(5):
+            asked.append(draft_length.worth_asking(sequences, limits))
+            assert 20 < sum(limit > 0 for limit in asked[-1]) < 40
+        assert all(map(sum, zip(*asked, strict=True))), "everyone has a turn"
+        assert all(step[0] == 5 for step in asked)
+
+    def test_it_keeps_nothing_of_who_has_ended(self) -> None:
+        simulation = Simulation(3, 0.5)
+        simulation.run(3)
+        for sequence in simulation.sequences:
+            simulation.lengths.forget(sequence)
+        assert not simulation.lengths.acceptances
+
+
+class TestStepCost:
+    def test_it_finds_the_line(self) -> None:
+        cost, rng = StepCost(), random.Random(0)
+        for _ in range(300):
+            num_tokens = rng.choice((1, 2, 4, 9, 16, 30))
+            disturbed = 5.0 if rng.random() < 0.1 else 1.0
+            cost.observe(num_tokens, cpu_seconds(num_tokens) * disturbed)
+        for num_tokens, seconds in enumerate(cost.estimate(1, 29), start=1):
+            assert seconds == pytest.approx(cpu_seconds(num_tokens), rel=0.1)
+
+    def test_it_does_not_look_far_beyond_what_it_knows(self) -> None:
+        cost = StepCost()
+        assert len(cost.estimate(1, 100)) == lengths_module.FIRST_HORIZON
+        assert len(cost.estimate(32, 100)) == 1
+        for _ in range(3):
+            cost.observe(32, 0.05)
+        assert len(cost.estimate(32, 100)) == 33
+
+    def test_one_slow_step_is_not_believed(self) -> None:
+        cost = StepCost()
+        for _ in range(5):
+            cost.observe(1, 0.02)
+        cost.observe(5, 1.0)
+        assert cost.estimate(1, 4)[-1] == pytest.approx(0.02)
+
+    def test_a_size_that_was_not_run_for_long_is_forgotten(self) -> None:
+        cost = StepCost()
+        for _ in range(3):
+            cost.observe(5, 1.0)
+        for _ in range(lengths_module.FORGET_AFTER + 1):
+            cost.observe(1, 0.02)
+        assert cost.estimate(1, 4)[-1] == pytest.approx(0.02)
+        assert len(cost.buckets) == 1
