@@ -29,6 +29,7 @@ class StepRecord:
     """One step of an engine, with what happened since the step before.
 
     arrived: request id -> number of prompt tokens.
+    cached: request id -> tokens of it that were found in a prefix cache when it joined, or came back.
     allocated, freed: request id -> blocks that it took and gave up.
     preempted: requests that went back to waiting.
     scheduled: request id -> number of tokens run for it in this step.
@@ -49,6 +50,7 @@ class StepRecord:
     freed: dict[str, list[int]] = field(default_factory=dict)
     preempted: list[str] = field(default_factory=list)
     device: list[tuple[int, float, float]] = field(default_factory=list)
+    cached: dict[str, int] = field(default_factory=dict)
 
     def phase_seconds(self) -> dict[str, float]:
         """Name of each phase -> how long it took."""
@@ -61,8 +63,9 @@ class EngineState:
 
     A batch may still compute a sequence that has ended: it is scheduled, but does not run.
 
-    waiting, running: request id -> number of tokens so far that were run for it; in order.
+    waiting, running: request id -> number of tokens so far that were found or run for it; in order.
     blocks: request id -> the blocks it holds, also while others of its batch still run.
+    cached: request id -> how many of its tokens were found, of those that run and were looked for.
     """
 
     num_blocks: int = 0
@@ -71,6 +74,7 @@ class EngineState:
     waiting: dict[str, int] = field(default_factory=dict)
     running: dict[str, int] = field(default_factory=dict)
     blocks: dict[str, list[int]] = field(default_factory=dict)
+    cached: dict[str, int] = field(default_factory=dict)
 
     def apply(self, record: StepRecord) -> None:
         """Go on by one step."""
@@ -78,7 +82,12 @@ class EngineState:
         self.waiting |= dict.fromkeys(record.arrived, 0)
         for request_id in record.preempted:
             self.running.pop(request_id, None)
+            self.cached.pop(request_id, None)
             self.waiting = {request_id: 0} | self.waiting
+        for request_id, count in record.cached.items():
+            if request_id in self.waiting:
+                del self.waiting[request_id]
+                self.running[request_id] = self.cached[request_id] = count
         for request_id, count in record.scheduled.items():
             if request_id in self.waiting or request_id in self.running:
                 self.waiting.pop(request_id, None)
@@ -86,6 +95,7 @@ class EngineState:
         for request_id in record.finished:
             self.waiting.pop(request_id, None)
             self.running.pop(request_id, None)
+            self.cached.pop(request_id, None)
         for request_id, blocks in record.allocated.items():
             self.blocks.setdefault(request_id, []).extend(blocks)
         for request_id, blocks in record.freed.items():
@@ -102,7 +112,8 @@ class EngineState:
     def copy(self) -> "EngineState":
         """Another one, which changes by itself."""
         blocks = {request_id: list(owned) for request_id, owned in self.blocks.items()}
-        return replace(self, waiting=self.waiting | {}, running=self.running | {}, blocks=blocks)
+        numbers = {name: getattr(self, name) | {} for name in ("waiting", "running", "cached")}
+        return replace(self, blocks=blocks, **numbers)
 
 
 def to_json(item: StepRecord | EngineState) -> str:
@@ -161,6 +172,10 @@ class Trace:
     def scheduled(self, request_id: str, num_tokens: int) -> None:
         """Note that the step runs `num_tokens` tokens of a request."""
         self._next.scheduled[request_id] = num_tokens
+
+    def cached(self, request_id: str, num_tokens: int) -> None:
+        """Note that a request joins, or comes back, with `num_tokens` tokens that were found."""
+        self._next.cached[request_id] = num_tokens
 
     def allocated(self, request_id: str, blocks: list[int]) -> None:
         """Note that a request took blocks."""

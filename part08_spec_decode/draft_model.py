@@ -8,11 +8,9 @@ overwrites (Zhang et al., "Draft & Verify: Lossless Large Language Model Acceler
 Self-Speculative Decoding", ACL 2024).
 
 Drafts are drawn with the noise that the model will draw its own tokens with: where the two models
-agree roughly, they then draw the same. Requests without a seed are verified by rejection; their
-drafts may not know that noise, so they have another.
+agree roughly, they then draw the same. Requests without a seed are verified by rejection, which has
+noise of its own.
 """
-
-from dataclasses import replace
 
 import torch
 
@@ -22,8 +20,6 @@ from .rejection_sampler import target_probs
 from .sampler import Sampled, sample
 from .sequence import Sequence
 from .speculative import Draft
-
-OTHER_NOISE = 0x5DEECE66D  # makes another noise of a seed
 
 
 class ModelProposer:
@@ -106,9 +102,6 @@ class ModelProposer:
             found = target_probs(logits[rows], *(column[rows, 0] for column in columns))
             for i, row in zip(rejecting, found, strict=True):
                 probs[batch.sampled[i]].append(row)
-            seeds = about.seeds.clone()
-            seeds[rows] ^= OTHER_NOISE
-            about = replace(about, seeds=seeds)
         token_ids = sample(runner.ops, logits, about)
         runner.last_token_ids[batch.rows] = token_ids
         return Sampled(token_ids, about.num_logprobs)

@@ -1,16 +1,18 @@
 """Part 08's own invariants: drafts change how many tokens a step makes, and never which."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded, reference_logits
 from common.testing.parts import engine_of, module_of, wrap_model
-from common.testing.schedules import MODELS, Drive, Event
+from common.testing.schedules import MODELS, Drive, Event, known_requests
 
 MODEL = "random:tiny-llama"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
@@ -113,7 +115,9 @@ def test_a_preempted_sequence_drafts_again(proposer: str) -> None:
     engine = engine_with(proposer, prefix_cache="off")
     engine.add_request("a", PROMPT, GREEDY)
     tokens = [t for _ in range(3) for output in engine.step() for t in output.token_ids]
-    engine.scheduler.preempt(engine.sequences["a"])
+    sequence = engine.sequences["a"]
+    engine.scheduler.preempt(sequence)
+    assert sequence.draft_token_ids == []
     engine.check_integrity()
     tokens += finish(engine)["a"]
     assert check_greedy(MODEL, [(PROMPT, tokens)]).is_right and len(tokens) == 20
@@ -154,6 +158,31 @@ def test_a_twin_is_always_right() -> None:
     assert c.num_accepted_tokens == c.num_draft_tokens, "p = q: every draft stays"
 
 
+def test_a_model_that_drafts_catches_up_in_slices() -> None:
+    """On a prompt of 30 tokens, 7 a step; from then on it drafts."""
+    engine = engine_with("twin", max_num_batched_tokens=7, num_speculative_tokens=3)
+    [c] = run(engine, [PROMPT], GREEDY)
+    assert c.num_accepted_tokens == c.num_draft_tokens > 6
+
+
+def test_what_was_drafted_wrongly_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A twin whose drafts are spoilt every other time: all others stay, whatever its cache held."""
+    engine = engine_with("twin", num_speculative_tokens=3)
+    propose, calls = engine.speculator.proposer.propose, []
+
+    def spoilt(sequences: list[Any], limits: list[int]) -> list[Any]:
+        drafts = propose(sequences, limits)
+        calls.append(len(drafts))
+        if len(calls) % 2:
+            for draft in drafts:
+                draft.token_ids[:1] = [(token + 1) % 512 for token in draft.token_ids[:1]]
+        return drafts
+
+    monkeypatch.setattr(engine.speculator.proposer, "propose", spoilt)
+    [c] = run(engine, [PROMPT], replace(GREEDY, max_tokens=50))
+    assert c.num_accepted_tokens >= c.num_draft_tokens / 2 - 3
+
+
 def test_all_layers_draft_what_they_would_say() -> None:
     num_layers = engine_with(None).runner.model.config.num_layers
     flags = {"speculative": "self", "draft_layers": num_layers, "num_speculative_tokens": 3}
@@ -171,18 +200,75 @@ def test_a_stranger_is_mostly_wrong_and_is_asked_no_more() -> None:
     assert c.num_accepted_tokens < 20 and c.num_draft_tokens < 60
 
 
-def test_a_text_that_repeats_itself_takes_few_steps() -> None:
-    """A sequence that the model continues by repeating: tiny models do, at last."""
-    engine = engine_with("ngram")
+def test_a_text_that_repeats_itself_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that counts to seven and begins again: after the first time each draft stays."""
+    engine = engine_with("ngram", num_speculative_tokens=5)
+
+    def count(batch: Any) -> torch.Tensor:
+        last = batch.token_ids[batch.sampled_tokens]
+        return 50.0 * torch.nn.functional.one_hot((last + 1) % 7, engine.vocab_size).float()
+
+    monkeypatch.setattr(engine.runner, "forward", count)
     start = engine.trace.last_record.step if engine.trace.last_record else -1
-    [c] = run(engine, [PROMPT[:4]], replace(GREEDY, max_tokens=200))
+    [c] = run(engine, [[0]], replace(GREEDY, max_tokens=200))
+    assert c.token_ids == [(i + 1) % 7 for i in range(200)]
     num_steps = engine.trace.last_record.step - start
-    assert c.num_accepted_tokens == 200 - num_steps, "a step makes a token, and what has stayed"
-    assert c.num_accepted_tokens > 0
+    assert c.num_accepted_tokens == c.num_draft_tokens == 200 - num_steps
+    assert num_steps <= 8 + -(-192 // 6) + 5
+
+
+class KnownProposer:
+    """Drafts what will come, with an error now and then: drafts stay up to any place."""
+
+    is_free = True
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def propose(self, sequences: list[Any], max_lengths: list[int]) -> list[Any]:
+        outputs = {tuple(known.prompt): known.output for known in known_requests(MODEL)}
+        drafts = []
+        for sequence, most in zip(sequences, max_lengths, strict=True):
+            begin = len(sequence.output_token_ids)
+            draft = outputs[tuple(sequence.prompt_token_ids)][begin : begin + most]
+            draft = [t if self.rng.random() < 0.8 else self.rng.randrange(512) for t in draft]
+            drafts.append(module_of(8, "speculative").Draft(draft))
+        return drafts
+
+    def forget(self, sequence: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("prefix_cache", ["hash", "radix"])
+def test_random_schedules_with_drafts_that_mostly_stay(prefix_cache: str) -> None:
+    rng = random.Random(8)
+    proposer, accepted = KnownProposer(rng), 0
+    for number in range(60):
+        pool = POOLS[number % len(POOLS)] | {"prefix_cache": prefix_cache}
+        budget = {"max_num_batched_tokens": rng.choice([1, 3, 20, 256])}
+        engine = engine_with(
+            "ngram", num_speculative_tokens=rng.choice([1, 4, 7]), **pool, **budget
+        )
+        before = engine.stats()["num_accepted_tokens"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.speculator, "proposer", proposer)
+            schedule = [
+                Event(
+                    rng.randrange(12),
+                    rng.randint(1, 24),
+                    rng.choice([None, None, rng.randrange(24)]),
+                    rng.choice([None, None, rng.randrange(14)]),
+                    rng.randrange(8),
+                )
+                for _ in range(rng.randint(1, 14))
+            ]
+            Drive(engine, MODELS[0]).run(schedule)
+        accepted += engine.stats()["num_accepted_tokens"] - before
+    assert accepted > 500
 
 
 def test_who_has_penalties_or_does_not_want_drafts_has_none() -> None:
-    engine = engine_with("ngram")
+    engine = engine_with("self")
     prompt = [3, 4, 5] * 6
     assert run(engine, [prompt], GREEDY)[0].num_draft_tokens > 0
     assert run(engine, [prompt], GREEDY, may_draft=False)[0].num_draft_tokens == 0

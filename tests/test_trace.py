@@ -394,6 +394,9 @@ def test_the_state_is_the_engines(part: int) -> None:
                     assert len(set(used)) == stats["num_used_blocks"]
                     shared += len(used) - len(set(used))
                     assert len(state.waiting) == stats["num_waiting"]
+                    for name in state.cached:
+                        computed = engine.sequences[name].num_computed_tokens
+                        assert state.running[name] == computed, "found and run"
         while engine.has_unfinished():
             engine.step()
             state.apply(records.pop())

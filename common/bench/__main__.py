@@ -16,6 +16,8 @@ SUBCOMMANDS = {
     "compare": "a part beside transformers, vLLM or llama.cpp",
     "serve": "load on an OpenAI-compatible server: TTFT, ITL, TPOT, E2E",
     "arrival": "what streams notice of a long prompt that comes in",
+    "prefix": "what a prefix cache finds and saves, on four workloads",
+    "speculative": "decoding with and without speculation, on copies and on prose",
     "kv": "how many sequences a piece of KV memory holds, in strips and in blocks",
     "startup": "how long parts take to start, and their memory",
     "streaming": "one part's whole responses against another's streams",

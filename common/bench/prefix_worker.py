@@ -4,6 +4,7 @@ Run as `python -m common.bench.prefix_worker`; the frame is that of `common.benc
 """
 
 import gc
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 from common.bench import BenchError
 from common.bench._worker import JOBS, engine_facts, main, start_engine
-from common.bench.prefix_workloads import Request
+from common.bench.prefix_requests import Request
 from common.bench.workload import random_prompts
 
 COUNTERS = ("num_preemptions", "num_prefix_cache_queries", "num_prefix_cache_hits")
@@ -70,7 +71,10 @@ class Driver:
         """One output of a step; the first of a request says what was found in the cache."""
         name = output.request_id
         if name not in self.records:
-            num_prompt, num_cached = len(self.prompts[name]), getattr(output, "num_cached_tokens", 0)
+            num_prompt, num_cached = (
+                len(self.prompts[name]),
+                getattr(output, "num_cached_tokens", 0),
+            )
             if not 0 <= num_cached < num_prompt:
                 raise BenchError(f"{name}: {num_cached} of {num_prompt} prompt tokens cached")
             self.records[name] = {
@@ -135,4 +139,7 @@ def costs_job(job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     JOBS.update({"prefix": prefix_job, "prefix_costs": costs_job})
-    main()
+    try:
+        main()
+    except BenchError as error:
+        sys.exit(str(error))

@@ -1,4 +1,4 @@
-"""What is asked of a prefix cache: four workloads, drawn from a seed.
+"""The four workloads of `prefix`, drawn from a seed.
 
     schema    one system prompt with a JSON schema before every question; all come at once
     document  one long document, and question after question about it, one at a time
@@ -6,43 +6,19 @@
     eviction  more documents than the KV cache holds: few that come back often, many seldom, and some
               that never do; two clients, each with one request at a time
 
-Token ids are random, so that prompts share what is said here and nothing else. As JSON lines, for
-other servers, a request is
-
-    {"request_id": "agent-1", "stage": 1, "depends_on": "agent-0", "parent": "agent-0",
-     "prompt_token_ids": [...], "max_tokens": 24}
-
-depends_on: it is handed over when that request has ended; null: at the start. parent: its prompt is
-that request's whole prompt, then all tokens which that generated, then prompt_token_ids; null: its
-prompt is prompt_token_ids alone. stage: 0 at the start, else one more than that of depends_on; who
-cannot follow single requests may run stage after stage. Every request decodes greedily, and
-no token ends it before max_tokens.
+Token ids are random, so that prompts share what is said here and nothing else.
 """
 
 import itertools
-import json
 import random
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
+from common.bench.prefix_requests import Request, whole_lengths
 from common.bench.report import plural
 from common.bench.workload import random_prompts
 
 WORKLOADS = ("schema", "document", "agent", "eviction")
 NUM_CLIENTS = 2  # of the eviction workload
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request, and when it may come; the fields are described above."""
-
-    request_id: str
-    stage: int
-    depends_on: str | None
-    parent: str | None
-    prompt_token_ids: list[int]
-    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +61,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    schema=64, schema_requests=6, schema_question=(8, 16), schema_output=4,
+    schema=64, schema_requests=16, schema_question=(8, 16), schema_output=4,
     document=160, document_questions=4, document_question=(8, 16), document_output=4,
     agent=48, agent_levels=3, agent_branches=2, agent_new=(8, 12), agent_output=(4, 8),
     eviction=48, eviction_documents=6, eviction_visits=16, eviction_question=(8, 12),
@@ -198,7 +174,7 @@ def eviction(draw: Draw, sizes: Sizes, block_size: int, kv_share: float) -> Work
             chosen = draw.tokens(sizes.eviction)
         if chosen not in visited:
             visited.append(chosen)
-        stage, client = divmod(visit, NUM_CLIENTS)
+        stage = visit // NUM_CLIENTS
         before = f"eviction-{visit - NUM_CLIENTS}" if stage else None
         prompt = chosen + draw.tokens(sizes.eviction_question)
         requests.append(
@@ -223,61 +199,3 @@ def eviction(draw: Draw, sizes: Sizes, block_size: int, kv_share: float) -> Work
 
 def span(pair: tuple[int, int]) -> str:
     return f"{pair[0]} to {pair[1]}"
-
-
-def whole_lengths(requests: list[Request]) -> dict[str, int]:
-    """Tokens of each request at its end, prompt and output together."""
-    lengths: dict[str, int] = {}
-    for request in requests:
-        before = lengths[request.parent] if request.parent else 0
-        length = before + len(request.prompt_token_ids) + request.max_tokens
-        lengths[request.request_id] = length
-    return lengths
-
-
-def whole_prompts(
-    requests: list[Request], outputs: Mapping[str, list[int]]
-) -> dict[str, list[int]]:
-    """The prompts as the engine gets them, with what their parents have generated."""
-    prompts: dict[str, list[int]] = {}
-    for request in requests:
-        before = prompts[request.parent] + outputs[request.parent] if request.parent else []
-        prompts[request.request_id] = before + request.prompt_token_ids
-    return prompts
-
-
-def possible_hits(
-    requests: list[Request], outputs: Mapping[str, list[int]], block_size: int
-) -> int:
-    """Prompt tokens that a cache of whole blocks would find if it forgot nothing.
-
-    The last token of a prompt is always computed, and that of an output never is.
-    """
-    blocks: dict[tuple[int, tuple[int, ...]], int] = {}  # (block before it, its tokens): its number
-    num_found = 0
-    for name, prompt in whole_prompts(requests, outputs).items():
-        tokens, node, is_prefix = prompt + outputs[name][:-1], -1, True
-        for end in range(block_size, len(tokens) + 1, block_size):
-            key = node, tuple(tokens[end - block_size : end])
-            is_prefix = is_prefix and key in blocks and end < len(prompt)
-            num_found += block_size * is_prefix
-            node = blocks.setdefault(key, len(blocks))
-    return num_found
-
-
-def write_jsonl(path: Path, requests: list[Request]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(request)) + "\n" for request in requests]
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-def read_jsonl(path: Path) -> list[Request]:
-    """What `write_jsonl` wrote. Raises ValueError that names the line."""
-    requests = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            values = json.loads(line)
-            requests.append(Request(**{field.name: values[field.name] for field in fields(Request)}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}:{number}: no request: {error!r}") from None
-    return requests

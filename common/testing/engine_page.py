@@ -174,7 +174,9 @@ def random_trace(seed: int, num_steps: int = 200, capacity: int = 4096) -> Trace
 
     def release(name: str) -> None:
         trace.freed(name, tables[name][::-1])
-        free.extend(tables.pop(name))
+        own = tables.pop(name)
+        kept = {block for table in tables.values() for block in table}
+        free.extend(block for block in own if block not in kept)
 
     for number in range(num_steps):
         for child in range(rng.choice([0, 0, 1, 3])):
@@ -190,8 +192,11 @@ def random_trace(seed: int, num_steps: int = 200, capacity: int = 4096) -> Trace
                 waiting.insert(0, name)
                 trace.preempted(name)
             while waiting and rng.random() < 0.5:
-                name = waiting.pop(0)
-                tables[name] = []
+                name, others = waiting.pop(0), list(tables.values())
+                tables[name] = rng.choice(others)[: rng.randint(0, 2)] if others else []
+                if rng.random() < 0.5:
+                    trace.cached(name, 4 * len(tables[name]))
+                trace.allocated(name, list(tables[name]))
                 take(name)
                 trace.scheduled(name, rng.randint(1, 50))
             for name in list(tables):

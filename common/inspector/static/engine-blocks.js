@@ -3,10 +3,12 @@
  * even those do not fit a cell is several blocks, which the caption then says.
  *
  * A block is full once its owner's tokens have come so far, and pale while it is only reserved. The
- * blocks of a request that has ended, which its batch still holds, are hatched.
+ * blocks of a request that has ended, which its batch still holds, are hatched. One that several have
+ * has stripes in their colours.
  */
 
 import { hatching, prepareCanvas } from "./engine-canvas.js";
+import { listed } from "./engine-step.js";
 
 /** @typedef {import("./engine-state.js").EngineState} EngineState */
 
@@ -14,14 +16,16 @@ const TALLEST = 224; // pixels that the map may take
 const LARGEST = 24; // pixels of a cell with its gap, as the next
 const SMALLEST = 4;
 const SCALES = [1, 2, 5]; // times a power of ten: blocks of a cell
+const MOST_STRIPES = 4; // of a cell; more would not be told apart
 
 /**
  * Who has which block.
  *
  * @typedef {object} Ownership
  * @property {string[]} ids of the owners
- * @property {Int32Array} owner by block: index of its owner, -1 where it is free
+ * @property {Int32Array} owner by block: index of its first owner, -1 where it is free
  * @property {Int32Array} place by block: which of its owner's blocks it is
+ * @property {Map<number, number[]>} others by block: its other owners, where it has any
  * @property {number} numUsed
  */
 
@@ -30,16 +34,22 @@ export function ownership(state) {
   const ids = [...state.blocks.keys()];
   const owner = new Int32Array(state.numBlocks).fill(-1);
   const place = new Int32Array(state.numBlocks);
+  /** @type {Map<number, number[]>} */
+  const others = new Map();
   let numUsed = 0;
   ids.forEach((id, index) => {
     state.blocks.get(id)?.forEach((block, at) => {
       if (block >= state.numBlocks) return;
-      if (owner[block] < 0) numUsed += 1;
+      if (owner[block] >= 0) {
+        others.set(block, [...(others.get(block) ?? []), index]);
+        return;
+      }
+      numUsed += 1;
       owner[block] = index;
       place[block] = at;
     });
   });
-  return { ids, owner, place, numUsed };
+  return { ids, owner, place, others, numUsed };
 }
 
 /**
@@ -65,8 +75,9 @@ export class BlockMap {
   #colours;
   #layout = layOut(1, LARGEST);
   #numBlocks = 0;
-  /** Whether the last picture had blocks that are reserved, or whose request has ended. */
+  /** Whether the last picture had blocks that are reserved, shared, or whose request has ended. */
   hasReserved = false;
+  hasShared = false;
   hasEnded = false;
 
   /** @param {HTMLCanvasElement} canvas @param {import("./engine-canvas.js").Colours} colours */
@@ -113,6 +124,7 @@ export class BlockMap {
       return { colour, numFull, hasEnded: !state.isUnfinished(id) };
     });
     this.hasReserved = false;
+    this.hasShared = owned.others.size > 0;
     this.hasEnded = looks.some((look) => look.hasEnded);
     for (let cell = 0; cell < this.numCells; cell++) {
       const [x, y] = [(cell % columns) * size, Math.floor(cell / columns) * size];
@@ -146,6 +158,12 @@ export class BlockMap {
     context.globalAlpha = isReserved ? 0.3 : 1;
     context.fillRect(x, y + inner - height, inner, height);
     context.globalAlpha = 1;
+    const others = this.scale === 1 ? (owned.others.get(cell) ?? []).slice(0, MOST_STRIPES - 1) : [];
+    others.forEach((other, at) => {
+      const left = Math.round((inner * (at + 1)) / (others.length + 1));
+      context.fillStyle = looks[other].colour;
+      context.fillRect(x + left, y, inner - left, inner);
+    });
     if (!isReserved || inner < 6) return;
     context.strokeStyle = look.colour;
     context.lineWidth = 1;
@@ -190,7 +208,10 @@ export class BlockMap {
       : tokens <= from
         ? "reserved, empty"
         : `${Math.min(tokens - from, state.blockSize)} of ${state.blockSize} tokens`;
-    return `Block ${first}: ${id}, block ${place + 1} of its ${state.blocks.get(id)?.length}, ${use}`;
+    const others = (owned.others.get(first) ?? []).map((other) => owned.ids[other]);
+    const also = others.length > 0 ? `; also ${listed(others)}` : "";
+    const count = state.blocks.get(id)?.length;
+    return `Block ${first}: ${id}, block ${place + 1} of its ${count}, ${use}${also}`;
   }
 }
 

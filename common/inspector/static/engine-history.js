@@ -28,7 +28,7 @@ export class History {
   begin = 0;
   /**
    * What has occurred, and so needs a legend.
-   * @type {Set<"preempted" | "vain" | "reserved" | "ended">}
+   * @type {Set<"preempted" | "vain" | "reserved" | "ended" | "cached" | "shared">}
    */
   seen = new Set();
 
@@ -39,6 +39,7 @@ export class History {
     this.#cursor = { position: -1, state: first.copy() };
     this.capacity = capacity;
     this.owners = new Owners(first);
+    if (first.cached.size > 0) this.seen.add("cached");
   }
 
   /** The position after the newest record. */
@@ -62,6 +63,7 @@ export class History {
     const numTokens = scheduled.reduce((sum, [, count]) => sum + count, 0);
     if (record.preempted.length > 0) this.seen.add("preempted");
     if (ended.length > 0) this.seen.add("vain");
+    if (Object.keys(record.cached).length > 0) this.seen.add("cached");
     this.#entries.push({ record, numTokens, ended: new Set(ended) });
     if (this.#entries.length > this.capacity) this.#dropOldest();
   }

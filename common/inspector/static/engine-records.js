@@ -39,6 +39,7 @@ const STATE = {
   waiting: recordOf(isCount),
   running: recordOf(isCount),
   blocks: recordOf(listOf(isBlock)),
+  cached: recordOf(isCount),
 };
 
 /** @type {Record<string, Check>} */
@@ -53,6 +54,7 @@ const RECORD = {
   allocated: recordOf(listOf(isBlock)),
   freed: recordOf(listOf(isBlock)),
   preempted: listOf(isText),
+  cached: recordOf(isCount),
 };
 
 /** @type {StepRecord} */
@@ -67,10 +69,19 @@ const EMPTY_RECORD = {
   allocated: {},
   freed: {},
   preempted: [],
+  cached: {},
 };
 
 /** @type {import("./engine-state.js").SavedState} */
-const EMPTY_STATE = { num_blocks: 0, block_size: 0, step: -1, waiting: {}, running: {}, blocks: {} };
+const EMPTY_STATE = {
+  num_blocks: 0,
+  block_size: 0,
+  step: -1,
+  waiting: {},
+  running: {},
+  blocks: {},
+  cached: {},
+};
 
 /** @returns {EngineState} of an engine that has done nothing */
 export function emptyState() {

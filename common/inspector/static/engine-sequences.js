@@ -13,7 +13,8 @@ const MOST_ROWS = 64; // of hundreds that wait the first are enough
  * @typedef {object} Row
  * @property {string} id
  * @property {"running" | "waiting" | "ended"} state
- * @property {string} tokens
+ * @property {string} tokens run for it
+ * @property {string} cached tokens that were found
  * @property {string} blocks
  */
 
@@ -23,7 +24,8 @@ function rowsOf(state) {
   const row = (name) => ([id, tokens]) => ({
     id,
     state: name,
-    tokens: tokens === null ? "–" : grouped(tokens),
+    tokens: tokens === null ? "–" : grouped(tokens - (state.cached.get(id) ?? 0)),
+    cached: state.cached.has(id) ? grouped(state.cached.get(id) ?? 0) : "–",
     blocks: grouped(state.blocks.get(id)?.length ?? 0),
   });
   const ended = [...state.blocks.keys()].filter((id) => !state.isUnfinished(id));
@@ -72,7 +74,8 @@ export class SequenceTable {
     setText(id, row.id);
     setText(element.cells[1], row.state);
     setText(element.cells[2], row.tokens);
-    setText(element.cells[3], row.blocks);
+    setText(element.cells[3], row.cached);
+    setText(element.cells[4], row.blocks);
   }
 }
 

@@ -15,6 +15,7 @@
  * @property {Record<string, number[]>} allocated request id -> blocks that it took
  * @property {Record<string, number[]>} freed request id -> blocks that it gave up
  * @property {string[]} preempted requests that went back to waiting
+ * @property {Record<string, number>} cached request id -> tokens found for it when it joined or came back
  */
 
 /**
@@ -22,9 +23,10 @@
  * @property {number} num_blocks 0 where the engine has none
  * @property {number} block_size tokens in a block
  * @property {number} step
- * @property {Record<string, number>} waiting request id -> tokens run for it so far
+ * @property {Record<string, number>} waiting request id -> tokens found or run for it so far
  * @property {Record<string, number>} running the same
  * @property {Record<string, number[]>} blocks request id -> the blocks it holds
+ * @property {Record<string, number>} cached request id -> how many of its tokens were found, while it runs
  */
 
 export class EngineState {
@@ -37,6 +39,7 @@ export class EngineState {
     this.running = new Map(Object.entries(saved.running));
     /** @type {Map<string, number[]>} */
     this.blocks = new Map(Object.entries(saved.blocks).map(([id, owned]) => [id, [...owned]]));
+    this.cached = new Map(Object.entries(saved.cached));
   }
 
   /** @param {string} id whether it waits or runs; one that has ended may still hold blocks */
@@ -50,7 +53,13 @@ export class EngineState {
     for (const id of Object.keys(record.arrived)) this.waiting.set(id, 0);
     for (const id of record.preempted) {
       this.running.delete(id);
+      this.cached.delete(id);
       this.waiting = new Map([[id, 0], ...this.waiting]);
+    }
+    for (const [id, count] of Object.entries(record.cached)) {
+      if (!this.waiting.delete(id)) continue;
+      this.running.set(id, count);
+      this.cached.set(id, count);
     }
     for (const [id, count] of Object.entries(record.scheduled)) {
       if (!this.isUnfinished(id)) continue; // a batch may compute a sequence that has ended
@@ -60,6 +69,7 @@ export class EngineState {
     for (const id of Object.keys(record.finished)) {
       this.waiting.delete(id);
       this.running.delete(id);
+      this.cached.delete(id);
     }
     for (const [id, taken] of Object.entries(record.allocated)) {
       this.blocks.set(id, [...(this.blocks.get(id) ?? []), ...taken]);
@@ -98,6 +108,7 @@ export class EngineState {
       waiting: Object.fromEntries(this.waiting),
       running: Object.fromEntries(this.running),
       blocks: Object.fromEntries(this.blocks),
+      cached: Object.fromEntries(this.cached),
     };
   }
 }

@@ -34,13 +34,15 @@ function changes(record) {
   const prompts = Object.entries(record.arrived);
   const arrived = prompts.map(([id, count]) => `${id} (${plural(count, "token")})`);
   const finished = Object.entries(record.finished).map(([id, reason]) => `${id} (${reason})`);
-  const kinds = { Arrived: arrived, Finished: finished, Preempted: record.preempted };
+  const hits = Object.entries(record.cached).filter(([, count]) => count > 0);
+  const cached = hits.map(([id, count]) => `${id} (${plural(count, "token")})`);
+  const kinds = { Arrived: arrived, Cached: cached, Finished: finished, Preempted: record.preempted };
   const said = Object.entries(kinds).filter(([, names]) => names.length > 0);
   return said.map(([kind, names]) => `${kind}: ${listed(names)}`).join(". ");
 }
 
 /** @param {string[]} names */
-function listed(names) {
+export function listed(names) {
   const rest = names.length - MOST_NAMES;
   return names.slice(0, MOST_NAMES).join(", ") + (rest > 0 ? ` and ${rest} more` : "");
 }

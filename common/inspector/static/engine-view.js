@@ -11,7 +11,7 @@ import { Timeline } from "./engine-timeline.js";
 /** @typedef {import("./engine-player.js").Player} Player */
 /** @typedef {import("./engine-state.js").EngineState} EngineState */
 
-const LEGENDS = /** @type {const} */ (["vain", "reserved", "ended"]); // those not shown from the start
+const LEGENDS = /** @type {const} */ (["vain", "reserved", "ended", "shared"]); // those not shown from the start
 
 /** @param {string} id @returns {any} */
 const byId = (id) => document.getElementById(id);
@@ -60,6 +60,7 @@ export class EngineView {
     lines.forEach((line, index) => setText(byId("engine-step").children[index], line));
     byId("engine-map").hidden = state.numBlocks === 0;
     byId("engine").classList.toggle("has-blocks", state.numBlocks > 0);
+    byId("engine").classList.toggle("has-cache", history.seen.has("cached"));
     if (state.numBlocks > 0) {
       this.#map.paint(state, owned, history.owners, this.#cell);
       this.#showMapWords(state, owned);
@@ -76,6 +77,7 @@ export class EngineView {
   #showLegends({ seen }) {
     if (this.#map.hasReserved) seen.add("reserved");
     if (this.#map.hasEnded) seen.add("ended");
+    if (this.#map.hasShared) seen.add("shared");
     for (const kind of LEGENDS) byId(`engine-${kind}`).hidden = !seen.has(kind);
   }
 
