@@ -129,8 +129,9 @@ class Scheduler:
             self.cache.release(sequence)
             sequence.block_table = []
             return False
-        self.trace.allocated(sequence.request_id, found)
         sequence.num_computed_tokens = len(found) * self.kv.block_size
+        self.trace.allocated(sequence.request_id, found)
+        self.trace.cached(sequence.request_id, sequence.num_computed_tokens)
         sequence.num_drafted_kv = sequence.num_computed_tokens
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
