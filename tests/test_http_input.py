@@ -306,7 +306,6 @@ def test_unknown_models(client: httpx.Client) -> None:
         ("prompt_embeds", "gASVCgAAAAAAAABLAS4="),
         ("chat_template", "{{ 1 }}"),
         ("chat_template_kwargs", {"enable_thinking": True}),
-        ("cache_salt", "x"),
         ("kv_transfer_params", {"remote_host": "10.0.0.1"}),
         ("lora_path", "/etc"),
         ("use_beam_search", True),

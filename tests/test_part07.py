@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded
-from common.testing.parts import engine_of, module_of, wrap_model
+from common.testing.parts import PARTS, engine_of, module_of, wrap_model
+from common.testing.schedules import Drive, Event
 
 MODEL = "random:tiny-llama"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -80,10 +81,10 @@ def test_a_different_beginning_finds_nothing(kind: str) -> None:
     """The same tokens elsewhere have other keys and values."""
     engine = engine_with(kind)
     run(engine, PROMPT)
-    assert run(engine, [9] + PROMPT)[0].num_cached_tokens == 0
+    assert run(engine, [9, *PROMPT])[0].num_cached_tokens == 0
     assert run(engine, [9, *PROMPT[1:]])[0].num_cached_tokens == 0
     assert run(engine, PROMPT[4:])[0].num_cached_tokens == 0
-    assert run(engine, PROMPT[:8] + [9] + PROMPT[9:])[0].num_cached_tokens == 8
+    assert run(engine, [*PROMPT[:8], 9, *PROMPT[9:]])[0].num_cached_tokens == 8
 
 
 def test_off_finds_nothing() -> None:
@@ -159,9 +160,7 @@ def test_a_step_is_shared_when_it_is_read_and_not_before(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_failed_step_left_is_never_found(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_failed_step_left_is_never_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_with(kind, max_num_batched_tokens=8)
     calls: list[int] = []
 
@@ -290,6 +289,34 @@ def test_hits_are_counted() -> None:
     after = engine.stats()
     assert after["num_prefix_cache_queries"] - before["num_prefix_cache_queries"] == 60
     assert after["num_prefix_cache_hits"] - before["num_prefix_cache_hits"] == 28
+
+
+class Poisoner(Drive):
+    """After each step, writes large numbers where nothing lies that anybody may find."""
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            if not self.engine.has_unfinished():
+                break
+            super().steps(1)
+            cache, pool = self.engine.scheduler.cache, self.engine.kv.pool
+            held = getattr(cache, "key_of", {})
+            free = [block for block in pool.free_blocks if block not in held]
+            self.engine.kv.data[free] = 1e4
+            self.num_poisoned = getattr(self, "num_poisoned", 0) + len(free)
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part >= 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_others_left_behind_is_never_read(kind: str, part: int) -> None:
+    for pool in ({"num_blocks": 17, "max_num_seqs": 8}, {"num_blocks": 40, "max_num_seqs": 3}):
+        flags = {"block_size": 4, "max_num_batched_tokens": 20, "prefix_cache": kind} | pool
+        engine = engine_of(part, MODEL, threads=1, **flags)
+        drive = Poisoner(engine, MODEL)
+        abort = {5: 3, 9: 9, 11: 6}
+        stop = {4: 2, 7: 5}
+        drive.run([Event(i % 12, 24, stop.get(i), abort.get(i), i % 5) for i in range(16)])
+        assert drive.num_poisoned > 30
 
 
 # Against a brute-force model of what may be found.
