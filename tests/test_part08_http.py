@@ -1,11 +1,13 @@
 """What part 08 says over HTTP of its drafts, and how a request does without them.
 
-Token ids and tiny models, in a thread of this process, so that the tests see the engine too. One
-model is real; the other one says the same text again and again, so that it is known which drafts
+Token ids and tiny models, in a thread of this process, so that the tests see the engine too. Two
+servers: at one a twin of the model drafts, which is always right but where it is made to slip; at
+the other the model says one text again and again, and n-grams draft it. So it is known which drafts
 stay, and where in a draft an answer ends.
 """
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +28,8 @@ from common.tokenizer import Tokenizer
 MODEL = "random:tiny-llama"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MOST = 5  # tokens of a draft
-PROMPT = [3, 4, 5] * 4 + [9] * 4  # it repeats itself: something is drafted from the first step on
+SLIP = 7  # of so many tokens of a text, one is drafted wrong
+PROMPT = [(7 * i) % 500 + 2 for i in range(16)]
 REAL: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
 TEXT = "ab€cd.\n"  # what the other model repeats, byte by byte; € has three of them
 
@@ -67,7 +70,7 @@ def ask(client: httpx.Client, body: dict[str, Any], stream: bool = False) -> Ans
     return Answer(chunks, last["usage"])
 
 
-def drafting_engine() -> Any:
+def drafting_engine(**flags: Any) -> Any:
     """It drafts in every step, as much as there is room for."""
     config = module_of(8, "config").EngineConfig(
         model=MODEL,
@@ -75,13 +78,27 @@ def drafting_engine() -> Any:
         num_blocks=128,
         block_size=4,
         max_num_seqs=8,
-        speculative="ngram",
-        prompt_lookup_min=1,
         num_speculative_tokens=MOST,
+        **flags,
     )
     engine = module_of(8, "engine").LLMEngine(config)
     engine.speculator.lengths.choose = lambda sequences, limits, num_tokens: list(limits)
     return engine
+
+
+def make_it_slip(proposer: Any) -> None:
+    """Let the drafts be wrong at each text's every so many'th place."""
+    propose = proposer.propose
+
+    def slipping(sequences: list[Any], max_lengths: list[int]) -> list[Any]:
+        drafts = propose(sequences, max_lengths)
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            for place, token_id in enumerate(draft.token_ids, start=sequence.num_tokens):
+                if place % SLIP == 0:
+                    draft.token_ids[place - sequence.num_tokens] = token_id ^ 1
+        return drafts
+
+    proposer.propose = slipping
 
 
 def serve(engine: Any, part: int = 8) -> Any:
@@ -90,8 +107,9 @@ def serve(engine: Any, part: int = 8) -> Any:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, Any]]:
-    """(base URL, engine) with the real model."""
-    engine = drafting_engine()
+    """(base URL, engine) of the server whose drafts are right but in places."""
+    engine = drafting_engine(speculative="draft", draft_model=MODEL)
+    make_it_slip(engine.speculator.proposer)
     with serve(engine) as url:
         yield url, engine
 
@@ -130,7 +148,7 @@ def test_usage_sums_over_prompts_and_choices(
     served: tuple[str, Any], client: httpx.Client, stream: bool
 ) -> None:
     before = counts(served[1])
-    body = {**REAL, "prompt": [PROMPT, [7, 8] * 5], "n": 2, "temperature": 0.5, "seed": 4}
+    body = {**REAL, "prompt": [PROMPT, PROMPT[5:12]], "n": 2, "temperature": 0.5, "seed": 4}
     usage = ask(client, body, stream).usage
     assert usage["completion_tokens"] == 4 * 24
     details = usage["completion_tokens_details"]
@@ -163,6 +181,7 @@ def test_without_drafts_the_same_tokens(
     before = counts(served[1])
     without = ask(client, body | {"speculative": False}, stream)
     assert counts(served[1]) == before
+    assert with_drafts.drafts[0] > 0 and with_drafts.drafts[1] > 0
     assert "completion_tokens_details" not in without.usage
     assert with_drafts.tokens == without.tokens and len(without.tokens) == 24
     assert with_drafts.values == pytest.approx(without.values, abs=1e-4)
@@ -264,7 +283,7 @@ def byte_ids(tokenizer: Tokenizer) -> dict[int, int]:
 @pytest.fixture(scope="module")
 def repeating() -> Iterator[tuple[str, Any, list[int]]]:
     """(base URL, engine, token ids of the text); what follows the prompt is the text's begin."""
-    engine = drafting_engine()
+    engine = drafting_engine(speculative="ngram")
     engine.tokenizer = Tokenizer.load(resolve("smollm2-135m"))
     ids = byte_ids(engine.tokenizer)
     cycle = [ids[byte] for byte in TEXT.encode()]
@@ -382,9 +401,14 @@ def test_logprobs_of_the_real_model(client: httpx.Client, temperature: float) ->
             assert top == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_client_that_stops_reading(repeats: httpx.Client, body: dict[str, Any]) -> None:
+def test_a_client_that_stops_reading(
+    repeats: httpx.Client, body: dict[str, Any], repeating: tuple[str, Any, list[int]]
+) -> None:
     """Its request is aborted with drafts in it, and the next is answered as ever."""
     with repeats.stream("POST", COMPLETIONS, json=body | {"max_tokens": 400, "stream": True}) as it:
         next(it.iter_lines())
     answer = ask(repeats, body)
     assert (answer.text, answer.drafts) == (said(25), (20, 0))
+    deadline = time.monotonic() + 60
+    while repeating[1].has_unfinished() and time.monotonic() < deadline:
+        time.sleep(0.01)
