@@ -37,7 +37,9 @@ class Batch:
     token_ids: torch.Tensor  # [num_tokens] int64; below 0: not known, see `fill_in`
     positions: torch.Tensor  # [num_tokens] int64
     metadata: AttentionMetadata
-    admitted: list[Sequence]  # those who join with this batch
+    # (row, output so far) of those who join and whose output is counted. Copies: by the time that the
+    # device comes to it, a sequence may have ended or given up its row.
+    counted: list[tuple[int, list[int]]]
     sampled: list[Sequence]  # those whose last token is in the batch
     sampled_tokens: (
         torch.Tensor
@@ -207,7 +209,11 @@ class ModelRunner:
             tensors["token_ids"],
             tensors["positions"],
             metadata,
-            admitted,
+            [
+                (sequence.row, list(sequence.output_token_ids))
+                for sequence in admitted
+                if sequence.params.has_penalties
+            ],
             sampled,
             tensors["sampled_tokens"],
             tensors["rows"],
@@ -240,9 +246,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Sampled:
         """All that the device does in a step."""
-        for sequence in batch.admitted:
-            if sequence.params.has_penalties:
-                self.count_output(sequence)
+        for row, token_ids in batch.counted:
+            self.count_output(row, token_ids)
         self.fill_in(batch)
         return self.sample(batch, self.forward(batch))
 
@@ -251,8 +256,8 @@ class ModelRunner:
         drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
         batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
 
-    def count_output(self, sequence: Sequence) -> None:
-        """Count the tokens that a sequence has generated so far; `sample` counts on.
+    def count_output(self, row: int, token_ids: list[int]) -> None:
+        """Count the tokens that a row's sequence has generated so far; `sample` counts on.
 
         All of them are known, and stay so until this step is read: nobody joins with a token on
         its way.
@@ -261,8 +266,8 @@ class ModelRunner:
         if self.counts is None:
             shape = (self.config.max_num_seqs, vocab_size)
             self.counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        counts = np.bincount(np.array(sequence.output_token_ids, np.int64), minlength=vocab_size)
-        self.counts[sequence.row] = torch.from_numpy(counts.astype(np.int32)).to(self.device)
+        counts = np.bincount(np.array(token_ids, np.int64), minlength=vocab_size)
+        self.counts[row] = torch.from_numpy(counts.astype(np.int32)).to(self.device)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits after each sampled sequence's last token, [num_sampled, vocab]."""

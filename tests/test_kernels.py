@@ -218,6 +218,18 @@ def test_weights_are_kept_once() -> None:
     assert sum(v.numel() for v in held) <= 64 * 100 + 64
 
 
+def test_weights_share_memory_and_not_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie one after another until a chunk is full; one larger than a chunk has its own."""
+    monkeypatch.setattr("common.kernels.cpu_weight.CHUNK", 4 << 20)
+    ops, x = CpuOps(2), randn(3, 512)
+    weights = [randn(size, 512, seed=size) for size in (992, 544, 4800, 33, 96)]
+    prepared = [ops.prepare_weight(weight) for weight in weights]
+    first, second, *_ = prepared
+    assert second.panels_address == first.panels_address + first.panels.nbytes
+    for weight, one in zip(weights, prepared, strict=True):
+        assert_near(ops.linear(x, one), x.double() @ weight.double().T, 5e-6)
+
+
 # Attention.
 
 
@@ -333,6 +345,12 @@ def test_attention_with_large_scores(ops: Ops) -> None:
 
 def test_attention_with_other_head_sizes(ops: Ops) -> None:
     check_attention(ops, make_attention(MIXES["all"], 2, 1, 20, 4))
+
+
+def test_attention_of_two_caches_in_turn(ops: Ops) -> None:
+    shapes = (4, 2, 16, 4), (9, 3, 64, 16)
+    for case in [make_attention([(1, 9), (5, 20)], *shape) for shape in shapes] * 2:
+        check_attention(ops, case)
 
 
 def test_attention_takes_views(ops: Ops) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from common.sampling import SamplingParams
 from common.testing.oracle import check_seeded
-from common.testing.parts import engine_of, module_of, wrap_model
+from common.testing.parts import PARTS, engine_of, module_of, wrap_model
 
 MODEL = "random:tiny-llama"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -329,3 +329,26 @@ def test_shutdown_waits_for_what_is_in_flight_and_the_thread_ends_with_the_engin
     gc.collect()
     thread.join(10)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part >= 5])
+def test_penalties_of_others_do_not_notice_who_leaves(part: int) -> None:
+    """One whose only token is launched gives up its row before the device has counted its output:
+    once that wiped out the counts of everybody."""
+    params = SamplingParams(
+        temperature=0.0, presence_penalty=1.5, frequency_penalty=1.0, max_tokens=24, ignore_eos=True
+    )
+    engine = engine_of(part, MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8)
+    [alone] = engine.generate([PROMPT], params, progress=False)
+    engine.add_request("a", PROMPT, params)
+    tokens: list[int] = []
+    for number in range(60):
+        if not engine.has_unfinished():
+            break
+        engine.add_request(f"b{number}", [5, 6 + number], replace(params, max_tokens=1))
+        tokens += [t for o in engine.step() if o.request_id == "a" for t in o.token_ids]
+        if len(tokens) == 24:
+            break
+    while engine.has_unfinished():
+        tokens += [t for o in engine.step() if o.request_id == "a" for t in o.token_ids]
+    assert tokens == alone.token_ids

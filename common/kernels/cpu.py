@@ -8,10 +8,12 @@ An object serves one thread at a time; the number of threads is set for the thre
 """
 
 import contextlib
+import math
 import platform
 import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ from common.kernels.cpu_jit import CACHE_FOLDER
 from common.kernels.cpu_linear import linear
 from common.kernels.cpu_sampler import sample
 from common.kernels.cpu_vector import LANES, PANEL
+from common.kernels.cpu_weight import PanelWeight, WeightMemory
 from common.kernels.reference import ReferenceOps
 
 FLOAT = torch.float32
@@ -34,7 +37,6 @@ FLOAT = torch.float32
 PARALLEL_NORM = 100_000
 PARALLEL_SILU = 12_000
 PARALLEL_ROTARY = 30_000
-PARALLEL_LINEAR = 50_000
 
 _compile_lock = threading.Lock()
 _is_compiled_here = False  # whether this process has compiled, or loaded, every kernel
@@ -42,32 +44,24 @@ _num_threads_of: dict[int, int] = {}  # thread id: what numba was last told ther
 
 
 @dataclass(frozen=True)
-class PanelWeight:
-    """A weight as `cpu_linear` reads it, and its bias, zeros where there is none."""
+class CacheLayout:
+    """What the kernels need to know of a KV cache, asked once and not 60 times a step."""
 
-    panels: Tensor  # [num_panels, in_features, PANEL]
-    bias: Tensor  # [num_panels * PANEL]
-    out_features: int
-    panels_address: int
-    bias_address: int
-    is_large: bool  # worth a second core for one token
+    cache: weakref.ref[Tensor]
+    is_plain: bool
+    address: int
+    size: int  # floats
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    half: int  # floats of the keys, or values, of a block and layer
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None) -> "PanelWeight":
-        out_features, in_features = weight.shape
-        num_panels = -(-out_features // PANEL)
-        padded_bias = torch.zeros(num_panels * PANEL)
-        if bias is not None:
-            padded_bias[:out_features] = bias
-        panels = torch.empty(num_panels, in_features, PANEL)
-        whole = out_features // PANEL
-        by_panel = weight[: whole * PANEL].reshape(whole, PANEL, in_features)
-        panels[:whole] = by_panel.transpose(1, 2)
-        if whole < num_panels:
-            panels[whole] = 0
-            panels[whole, :, : out_features - whole * PANEL] = weight[whole * PANEL :].T
-        addresses = panels.data_ptr(), padded_bias.data_ptr()
-        return cls(panels, padded_bias, out_features, *addresses, weight.numel() >= PARALLEL_LINEAR)
+    def of(cls, kv_cache: Tensor) -> "CacheLayout":
+        _, num_layers, _, *sizes = kv_cache.shape
+        known = weakref.ref(kv_cache), is_plain(kv_cache), kv_cache.data_ptr(), kv_cache.numel()
+        return cls(*known, num_layers, *sizes, math.prod(sizes))
 
 
 def is_plain(x: Tensor) -> bool:
@@ -92,6 +86,8 @@ class CpuOps(Ops):
             raise ValueError(f"num_threads must be at least 1, not {num_threads}")
         self.num_threads = min(num_threads or usable_cores(), numba.config.NUMBA_NUM_THREADS)
         self.reference = ReferenceOps()
+        self.memory = WeightMemory()
+        self._layout: CacheLayout | None = None
         self.warm_up()
 
     def threads_for(self, is_large: bool = True) -> int:
@@ -101,6 +97,11 @@ class CpuOps(Ops):
             numba.set_num_threads(self.num_threads)
             _num_threads_of[thread] = self.num_threads
         return self.num_threads if is_large else 1
+
+    def layout_of(self, kv_cache: Tensor) -> CacheLayout:
+        if self._layout is None or self._layout.cache() is not kv_cache:
+            self._layout = CacheLayout.of(kv_cache)
+        return self._layout
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not (is_plain(x) and is_plain(weight) and x.dim() == 2):
@@ -114,9 +115,9 @@ class CpuOps(Ops):
         return self._norm(x, residual, weight, eps)
 
     def _norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        num_rows, size = x.shape
-        assert residual.shape == x.shape and weight.shape == (size,), (residual.shape, weight.shape)
-        out = torch.empty_like(x)
+        num_rows, size = shape = x.shape
+        assert residual.shape == shape and weight.shape == (size,), (residual.shape, weight.shape)
+        out = torch.empty(num_rows, size)
         cpu_elementwise.norm(
             x.data_ptr(),
             residual.data_ptr(),
@@ -141,45 +142,49 @@ class CpuOps(Ops):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
     ) -> Tensor:
-        tensors = [qkv, cos_sin, kv_cache, *(w for w in (q_norm, k_norm) if w is not None)]
-        if not all(map(is_plain, tensors)):
+        layout = self.layout_of(kv_cache)
+        is_simple = layout.is_plain and is_plain(qkv) and is_plain(cos_sin)
+        is_simple = is_simple and (q_norm is None or is_plain(q_norm))
+        if not (is_simple and (k_norm is None or is_plain(k_norm))):
             arguments = (qkv, cos_sin, positions, kv_cache, layer, slot_mapping)
             return self.reference.rotary_and_store(*arguments, q_norm, k_norm, eps)
         positions, slots = plain(positions, torch.int64), plain(slot_mapping, torch.int64)
-        _, num_layers, _, block_size, num_kv_heads, head_dim = kv_cache.shape
-        num_tokens = len(qkv)
-        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-        assert 0 <= layer < num_layers and len(positions) == len(slots) == num_tokens, layer
-        assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, qkv.shape
+        num_kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
+        num_tokens, width = qkv.shape
+        num_heads = width // head_dim - 2 * num_kv_heads
+        assert 0 <= layer < layout.num_layers, layer
+        assert positions.shape == slots.shape == (num_tokens,), (positions.shape, slots.shape)
+        assert width == (num_heads + 2 * num_kv_heads) * head_dim, qkv.shape
         out = torch.empty(num_tokens, num_heads, head_dim)
-        half = block_size * num_kv_heads * head_dim  # the keys of a block and layer
+        half = layout.half
         cpu_elementwise.rotary_and_store(
             qkv.data_ptr(),
             cos_sin.data_ptr(),
             positions.data_ptr(),
-            kv_cache.data_ptr() + layer * 2 * half * 4,
+            layout.address + layer * 2 * half * 4,
             slots.data_ptr(),
             0 if q_norm is None else q_norm.data_ptr(),
             0 if k_norm is None else k_norm.data_ptr(),
             out.data_ptr(),
             eps,
             num_tokens,
-            len(cos_sin),
+            cos_sin.shape[0],
             num_heads,
             num_kv_heads,
             head_dim,
-            num_layers * 2 * half,
+            layout.num_layers * 2 * half,
             half,
-            block_size,
-            kv_cache.numel() - layer * 2 * half,
-            self.threads_for(qkv.numel() >= PARALLEL_ROTARY),
+            layout.block_size,
+            layout.size - layer * 2 * half,
+            self.threads_for(num_tokens * width >= PARALLEL_ROTARY),
         )
         return out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         if not (is_plain(gate_up) and gate_up.dim() == 2):
             return self.reference.silu_and_mul(gate_up)
-        num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        num_rows, width = gate_up.shape
+        size = width // 2
         out = torch.empty(num_rows, size)
         num_threads = self.threads_for(num_rows * size >= PARALLEL_SILU)
         cpu_elementwise.silu_and_mul(
@@ -190,14 +195,14 @@ class CpuOps(Ops):
     def prepare_weight(self, weight: Tensor, bias: Tensor | None = None) -> Any:
         if weight.dtype is not FLOAT:
             return self.reference.prepare_weight(weight, bias)
-        return PanelWeight.pack(weight, bias)
+        return PanelWeight.pack(weight, bias, self.memory)
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
         if not isinstance(weight, PanelWeight):
             return self.reference.linear(x, weight)
         x = plain(x, FLOAT)
         num_tokens, in_features = x.shape
-        assert in_features == weight.panels.shape[1], (x.shape, weight.panels.shape)
+        assert in_features == weight.in_features, (x.shape, weight.panels.shape)
         out = torch.empty(num_tokens, weight.out_features)
         linear(
             x.data_ptr(),
@@ -225,34 +230,35 @@ class CpuOps(Ops):
         scale: float,
         sliding_window: int | None = None,
     ) -> Tensor:
-        _, num_layers, _, block_size, num_kv_heads, head_dim = kv_cache.shape
-        if query.dtype is not FLOAT or not is_plain(kv_cache) or head_dim % LANES:
+        layout = self.layout_of(kv_cache)
+        num_kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
+        if query.dtype is not FLOAT or not layout.is_plain or head_dim % LANES:
             arguments = (query, kv_cache, layer, metadata, scale, sliding_window)
             return self.reference.attention(*arguments)
         query = plain(query, FLOAT)
         starts = plain(metadata.cu_seqlens_q, torch.int32)
         lengths = plain(metadata.seq_lens, torch.int32)
         tables = plain(metadata.block_tables, torch.int32)
-        num_tokens, num_heads = query.shape[:2]
-        assert num_heads % num_kv_heads == 0 and 0 <= layer < num_layers, (num_heads, layer)
+        num_tokens, num_heads, _ = query.shape
+        assert num_heads % num_kv_heads == 0 and 0 <= layer < layout.num_layers, (num_heads, layer)
         assert sliding_window is None or sliding_window > 0, sliding_window
         out = torch.empty(num_tokens, num_heads * head_dim)
         if num_tokens == 0:
             return out
-        half = block_size * num_kv_heads * head_dim * 4
+        half = layout.half * 4
         attention(
             query.data_ptr(),
             out.data_ptr(),
-            kv_cache.data_ptr() + layer * 2 * half,
-            num_layers * 2 * half,
+            layout.address + layer * 2 * half,
+            layout.num_layers * 2 * half,
             half,
-            block_size,
+            layout.block_size,
             starts.data_ptr(),
             lengths.data_ptr(),
             tables.data_ptr(),
             tables.shape[1],
             num_tokens,
-            len(lengths),
+            lengths.shape[0],
             num_heads,
             num_kv_heads,
             head_dim,
