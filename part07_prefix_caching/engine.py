@@ -83,7 +83,8 @@ class LLMEngine:
                     for step_output in self.step():
                         output = outputs[step_output.request_id]
                         was_finished = output.finished
-                        output.num_cached_tokens = step_output.num_cached_tokens
+                        if not was_finished:
+                            output.num_cached_tokens = step_output.num_cached_tokens
                         output.process(
                             step_output.token_ids, step_output.finish_reason, step_output.logprobs
                         )
@@ -126,8 +127,9 @@ class LLMEngine:
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """End a request; the next step returns its last output. Unknown ids are finished ones."""
         if request_id in self.sequences:
-            self.finish(self.sequences[request_id])
-            self.aborted.append(RequestOutput(request_id, [], finish_reason=reason))
+            sequence = self.sequences[request_id]
+            self.finish(sequence)
+            self.aborted.append(self.output(sequence, finish_reason=reason))
 
     def step(self) -> list[RequestOutput]:
         """Launch more tokens of each sequence; then read what was launched before.
@@ -210,8 +212,18 @@ class LLMEngine:
         if reason is not None:
             self.finish(sequence)
         new = token_ids[:num_taken], logprobs[:num_taken]
-        num_cached = sequence.num_cached_tokens or 0
-        return RequestOutput(sequence.request_id, *new, reason, num_cached)
+        return self.output(sequence, *new, finish_reason=reason)
+
+    def output(
+        self, sequence: Sequence, *new: list[Any], finish_reason: str | None
+    ) -> RequestOutput:
+        """What a step, or an abort, says of a sequence. new: token ids, and log probabilities."""
+        return RequestOutput(
+            sequence.request_id,
+            *(new or ([],)),
+            finish_reason=finish_reason,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+        )
 
     def finish_reason(self, sequence: Sequence) -> str | None:
         """Why a sequence ends with its last token, `stop` or `length`; None when it goes on."""

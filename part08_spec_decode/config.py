@@ -67,10 +67,10 @@ class EngineConfig:
         None, "most tokens of a draft (12 for ngram, else 4)", minimum=1, maximum=64
     )
     prompt_lookup_min: int | None = option(
-        None, "ngram: fewest tokens that must have occurred before (2)", minimum=1, maximum=64
+        None, "ngram: fewest tokens that must have occurred before (2)", minimum=1, maximum=16
     )
     prompt_lookup_max: int | None = option(
-        None, "ngram: most tokens that are looked for (4)", minimum=1, maximum=64
+        None, "ngram: most tokens that are looked for (4)", minimum=1, maximum=16
     )
     draft_model: str | None = option(None, "draft: the smaller model, named as --model is")
     draft_layers: int | None = option(

@@ -30,14 +30,15 @@ class ModelProposer:
     def __init__(self, config: EngineConfig, runner: ModelRunner) -> None:
         """Raises ValueError."""
         self.runner, self.budget = runner, config.max_num_batched_tokens
+        self.repeats = config.seed is not None  # so what is drawn may not depend on draft lengths
         self.has_own_kv = config.speculative == "draft"
         self.model = runner.draft_model if self.has_own_kv else runner.model
         self.kv_data = (runner.draft_kv if self.has_own_kv else runner.kv).data
         self.layers = None if self.has_own_kv else layers_to_run(config, runner)
 
     def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
-        """Nothing is read before the last token is launched: each step takes what the one before it
-        has drawn from the device, where it also stays for the verification."""
+        """Each forward takes what the one before it has drawn from the device: tokens are read when
+        all are launched."""
         limits = dict(zip(sequences, max_lengths, strict=True))
         rounds, probs = [], {sequence: [] for sequence in sequences}
         running, begins, counts = self.first_round(limits)
@@ -95,7 +96,7 @@ class ModelProposer:
         if not batch.sampled:
             return Sampled(batch.rows, [])
         logits = self.model.logits(hidden[batch.sampled_tokens])
-        rejecting = [i for i, sequence in enumerate(batch.sampled) if will_reject(sequence)]
+        rejecting = [i for i, sequence in enumerate(batch.sampled) if self.will_reject(sequence)]
         if rejecting:
             rows = torch.tensor(rejecting, device=logits.device)
             columns = (about.temperature, about.top_k, about.top_p, about.min_p)
@@ -106,13 +107,13 @@ class ModelProposer:
         runner.last_token_ids[batch.rows] = token_ids
         return Sampled(token_ids, about.num_logprobs)
 
+    def will_reject(self, sequence: Sequence) -> bool:
+        """Whether a sequence's drafts stay by rejection: where no seed promises what is drawn."""
+        params = sequence.params
+        return params.seed is None and params.temperature > 0 and not self.repeats
+
     def forget(self, sequence: Sequence) -> None:
-        pass
-
-
-def will_reject(sequence: Sequence) -> bool:
-    """Whether a sequence's drafts stay by rejection: where no seed promises what is drawn."""
-    return sequence.params.seed is None and sequence.params.temperature > 0
+        """Nothing is kept here."""
 
 
 def layers_to_run(config: EngineConfig, runner: ModelRunner) -> list[int]:

@@ -89,9 +89,10 @@ class LLMEngine:
                     for step_output in self.step():
                         output = outputs[step_output.request_id]
                         was_finished = output.finished
-                        output.num_cached_tokens = step_output.num_cached_tokens
-                        output.num_draft_tokens = step_output.num_draft_tokens
-                        output.num_accepted_tokens = step_output.num_accepted_tokens
+                        if not was_finished:
+                            output.num_cached_tokens = step_output.num_cached_tokens
+                            output.num_draft_tokens = step_output.num_draft_tokens
+                            output.num_accepted_tokens = step_output.num_accepted_tokens
                         output.process(
                             step_output.token_ids, step_output.finish_reason, step_output.logprobs
                         )
@@ -137,8 +138,9 @@ class LLMEngine:
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """End a request; the next step returns its last output. Unknown ids are finished ones."""
         if request_id in self.sequences:
-            self.finish(self.sequences[request_id])
-            self.aborted.append(RequestOutput(request_id, [], finish_reason=reason))
+            sequence = self.sequences[request_id]
+            self.finish(sequence)
+            self.aborted.append(self.output(sequence, finish_reason=reason))
 
     def step(self) -> list[RequestOutput]:
         """Launch more tokens of each sequence; then read what was launched before.
@@ -160,6 +162,8 @@ class LLMEngine:
                 self.scheduled = pending.scheduled
                 outputs += self.postprocess(pending, *self.wait(pending))
                 if self.speculator is not None:
+                    # Kept where they are safe: drafting may fail.
+                    self.aborted, outputs = [*self.aborted, *outputs], []
                     seconds = time.perf_counter() - record.begin
                     self.speculator.ran(pending.scheduled.num_tokens, seconds)
                     self.propose()
@@ -216,8 +220,8 @@ class LLMEngine:
         never been: the tokens that come instead are computed in their place."""
         num_drafts, num_accepted = len(sequence.draft_token_ids), len(token_ids) - 1
         sequence.num_computed_tokens -= num_drafts - num_accepted
+        sequence.num_drafted_kv = min(sequence.num_drafted_kv, sequence.num_computed_tokens)
         sequence.num_draft_tokens += num_drafts
-        sequence.num_accepted_tokens += num_accepted
         if self.speculator is not None:
             self.speculator.verified(sequence, token_ids)
 
@@ -244,8 +248,21 @@ class LLMEngine:
         if reason is not None:
             self.finish(sequence)
         new = token_ids[:num_taken], logprobs[:num_taken]
-        counts = (sequence.num_cached_tokens or 0, *sequence.draft_counts)
-        return RequestOutput(sequence.request_id, *new, reason, *counts)
+        sequence.num_accepted_tokens += min(len(token_ids) - 1, num_taken)
+        return self.output(sequence, *new, finish_reason=reason)
+
+    def output(
+        self, sequence: Sequence, *new: list[Any], finish_reason: str | None
+    ) -> RequestOutput:
+        """What a step, or an abort, says of a sequence. new: token ids, and log probabilities."""
+        return RequestOutput(
+            sequence.request_id,
+            *(new or ([],)),
+            finish_reason=finish_reason,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            num_draft_tokens=sequence.num_draft_tokens,
+            num_accepted_tokens=sequence.num_accepted_tokens,
+        )
 
     def finish_reason(self, sequence: Sequence) -> str | None:
         """Why a sequence ends with its last token, `stop` or `length`; None when it goes on."""
@@ -286,8 +303,8 @@ class LLMEngine:
             "num_running": len(self.scheduler.running) + len(self.scheduler.leaving),
             "num_waiting": len(self.scheduler.waiting),
             "num_preemptions": self.scheduler.num_preemptions,
-            "weight_bytes": self.runner.model.num_bytes,
-            "kv_cache_bytes": self.kv.data.nbytes,
+            "weight_bytes": self.runner.num_weight_bytes,
+            "kv_cache_bytes": self.runner.num_kv_bytes,
             "buffer_bytes": self.runner.num_buffer_bytes,
             "block_size": self.kv.block_size,
             "num_blocks": self.kv.num_blocks,

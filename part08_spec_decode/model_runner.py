@@ -119,7 +119,10 @@ class ModelRunner:
             return None
         folder = resolve(self.config.draft_model)
         hf_config = load_config(folder)
-        limit = context_length(hf_config, max_model_len)
+        try:
+            limit = context_length(hf_config, max_model_len)
+        except ValueError as error:
+            raise ValueError(f"draft_model cannot follow the model that far: {error}") from error
         shape = ModelConfig.from_transformers(hf_config, limit)
         if shape.vocab_size != self.model.config.vocab_size:
             raise ValueError(
@@ -155,8 +158,9 @@ class ModelRunner:
         params = SamplingParams(presence_penalty=1.0, top_p=0.9)  # what takes most
         left = self.config.max_num_batched_tokens
         most_seqs = min(self.config.max_num_seqs, left)
+        each = min(1 + (self.config.num_speculative_tokens or 0), left // most_seqs)
         for row in range(most_seqs):
-            count = min(left - (most_seqs - row - 1), max_model_len)
+            count = min(left - each * (most_seqs - row - 1), max_model_len)
             left -= count
             sequence = Sequence(f"profile-{row}", [0] * count, params, seed=row, row=row)
             num_drafts = min(self.config.num_speculative_tokens or 0, count - 1)
@@ -276,6 +280,17 @@ class ModelRunner:
         )
 
     @property
+    def num_weight_bytes(self) -> int:
+        """Of the model, and of the one that drafts."""
+        models = [self.model] if self.draft_model is None else [self.model, self.draft_model]
+        return sum(model.num_bytes for model in models)
+
+    @property
+    def num_kv_bytes(self) -> int:
+        """The same of their keys and values."""
+        return self.kv.data.nbytes + (self.draft_kv.data.nbytes if self.draft_model else 0)
+
+    @property
     def num_buffer_bytes(self) -> int:
         """What a step's input takes, on the host and on the device, and the counts of tokens."""
         both = [x for buffers in self.buffers for x in (buffers.host, buffers.device)]
@@ -339,10 +354,10 @@ class ModelRunner:
         if counted:
             self.counts[batch.rows, token_ids] += 1
         self.last_token_ids[batch.rows] = token_ids
-        num_accepted = None
         if batch.has_drafts:
             token_ids, num_accepted = self.verify(batch, logits, token_ids)
-        return with_logprobs(logits, token_ids, sampling, num_accepted, batch.num_drafts)
+            return with_logprobs(logits, token_ids, sampling, num_accepted, batch.num_drafts)
+        return with_logprobs(logits, token_ids, sampling)
 
     def verify(
         self, batch: Batch, logits: torch.Tensor, drawn: torch.Tensor

@@ -208,6 +208,7 @@ class RadixPrefixCache(NoPrefixCache):
             return
         keys, end = self.keys(sequence, num_tokens), self.ends[sequence]
         node, found = self.walk(end, keys[first:])
+        self.replace(node, end, sequence.block_table[first : first + found])
         keys, blocks = keys[first + found :], sequence.block_table[first + found : count]
         if keys:
             self.pool.share(blocks)  # the tree is their second owner
@@ -223,6 +224,18 @@ class RadixPrefixCache(NoPrefixCache):
         self.unlock(end)
         self.ends[sequence], sequence.num_published_blocks = node, count
 
+    def replace(self, node: Node, end: Node, blocks: list[int]) -> None:
+        """Between `end` and `node` the tree has what a sequence has computed once more: of what
+        nobody uses it takes the sequence's blocks, and frees its own. No table is rewritten."""
+        while node is not end:
+            place = len(blocks) - len(node.blocks)
+            own, blocks = blocks[place:], blocks[:place]
+            if not node.num_locks:
+                self.pool.share(own)
+                self.pool.free(node.blocks)
+                node.blocks = own
+            node = node.parent
+
     def allocate(self, count: int) -> list[int]:
         while self.pool.num_free < count:
             self.evict(count - self.pool.num_free)
@@ -230,6 +243,7 @@ class RadixPrefixCache(NoPrefixCache):
 
     def release(self, sequence: Sequence) -> None:
         super().release(sequence)
+        self.clock += 1
         self.unlock(self.ends.pop(sequence))
 
     def walk(self, node: Node, keys: list[bytes]) -> tuple[Node, int]:
@@ -264,7 +278,9 @@ class RadixPrefixCache(NoPrefixCache):
             node = node.parent
 
     def unlock(self, node: Node) -> None:
+        """Undo one `lock`; until now all of it was in use."""
         while node.parent is not None:
+            node.last_used = self.clock
             node.num_locks -= 1
             if node.num_locks == 0:
                 self.num_evictable += len(node.blocks)

@@ -14,7 +14,7 @@ rest. What a step has computed can be found by others as soon as its tokens are 
 may yet fail.
 
 Drafts run behind a sequence's last token, and count like other tokens. They get what is left: no
-sequence loses its blocks for the drafts of another.
+block is taken for them that would leave another sequence without one for its next token.
 
 The scheduler does not wait for tokens. It counts those that are on their way (placeholders), knows
 how many each sequence may have, and so knows its next step before the last one has ended. Steps run
@@ -22,6 +22,7 @@ on the device in the order in which they were scheduled: blocks that are given u
 the next at once, though a step in flight still writes to them.
 """
 
+import itertools
 import sys
 from collections import deque
 from collections.abc import Iterable
@@ -65,6 +66,7 @@ class Scheduler:
         # A model that drafts writes keys and values of its drafts before they are scheduled.
         self.most_drafts = config.num_speculative_tokens or 0
         self.num_lookahead = self.most_drafts if config.speculative in ("draft", "self") else 0
+        self.drafted_blocks: set[int] = set()  # that a draft model of its own has filled too
         self.num_rows = config.max_num_seqs
         self.free_rows = deque(range(self.num_rows))
         self.num_preemptions = 0
@@ -132,7 +134,8 @@ class Scheduler:
         sequence.num_computed_tokens = len(found) * self.kv.block_size
         self.trace.allocated(sequence.request_id, found)
         self.trace.cached(sequence.request_id, sequence.num_computed_tokens)
-        sequence.num_drafted_kv = sequence.num_computed_tokens
+        drafted = itertools.takewhile(self.drafted_blocks.__contains__, found)
+        sequence.num_drafted_kv = len(list(drafted)) * self.kv.block_size
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_cache_queries += sequence.num_tokens
@@ -155,7 +158,7 @@ class Scheduler:
         And for its drafts, unless others would miss them; drafts that find no place are dropped.
         """
         missing = self.kv.blocks_for(sequence.num_tokens) - len(sequence.block_table)
-        num_drafts = len(sequence.draft_token_ids) + self.num_lookahead
+        num_drafts = len(sequence.draft_token_ids) + self.num_lookahead * sequence.may_draft
         most = min(sequence.num_tokens + num_drafts, sequence.limit)
         wanted = self.kv.blocks_for(most) - len(sequence.block_table)
         if wanted > max(missing, 0) and wanted + len(self.running) <= self.cache.num_free:
@@ -164,6 +167,7 @@ class Scheduler:
             if missing > self.cache.num_free:
                 return False
             blocks = self.cache.allocate(missing)
+            self.drafted_blocks.difference_update(blocks)
             self.trace.allocated(sequence.request_id, blocks)
             sequence.block_table += blocks
             output.new_blocks[sequence] = blocks
@@ -171,11 +175,18 @@ class Scheduler:
         del sequence.draft_token_ids[room - sequence.num_tokens :]
         return True
 
+    def note_drafted(self, sequence: Sequence) -> None:
+        """Remember which blocks a draft model has filled: whoever finds them need not do it again."""
+        final = min(sequence.num_drafted_kv, sequence.num_known_tokens) // self.kv.block_size
+        self.drafted_blocks.update(sequence.block_table[:final])
+
     def num_tokens_ahead(self) -> int:
         """About how many tokens the next step runs, without drafts."""
         ahead = [s.num_tokens - s.num_computed_tokens for s in self.running]
         if self.waiting and self.free_rows:
-            ahead.append(self.waiting[0].num_tokens)
+            num_tokens = self.waiting[0].num_tokens
+            if self.kv.blocks_for(num_tokens) <= self.cache.num_free:
+                ahead.append(num_tokens)
         return min(sum(ahead), self.max_num_batched_tokens)
 
     def launched(self, num_new_tokens: dict[Sequence, int], sampled: list[Sequence]) -> None:

@@ -50,11 +50,6 @@ class Sequence:
         return self.draft_probs is not None and bool(self.draft_token_ids)
 
     @property
-    def draft_counts(self) -> tuple[int, int]:
-        """How many drafts were verified, and how many of them stayed."""
-        return self.num_draft_tokens, self.num_accepted_tokens
-
-    @property
     def num_known_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .sequence import Sequence
 
+MOST_AT_ONCE = 2048  # tokens that are indexed in one step: some milliseconds
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -101,7 +103,10 @@ class NgramProposer:
         if index is None:
             index = self.indexes[sequence] = NgramIndex(self.min_n, self.max_n)
         num_indexed = len(index.token_ids)
-        index.extend(sequence.tokens(num_indexed, sequence.num_known_tokens))
+        end = min(sequence.num_known_tokens, num_indexed + MOST_AT_ONCE)
+        index.extend(sequence.tokens(num_indexed, end))
+        if end < sequence.num_known_tokens:
+            return []  # a long prompt takes some steps
         return index.lookup(max_length)
 
     def forget(self, sequence: Sequence) -> None:

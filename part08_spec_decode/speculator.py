@@ -27,10 +27,15 @@ class Speculator:
         limits = [self.limit(sequence, scheduler) for sequence in ready]
         num_tokens = max(scheduler.num_tokens_ahead(), len(ready))
         drafts, lengths = self.lengths.propose(self.proposer, ready, limits, num_tokens)
-        for sequence, draft, length in zip(ready, drafts, lengths, strict=True):
+        spare = scheduler.max_num_batched_tokens - num_tokens  # drafts get what is left of a step
+        for sequence, draft, wanted in zip(ready, drafts, lengths, strict=True):
+            length = max(min(wanted, spare), 0)
+            spare -= length
             self.proposed[sequence] = draft.token_ids
             sequence.draft_token_ids = draft.token_ids[:length]
             sequence.draft_probs = draft.probs
+            if not self.proposer.is_free:
+                scheduler.note_drafted(sequence)
 
     def limit(self, sequence: Sequence, scheduler: Scheduler) -> int:
         """The longest draft that a sequence may have: there must be room for it, and for the token

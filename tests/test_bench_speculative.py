@@ -15,10 +15,11 @@ from common.bench import BenchError, speculative, speculative_variants, speculat
 from common.bench.__main__ import main
 from common.bench.results import load_result
 from common.bench.speculative_prompts import (
-    COPY_TEXTS,
-    PROSE_SUBJECTS,
+    MATERIAL,
+    PROGRAMS,
     RANDOM_BLOCK,
     RANDOM_REPEATS,
+    TEXTS,
     WORKLOADS,
     prompt_token_ids,
     text_prompt,
@@ -40,18 +41,18 @@ LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops
 def test_a_batch_of_32_has_32_prompts(workload: str) -> None:
     prompts = [text_prompt(workload, index) for index in range(36)]
     assert len(set(prompts)) == 36 and text_prompt(workload, 36) == prompts[0]
-    material = COPY_TEXTS if workload == "copy" else PROSE_SUBJECTS
-    assert len(set(material)) == 12
+    subjects = [subject for _, subject in MATERIAL[workload]]
+    assert len(set(subjects)) == 12
+    assert all(any(subject in prompt for subject in subjects) for prompt in prompts)
     for first, second in itertools.pairwise(prompts):  # neighbours share neither task nor text
         assert first[:20] != second[:20]
-        assert not any(text in first and text in second for text in material)
-    assert all(any(text in prompt for text in material) for prompt in prompts)
+        assert not any(subject in first and subject in second for subject in subjects)
 
 
 def test_an_answer_is_not_longer_than_the_text_to_copy() -> None:
     """Else what comes after the copy would be measured too."""
     tokenizer = Tokenizer.load(resolve("smollm2-135m"))
-    assert min(len(tokenizer.encode(text)) for text in COPY_TEXTS) >= speculative.OUTPUT
+    assert min(len(tokenizer.encode(text)) for text in TEXTS + PROGRAMS) >= speculative.OUTPUT
 
 
 def test_prompts_are_in_the_models_chat_format() -> None:

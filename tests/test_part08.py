@@ -309,6 +309,102 @@ def test_unseeded_tokens_have_the_models_distribution(proposer: str) -> None:
     assert stats.chisquare(*pooled).pvalue > 1e-4
 
 
+def test_drafting_that_fails_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once an answer that had just ended was lost with the exception, and its client waited on."""
+    engine = engine_with("twin")
+    engine.add_request("short", PROMPT[:9], replace(GREEDY, max_tokens=1))
+    engine.add_request("long", PROMPT, GREEDY)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("drafting failed")
+
+    ends: dict[str, str] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.speculator.proposer, "propose", fail)
+        for _ in range(6):
+            try:
+                outputs = engine.step() if engine.has_unfinished() else []
+            except RuntimeError:
+                engine.fail_step()
+                continue
+            ends |= {o.request_id: o.finish_reason for o in outputs if o.finished}
+    assert ends == {"short": "length", "long": "error"}
+    engine.check_integrity()
+
+
+def test_drafts_of_the_old_take_no_token_from_the_young() -> None:
+    """Eight sequences and a budget of 20: all of them get a token in every step."""
+    engine = engine_with("twin", max_num_batched_tokens=20, num_speculative_tokens=6)
+    for number in range(8):
+        engine.add_request(f"r{number}", [5, 6 + number], replace(GREEDY, max_tokens=30))
+    drafted = 0
+    while len(engine.sequences) == 8:
+        engine.step()
+        scheduled = engine.trace.last_record.scheduled
+        assert len(scheduled) == 8 and sum(scheduled.values()) <= 20
+        drafted += sum(scheduled.values()) - 8
+    assert drafted > 20
+    finish(engine)
+
+
+@pytest.mark.parametrize("prefix_cache", ["hash", "radix"])
+def test_blocks_that_no_draft_model_has_seen_are_caught_up_on(prefix_cache: str) -> None:
+    """A prompt that somebody without drafts has left in the cache: a twin's drafts all stay."""
+    engine = engine_with("twin", prefix_cache=prefix_cache, num_speculative_tokens=3)
+    prompt = [(11 * i) % 490 + 3 for i in range(25)]
+    run(engine, [prompt], GREEDY, may_draft=False)
+    for _ in range(2):
+        [c] = run(engine, [prompt], GREEDY)
+        assert c.num_cached_tokens > 0 and c.num_accepted_tokens == c.num_draft_tokens > 9
+    assert engine.scheduler.drafted_blocks
+
+
+def test_a_pause_in_drafting_leaves_nothing_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spoilt drafts, then steps without any: what comes after is right again."""
+    engine = engine_with("twin", num_speculative_tokens=3)
+    propose, calls, kept = engine.speculator.proposer.propose, [], []
+
+    def choose(sequences: list[Any], limits: list[int], num_tokens: int) -> list[int]:
+        calls.append(1)
+        return limits if len(calls) % 4 < 2 else [0] * len(limits)
+
+    def spoilt(sequences: list[Any], limits: list[int]) -> list[Any]:
+        drafts = propose(sequences, limits)
+        if len(calls) % 4 == 1:
+            for draft in drafts:
+                draft.token_ids[:1] = [(token + 1) % 512 for token in draft.token_ids[:1]]
+        else:
+            kept.append(sum(len(draft.token_ids) for draft in drafts))
+        return drafts
+
+    monkeypatch.setattr(engine.speculator.lengths, "choose", choose)
+    monkeypatch.setattr(engine.speculator.proposer, "propose", spoilt)
+    [c] = run(engine, [PROMPT], replace(GREEDY, max_tokens=60))
+    assert c.num_accepted_tokens >= sum(kept) - 3 > 10
+
+
+def test_accepted_tokens_beyond_a_stop_do_not_count() -> None:
+    engine = engine_with("twin", num_speculative_tokens=8)
+    [whole] = run(engine, [PROMPT], GREEDY)
+    params = replace(GREEDY, stop_token_ids=(whole.token_ids[3],))
+    [c] = run(engine, [PROMPT], params)
+    assert c.token_ids == whole.token_ids[:4] and c.num_accepted_tokens <= 3
+
+
+def test_an_engine_with_a_seed_repeats_whatever_was_drafted() -> None:
+    """Draft lengths depend on measured time; what is drawn may not."""
+    outputs = []
+    for most in (1, 4):
+        flags = PROPOSERS["stranger"] | {"seed": 5, "num_speculative_tokens": most}
+        config = module_of(8, "config").EngineConfig(
+            model=MODEL, num_blocks=64, block_size=4, threads=1, **flags
+        )
+        engine = module_of(8, "engine").LLMEngine(config)
+        engine.speculator.lengths.choose = lambda sequences, limits, num_tokens: list(limits)
+        outputs.append(run(engine, [PROMPT], replace(SEEDED, seed=None))[0].token_ids)
+    assert outputs[0] == outputs[1]
+
+
 # What is refused.
 
 

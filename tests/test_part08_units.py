@@ -8,11 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare
-from torch import Tensor
-
-from common.kernels import reference, select_ops
-from common.sampling import SamplingParams, uniforms
 from part08 import draft_length as lengths_module
 from part08.draft_length import DraftLength, StepCost, expected_tokens
 from part08.rejection_sampler import (
@@ -26,6 +21,11 @@ from part08.rejection_sampler import (
 )
 from part08.sequence import Sequence
 from part08.speculative import Draft, NgramIndex, NgramProposer
+from scipy.stats import chisquare
+from torch import Tensor
+
+from common.kernels import reference, select_ops
+from common.sampling import SamplingParams, uniforms
 
 COUNT = 50_000
 VOCAB = 8
