@@ -306,8 +306,8 @@ class RadixPrefixCache(NoPrefixCache):
             return
         node, parent = entry[2], entry[2].parent
         place = max(len(node.blocks) - count, 0)
-        self.pool.free(node.blocks[place:])
         self.num_evictable -= len(node.blocks) - place
+        self.pool.free(node.blocks[place:])
         if place > 0:
             node.keys, node.blocks = node.keys[:place], node.blocks[:place]
             self.note_leaf(node)
