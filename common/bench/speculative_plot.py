@@ -27,7 +27,7 @@ def plot_speculative(result: Result, path: Path) -> None:
     width = max(3.4, 0.8 + 0.36 * num_batches * (1 + len(shown)))
     figure = Figure(figsize=(0.6 + width * len(workloads), 3.8))
     figure.set_layout_engine("constrained")
-    panels = figure.subplots(1, len(workloads), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(workloads), squeeze=False)[0]
     for panel, workload in zip(panels, workloads, strict=True):
         rows = [row for row in result["rows"] if row["workload"] == workload]
         draw_panel(panel, rows, key, shown, colors(names))
@@ -55,14 +55,14 @@ def draw_panel(
             ends = row[f"{key}s"]
             panel.vlines(middle, min(ends), max(ends), color="#222222", linewidth=1)
             text = f"{row[key]:,.{2 if key == 'ratio' else 0}f}"
+            top = max(*ends, 1.0) if key == "ratio" else max(ends)  # clear of the line at 1
             panel.annotate(
-                text, (middle, max(ends)), (0, 2), textcoords="offset points", ha="center",
-                fontsize=8,
-            )  # fmt: skip
+                text, (middle, top), (0, 2), textcoords="offset points", ha="center", fontsize=8
+            )
     if key == "ratio":
         panel.axhline(1, color="#222222", linewidth=1, linestyle="--")
     tops = itertools.chain.from_iterable(row[f"{key}s"] for row in rows)
-    panel.set_ylim(0, max(panel.get_ylim()[1], 1.12 * max(tops, default=1.0)))
+    panel.set_ylim(0, 1.12 * max(tops, default=1.0))
     panel.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     panel.set_xlabel("batch")
     panel.grid(False, axis="x")
