@@ -365,6 +365,10 @@ def test_stop_tokens_inside_of_a_draft(
         assert answer.usage["completion_tokens"] == len(answer.tokens) == place + 1
         assert answer.reason == "stop"
         assert answer.text == said(place)
+        if place:  # the first token is the prompt's, then each sixth is the model's own
+            accepted, rejected = answer.drafts
+            assert accepted == place - place // (MOST + 1)
+            assert accepted + rejected == MOST * -(-place // (MOST + 1))
 
 
 def test_logprobs_belong_to_their_tokens(repeats: httpx.Client, body: dict[str, Any]) -> None:
