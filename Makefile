@@ -50,6 +50,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench arrival --parts 5 6 --json part06_chunked_prefill/results/arrival.json --plot part06_chunked_prefill/results/arrival.png
 	$(BIN)/python -m common.bench ladder --workload mixed --parts 6 7 --pairs 15 --json part07_prefix_caching/results/ladder_mixed.json
 	$(BIN)/python -m common.bench prefix --variants 6 7:off 7:hash 7:radix --json part07_prefix_caching/results/prefix.json --plot part07_prefix_caching/results/prefix.png
+	$(BIN)/python -m common.bench prefix --workloads eviction --variants 7:off 7:hash 7:radix --pairs 15 --json part07_prefix_caching/results/prefix_eviction.json
 	$(BIN)/python -m common.bench prefix --costs --json part07_prefix_caching/results/prefix_costs.json
 	$(BIN)/python -m common.bench speculative --variants 7 8 8:ngram --json part08_spec_decode/results/speculative.json --plot part08_spec_decode/results/speculative.png
 	$(BIN)/python -m common.bench report --all --write

@@ -61,7 +61,7 @@ class EngineCollector(Collector):
                 kinds = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
                 family = kinds[reading.kind](reading.name, reading.text, labels=LABELS)
                 unit = stats[reading.per] if reading.per is not None else 1
-                family.add_metric(self.values, stats[reading.key] / unit)
+                family.add_metric(self.values, stats[reading.key] / (unit or 1))
                 yield family
         if all(key in stats for key in CACHE_CONFIG.values()):
             info = GaugeMetricFamily(

@@ -138,6 +138,20 @@ READINGS = (
         "Tokens of drafts that stayed.",
         "num_accepted_tokens",
     ),
+    Reading(
+        "vllm:spec_decode_draft_acceptance_rate",
+        "gauge",
+        "Share of the drafts' tokens that stayed, since the start.",
+        "num_accepted_tokens",
+        per="num_draft_tokens",
+    ),
+    Reading(
+        "vllm:spec_decode_mean_accepted_length",
+        "gauge",
+        "Tokens of a draft that stayed, on average since the start.",
+        "num_accepted_tokens",
+        per="num_drafts",
+    ),
 )
 
 # Label of vllm:cache_config_info -> key of stats().

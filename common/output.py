@@ -5,6 +5,7 @@ finds stop strings even where they straddle tokens, and holds back what may yet 
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from common.sampling import SamplingParams
 from common.tokenizer import Tokenizer
@@ -22,6 +23,22 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class DraftCounts(NamedTuple):
+    """What became of a completion's drafts so far."""
+
+    num_drafts: int = 0  # guesses at what follows, of some tokens each, that were verified
+    num_draft_tokens: int = 0  # all their tokens
+    num_accepted_tokens: int = 0  # those that stayed
+
+    def plus(self, num_tokens: int, num_accepted: int) -> "DraftCounts":
+        """After one more draft, of so many tokens; without any it was none."""
+        new = int(num_tokens > 0), num_tokens, num_accepted
+        return DraftCounts(*(x + y for x, y in zip(self, new, strict=True)))
+
+
+NO_DRAFTS = DraftCounts()
+
+
 @dataclass
 class Completion:
     """One finished completion. `token_ids` includes the token that ended it.
@@ -37,8 +54,9 @@ class Completion:
     num_prompt_tokens: int
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
-    num_draft_tokens: int = 0  # guesses that were verified
-    num_accepted_tokens: int = 0  # and stayed
+    num_drafts: int = 0  # as DraftCounts has them
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def num_completion_tokens(self) -> int:
@@ -70,7 +88,7 @@ class OutputProcessor:
         self._text: list[str] = []
         self.num_prompt_tokens = num_prompt_tokens
         self.num_cached_tokens = 0
-        self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
@@ -84,15 +102,21 @@ class OutputProcessor:
         token_ids: list[int],
         finish_reason: str | None = None,
         logprobs: list[TokenLogprobs] | None = None,
+        num_cached_tokens: int = 0,
+        draft_counts: DraftCounts = NO_DRAFTS,
     ) -> Delta:
         """Take an engine's new tokens. Once finished, more tokens are dropped.
 
         finish_reason: the engine's, when these are its last tokens. With `stop` the last token
         ended the output: it counts, and its text is left out. When a stop string appears the
         completion finishes here and the caller aborts the request in the engine.
+        draft_counts: the engine's. Of new tokens those that stayed come first; what lies beyond a
+        stop string has not stayed.
         """
         if self.finished:
             return Delta("", [])
+        self.num_cached_tokens = num_cached_tokens
+        self.num_drafts, self.num_draft_tokens, num_accepted_tokens = draft_counts
         text = ""
         taken = 0
         for i, token_id in enumerate(token_ids):
@@ -103,6 +127,7 @@ class OutputProcessor:
                 text += self._release(self._detokenizer.push(token_id))
             if self.finished:
                 break
+        self.num_accepted_tokens += min(num_accepted_tokens - self.num_accepted_tokens, taken)
         if finish_reason is not None and not self.finished:
             if self._detokenizer is not None:
                 text += self._release(self._detokenizer.flush())
@@ -147,6 +172,7 @@ class OutputProcessor:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             logprobs=self.logprobs if self.params.logprobs is not None else None,
+            num_drafts=self.num_drafts,
             num_draft_tokens=self.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
         )

@@ -33,6 +33,7 @@ class StepRecord:
     allocated, freed: request id -> blocks that it took and gave up.
     preempted: requests that went back to waiting.
     scheduled: request id -> number of tokens run for it in this step.
+    rejected: request id -> drafts among those that have turned out not to belong to it.
     phases: (name, begin, end), in order, in seconds.
     finished: request id -> finish reason.
     device: (step, begin, end): when a device that the host does not wait for worked on a step that
@@ -51,6 +52,7 @@ class StepRecord:
     preempted: list[str] = field(default_factory=list)
     device: list[tuple[int, float, float]] = field(default_factory=list)
     cached: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, int] = field(default_factory=dict)
 
     def phase_seconds(self) -> dict[str, float]:
         """Name of each phase -> how long it took."""
@@ -92,6 +94,9 @@ class EngineState:
             if request_id in self.waiting or request_id in self.running:
                 self.waiting.pop(request_id, None)
                 self.running[request_id] = self.running.get(request_id, 0) + count
+        for request_id, count in record.rejected.items():
+            if request_id in self.running:
+                self.running[request_id] -= count
         for request_id in record.finished:
             self.waiting.pop(request_id, None)
             self.running.pop(request_id, None)
@@ -172,6 +177,10 @@ class Trace:
     def scheduled(self, request_id: str, num_tokens: int) -> None:
         """Note that the step runs `num_tokens` tokens of a request."""
         self._next.scheduled[request_id] = num_tokens
+
+    def rejected(self, request_id: str, num_tokens: int) -> None:
+        """Note that `num_tokens` of the drafts that were run for a request did not stay."""
+        self._next.rejected[request_id] = num_tokens
 
     def cached(self, request_id: str, num_tokens: int) -> None:
         """Note that a request joins, or comes back, with `num_tokens` tokens that were found."""

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # busy Python thread waits for it again: 5 ms each time by default, which makes steps many times
 # longer. The same holds for the event loop beside any thread that is busy in Python.
 SWITCH_INTERVAL = 0.0002  # seconds
+JOIN_SECONDS = 20.0  # for a step to end; one that hangs must not keep the process alive
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class AsyncEngine:
             yield
         finally:
             self.inbox.put(Shutdown())
-            await asyncio.to_thread(self.thread.join)
+            await asyncio.to_thread(self.thread.join, JOIN_SECONDS)
             sys.setswitchinterval(previous)
 
     def problem(self) -> str | None:

@@ -83,10 +83,11 @@ class LLMEngine:
                     for step_output in self.step():
                         output = outputs[step_output.request_id]
                         was_finished = output.finished
-                        if not was_finished:
-                            output.num_cached_tokens = step_output.num_cached_tokens
                         output.process(
-                            step_output.token_ids, step_output.finish_reason, step_output.logprobs
+                            step_output.token_ids,
+                            step_output.finish_reason,
+                            step_output.logprobs,
+                            step_output.num_cached_tokens,
                         )
                         if output.finished and not was_finished:
                             self.abort(step_output.request_id)  # ended by a stop string, perhaps
@@ -129,7 +130,7 @@ class LLMEngine:
         if request_id in self.sequences:
             sequence = self.sequences[request_id]
             self.finish(sequence)
-            self.aborted.append(self.output(sequence, finish_reason=reason))
+            self.aborted.append(self.output(sequence, reason))
 
     def step(self) -> list[RequestOutput]:
         """Launch more tokens of each sequence; then read what was launched before.
@@ -211,17 +212,21 @@ class LLMEngine:
             reason = self.finish_reason(sequence)
         if reason is not None:
             self.finish(sequence)
-        new = token_ids[:num_taken], logprobs[:num_taken]
-        return self.output(sequence, *new, finish_reason=reason)
+        return self.output(sequence, reason, token_ids[:num_taken], logprobs[:num_taken])
 
     def output(
-        self, sequence: Sequence, *new: list[Any], finish_reason: str | None
+        self,
+        sequence: Sequence,
+        finish_reason: str | None,
+        token_ids: list[int] | None = None,
+        logprobs: list[TokenLogprobs | None] | None = None,
     ) -> RequestOutput:
-        """What a step, or an abort, says of a sequence. new: token ids, and log probabilities."""
+        """What a step, or an abort, says of a sequence."""
         return RequestOutput(
             sequence.request_id,
-            *(new or ([],)),
-            finish_reason=finish_reason,
+            token_ids or [],
+            logprobs or [],
+            finish_reason,
             num_cached_tokens=sequence.num_cached_tokens or 0,
         )
 

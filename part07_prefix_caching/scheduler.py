@@ -72,23 +72,35 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """The next step's work; empty when there is none."""
         output = SchedulerOutput()
-        num_preemptions = self.num_preemptions
-        self.go_on(output)
-        if self.num_preemptions == num_preemptions:
+        if self.go_on(output):
             self.admit(output)
         for sequence, count in output.num_new_tokens.items():
             self.trace.scheduled(sequence.request_id, count)
         return output
 
-    def go_on(self, output: SchedulerOutput) -> None:
-        """More tokens of the running sequences, the oldest first, while budget and blocks last."""
+    def go_on(self, output: SchedulerOutput) -> bool:
+        """More tokens of the running sequences, the oldest first, while budget and blocks last.
+
+        Returns whether blocks have lasted.
+        """
+        was_room = True
         for sequence in list(self.running):
             if output.num_tokens == self.max_num_batched_tokens:
                 break
-            while sequence.row is not None and not self.grow(sequence, output):
-                self.preempt(self.running[-1])
-            if sequence.row is not None:
+            if self.make_room(sequence, output):
                 output.run(sequence, self.slice_of(sequence, output))
+            else:
+                was_room = False
+        return was_room
+
+    def make_room(self, sequence: Sequence, output: SchedulerOutput) -> bool:
+        """Give a sequence blocks for all of its tokens, those of the sequences that joined last if
+        need be; False when it does not run in this step."""
+        while sequence.row is not None and not self.grow(sequence, output):
+            if self.leaving:
+                return False  # their blocks come free when their last tokens are read
+            self.preempt(self.running[-1])
+        return sequence.row is not None
 
     def admit(self, output: SchedulerOutput) -> None:
         """Let sequences join from the head of the queue, while budget and blocks last.

@@ -3,7 +3,7 @@
 The event loop must never wait for the model, and the engine never for a client. So what passes
 between them is plain messages: requests go in, outputs come back by
 `loop.call_soon_threadsafe`. Each stream has a queue of its own and ends by itself, aborts its
-requests when it is dropped, and so a client that goes away costs at most one more token.
+requests when it is dropped, and so a client that goes away costs at most one more step.
 """
 
 import asyncio
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # busy Python thread waits for it again: 5 ms each time by default, which makes steps many times
 # longer. The same holds for the event loop beside any thread that is busy in Python.
 SWITCH_INTERVAL = 0.0002  # seconds
+JOIN_SECONDS = 20.0  # for a step to end; one that hangs must not keep the process alive
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class AsyncEngine:
             yield
         finally:
             self.inbox.put(Shutdown())
-            await asyncio.to_thread(self.thread.join)
+            await asyncio.to_thread(self.thread.join, JOIN_SECONDS)
             sys.setswitchinterval(previous)
 
     def problem(self) -> str | None:
@@ -111,10 +112,8 @@ class AsyncEngine:
             while not all(output.finished for output in outputs):
                 index, new = await inbox.get()
                 output = outputs[index]
-                output.num_cached_tokens = new.num_cached_tokens
-                output.num_draft_tokens = new.num_draft_tokens
-                output.num_accepted_tokens = new.num_accepted_tokens
-                delta = output.process(new.token_ids, new.finish_reason, new.logprobs)
+                news = (new.token_ids, new.finish_reason, new.logprobs, new.num_cached_tokens)
+                delta = output.process(*news, new.draft_counts)
                 self.metrics.on_output(request_ids[index], delta)
                 if output.finished:
                     self._close(request_ids[index], abort=not new.finished)

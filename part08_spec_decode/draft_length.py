@@ -18,14 +18,14 @@ from .speculative import Draft, Proposer
 
 NUM_SAMPLES = 9  # durations that a bucket of StepCost keeps
 ENOUGH = 3  # of them, before it is believed: one slow step tells nothing
-FORGET_AFTER = 500  # steps, after which a size that was not run is tried again
+FORGET_AFTER = 500  # steps, after which what was not measured again is not believed any more
 FIRST_HORIZON = 8  # tokens that a step may have before anything is known of larger ones
 
 MEMORY = 0.93  # what a trial weighs after one more of its sequence: about the last 14 count
 MEMORY_OF_EVERYONE = 0.99  # and after one more of any sequence
 PRIOR_TRIALS = 4.0  # what everyone's acceptance weighs at first against a sequence's own trials
 FIRST_ACCEPTANCE = 0.5  # everyone's, before anything is known
-SMALLEST_GAIN = 1.02  # drafts must promise that much, or it is noise
+SMALLEST_GAIN = 1.05  # drafts must promise that much: an average, and some gain nothing
 FIRST_WAIT, LONGEST_WAIT = 32, 1024  # steps between the probes of a sequence that drafts nothing
 IDLE_AFTER = 32  # steps without a draft, after which a free proposer is not asked in every step
 MOST_IDLE = 32  # how many of such sequences it is asked for in a step
@@ -116,6 +116,7 @@ class DraftLength:
     def __init__(self) -> None:
         self.step_cost = StepCost()
         self.draft_seconds: deque[float] = deque(maxlen=NUM_SAMPLES)  # of drafting one place
+        self.last_drafting = 0  # the step when they were measured last
         self.everyone = Acceptance(memory=MEMORY_OF_EVERYONE)
         self.acceptances: dict[Sequence, Acceptance] = {}
         self.num_steps = 0
@@ -138,7 +139,8 @@ class DraftLength:
             return [NO_DRAFT] * len(sequences), limits
         begin = time.perf_counter()
         drafts = proposer.propose(sequences, limits)
-        self.observe_drafting(max(limits), time.perf_counter() - begin)
+        if not proposer.was_catching_up:
+            self.observe_drafting(max(limits), time.perf_counter() - begin)
         return drafts, [len(draft.token_ids) for draft in drafts]
 
     def worth_asking(self, sequences: list[Sequence], limits: list[int]) -> list[int]:
@@ -201,7 +203,12 @@ class DraftLength:
 
     @property
     def seconds_per_place(self) -> float:
-        """What the proposer takes to draft one token of every sequence; 0 until it is measured."""
+        """What the proposer takes to draft one token of every sequence.
+
+        0 until it is measured, and again when that was long ago: then drafts are tried once more.
+        """
+        if self.num_steps - self.last_drafting > FORGET_AFTER:
+            self.draft_seconds.clear()
         return median(self.draft_seconds) if self.draft_seconds else 0.0
 
     def of(self, sequence: Sequence) -> Acceptance:
@@ -236,6 +243,7 @@ class DraftLength:
     def observe_drafting(self, num_places: int, seconds: float) -> None:
         """Drafting at most num_places tokens a sequence took so long."""
         self.draft_seconds.append(seconds / num_places)
+        self.last_drafting = self.num_steps
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence: it has ended."""

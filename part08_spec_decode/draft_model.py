@@ -35,6 +35,7 @@ class ModelProposer:
         self.model = runner.draft_model if self.has_own_kv else runner.model
         self.kv_data = (runner.draft_kv if self.has_own_kv else runner.kv).data
         self.layers = None if self.has_own_kv else layers_to_run(config, runner)
+        self.was_catching_up = False
 
     def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
         """Each forward takes what the one before it has drawn from the device: tokens are read when
@@ -42,6 +43,8 @@ class ModelProposer:
         limits = dict(zip(sequences, max_lengths, strict=True))
         rounds, probs = [], {sequence: [] for sequence in sequences}
         running, begins, counts = self.first_round(limits)
+        # Behind a draft that has stayed whole there are two: its last token was not run yet.
+        self.was_catching_up = max(counts, default=0) > 2
         while running:
             batch = self.runner.lay_out(running, begins, counts, admitted=[])
             work = self.runner.queue.submit(lambda batch=batch: self.run(batch, probs))

@@ -166,6 +166,10 @@ class ModelRunner:
             num_drafts = min(self.config.num_speculative_tokens or 0, count - 1)
             del sequence.prompt_token_ids[count - num_drafts :]
             sequence.draft_token_ids = [0] * num_drafts
+            if self.config.speculative in ("draft", "self"):  # what rejection compares with
+                shape = (num_drafts, self.model.config.vocab_size)
+                probs = torch.ones(shape, dtype=torch.float64, device=self.device)
+                sequence.draft_probs = probs / shape[1]
             largest.admitted.append(sequence)
             largest.num_new_tokens[sequence] = count
         return largest

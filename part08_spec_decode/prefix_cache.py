@@ -93,10 +93,15 @@ class NoPrefixCache:
 
 
 def root_key(salt: str | None) -> bytes:
-    """What the first block's key begins with. Sequences with different salts share nothing."""
+    """What the first block's key begins with. Sequences with different salts share nothing.
+
+    A salt is hashed twice: what is hashed last is shorter than what is hashed for any block. Else a
+    client could choose a salt whose hash is the key of a block of somebody else.
+    """
     if salt is None:
         return bytes(32)
-    return hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(digest).digest()
 
 
 class HashPrefixCache(NoPrefixCache):

@@ -19,7 +19,7 @@ from common.sampling import SamplingBatch
 
 @dataclass(frozen=True)
 class Sampled:
-    """What was drawn in one step, a row for each sampled sequence.
+    """What was drawn in one step, a row for each place that was sampled.
 
     Log probabilities are there for the rows that asked, and are as wide as the largest wish: the
     token's own first, then those of the most likely tokens.

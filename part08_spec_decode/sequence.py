@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from common.output import TokenLogprobs
+from common.output import NO_DRAFTS, DraftCounts, TokenLogprobs
 from common.sampling import SamplingParams
 
 
@@ -37,8 +37,7 @@ class Sequence:
     # set by the speculator
     draft_token_ids: list[int] = field(default_factory=list)  # guesses that the next step verifies
     draft_probs: Tensor | None = None  # what they were drawn from, [most, vocab]
-    num_draft_tokens: int = 0  # that were verified in all
-    num_accepted_tokens: int = 0  # and stayed
+    draft_counts: DraftCounts = NO_DRAFTS
 
     # set by the prefix cache
     block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks
@@ -79,7 +78,7 @@ class RequestOutput:
 
     finish_reason: `stop`, `length`, `abort` or `error` on the last output of a request, else None.
     num_cached_tokens: how many of its prompt's tokens were not computed but found.
-    num_draft_tokens, num_accepted_tokens: how many drafts were verified so far, and stayed.
+    draft_counts: what became of its drafts so far.
     """
 
     request_id: str
@@ -87,8 +86,7 @@ class RequestOutput:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     num_cached_tokens: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
+    draft_counts: DraftCounts = NO_DRAFTS
 
     @property
     def finished(self) -> bool:

@@ -36,9 +36,12 @@ class Proposer(Protocol):
     is_free: drafting runs no model. Then drafts are asked for as long as they may be, and cut to
         what is worth verifying; otherwise the worth is weighed first. A proposer that runs one returns
         when its tokens are known to the host: the time it takes is measured.
+    was_catching_up: it has just run tokens that were there before, such as a prompt: then the time
+        says nothing about what the next draft takes.
     """
 
     is_free: bool
+    was_catching_up: bool
 
     def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
         """A draft for each, of at most so many tokens; it may be shorter, or empty."""
@@ -83,6 +86,7 @@ class NgramProposer:
     tokens, and of equally long ones the earliest, which has the most tokens after it."""
 
     is_free = True
+    was_catching_up = False
 
     def __init__(self, min_n: int = 2, max_n: int = 4) -> None:
         """Raises ValueError."""

@@ -88,6 +88,7 @@ def test_the_page_and_python_make_the_same_of_every_record(
         "finished",
         "arrived",
         "cached",
+        "rejected",
     ):  # each of which must matter
         lines = [json.loads(line) for line in "".join(trace.lines()).splitlines()]
         for line in lines[1:]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.sampling import SamplingParams
-from common.testing.parts import engine_of, module_of
+from common.testing.parts import PARTS, engine_of, module_of
 
 MODEL = "random:tiny-llama"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -216,6 +216,32 @@ def test_streams_side_by_side_give_what_they_give_alone(engine: Any) -> None:
         return await asyncio.gather(*(collect(async_engine, p, GREEDY) for p in prompts))
 
     assert run_async(engine, body) == expected
+
+
+@pytest.mark.parametrize("part", [2, PARTS[-1]])
+def test_a_step_that_hangs_does_not_keep_the_server_alive(
+    part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, gate = engine_of(part, "random:tiny-llama", threads=1), threading.Event()
+    module = module_of(part, "async_engine")
+    monkeypatch.setattr(module, "JOIN_SECONDS", 0.2)
+    monkeypatch.setattr(engine, "schedule", lambda: gate.wait(60) and None)
+
+    async def main() -> threading.Thread:
+        async_engine = module.AsyncEngine(engine)
+        async with async_engine.lifespan():
+            stream = async_engine.generate([[2, 3]], GREEDY)
+            waiting = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0.1)
+            waiting.cancel()
+        return async_engine.thread
+
+    thread = asyncio.run(asyncio.wait_for(main(), 20))
+    assert thread.is_alive(), "it hangs still"
+    monkeypatch.undo()
+    gate.set()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_a_dropped_stream_frees_the_engine_within_one_token(engine: Any) -> None:

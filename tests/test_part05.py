@@ -352,3 +352,27 @@ def test_penalties_of_others_do_not_notice_who_leaves(part: int) -> None:
     while engine.has_unfinished():
         tokens += [t for o in engine.step() if o.request_id == "a" for t in o.token_ids]
     assert tokens == alone.token_ids
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part >= 5])
+def test_eos_at_every_position(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end is seen when the next step is under way: what that draws belongs to nobody. Some
+    requests end there, others pass it by, and one ignores it; all begin together."""
+    flags: dict[str, Any] = {"num_blocks": 64, "block_size": 4, "max_num_seqs": 8, "threads": 1}
+    engine = engine_of(part, MODEL, **flags)
+    prompts = [PROMPT, [9, 8, 7, 6, 5], [4] * 9]
+    params = replace(GREEDY, max_tokens=10)
+    outputs = [alone(prompt, params) for prompt in prompts]
+    for output in outputs:
+        for eos in output:
+            monkeypatch.setattr(engine, "eos_token_ids", frozenset({eos}))
+            wishes = [replace(params, ignore_eos=False)] * 3 + [params]
+            completions = engine.generate([*prompts, prompts[0]], wishes, progress=False)
+            engine.check_integrity()
+            assert completions[3].token_ids == outputs[0]
+            for completion, whole in zip(completions, outputs, strict=False):
+                ends = eos in whole
+                expected = whole[: whole.index(eos) + 1] if ends else whole
+                assert completion.token_ids == expected
+                assert completion.finish_reason == ("stop" if ends else "length")
+    assert not engine.in_flight

@@ -1,5 +1,6 @@
 """Part 07's own invariants: what may be found in a prefix cache, and what must never be."""
 
+from array import array
 from dataclasses import replace
 from typing import Any
 
@@ -119,6 +120,35 @@ def test_a_salt_that_looks_like_a_block_opens_nothing() -> None:
     for salt in (first.decode("latin-1"), first.hex(), ""):
         thief = Sequence("t", PROMPT[4:8], GREEDY, 0, cache_salt=salt)
         assert not set(cache.keys(thief, 4)) & set(cache.keys(victim, 8))
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part >= 7])
+def test_no_salt_has_the_key_of_a_block(part: int) -> None:
+    """Hashed once, a salt made of what a block's key is made of would be that block's key; then
+    whoever sends the second block as a prompt has written what the victim reads as its second."""
+    module = module_of(part, "prefix_cache")
+    cache = module.HashPrefixCache(module_of(part, "kv_cache").BlockPool(8), 4)
+    victim = Sequence("v", PROMPT[:8], GREEDY, 0)
+    salt = bytes(32) + array("i", PROMPT[:4]).tobytes()
+    thief = Sequence("t", PROMPT[4:8], GREEDY, 0, cache_salt=salt.decode())
+    assert cache.keys(thief, 4) != cache.keys(victim, 8)[1:]
+
+
+def test_blocks_of_who_leaves_are_waited_for() -> None:
+    """Five blocks: a has two of them and its last token on its way when b and c need their second.
+    One is there for b; c waits a step for a's, and is not preempted."""
+    engine = engine_with(num_blocks=5, block_size=4, max_num_seqs=3)
+    engine.add_request("a", PROMPT[:3], replace(GREEDY, max_tokens=3))
+    engine.add_request("b", PROMPT[10:12], replace(GREEDY, max_tokens=5))
+    engine.add_request("c", PROMPT[20:22], replace(GREEDY, max_tokens=5))
+    before = engine.stats()["num_preemptions"]
+    waited = []
+    while engine.has_unfinished():
+        engine.step()
+        engine.check_integrity()
+        waited.append(list(engine.trace.last_record.scheduled))
+    assert waited[:5] == [["a", "b", "c"]] * 3 + [["b"], ["b", "c"]]
+    assert engine.stats()["num_preemptions"] == before
 
 
 @pytest.mark.parametrize("kind", KINDS)

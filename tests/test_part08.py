@@ -391,6 +391,33 @@ def test_accepted_tokens_beyond_a_stop_do_not_count() -> None:
     assert c.token_ids == whole.token_ids[:4] and c.num_accepted_tokens <= 3
 
 
+def test_a_draft_model_says_when_it_catches_up() -> None:
+    engine = engine_with("twin", num_speculative_tokens=3, max_num_batched_tokens=16)
+    engine.add_request("a", PROMPT, GREEDY)
+    engine.step()  # all but the last 14 tokens of the prompt
+    said = []
+    while engine.has_unfinished():
+        engine.step()
+        said.append(engine.speculator.proposer.was_catching_up)
+    assert said[:3] == [True, True, False] and not any(said[3:])
+
+
+@pytest.mark.parametrize("proposer", ["self", "twin", "ngram"])
+def test_the_largest_step_has_all_that_rejection_needs(proposer: str) -> None:
+    """What a GPU's memory is kept for: the probabilities of every draft, and of the model."""
+    engine = engine_with(proposer, num_speculative_tokens=3, max_num_seqs=5)
+    runner = engine.runner
+    runner.tables.block_tables[:] = 0
+    batch = runner.prepare(runner.largest_step(20))
+    logits = torch.zeros(len(batch.sampled_tokens), engine.vocab_size)
+    rows = runner.rejection_rows(batch, logits)
+    if proposer == "ngram":
+        assert rows is None
+    else:
+        assert len(rows.target_probs) == 5 * 4 and len(rows.draft_probs) == 5 * 3
+    runner.launch(batch).result()
+
+
 def test_an_engine_with_a_seed_repeats_whatever_was_drafted() -> None:
     """Draft lengths depend on measured time; what is drawn may not."""
     outputs = []

@@ -51,9 +51,20 @@ class Answer:
     @property
     def drafts(self) -> tuple[int, int]:
         """How many draft tokens were accepted, and how many rejected."""
-        details = self.usage["completion_tokens_details"]
-        assert set(details) == {"accepted_prediction_tokens", "rejected_prediction_tokens"}
-        return details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]
+        details = dict(self.usage["completion_tokens_details"])
+        accepted, rejected, rate, length = (
+            details.pop(name)
+            for name in (
+                "accepted_prediction_tokens",
+                "rejected_prediction_tokens",
+                "acceptance_rate",
+                "mean_accepted_length",
+            )
+        )
+        assert not details
+        assert rate == round(accepted / (accepted + rejected), 4)
+        assert length == 0 if accepted == 0 else 0 < length <= MOST
+        return accepted, rejected
 
 
 def ask(client: httpx.Client, body: dict[str, Any], stream: bool = False) -> Answer:
@@ -257,8 +268,19 @@ def test_counters(served: tuple[str, Any], client: httpx.Client, stream: bool) -
     num_drafts, num_tokens, num_accepted, num_generated = (
         now - then for now, then in zip(counters(client), before, strict=True)
     )
+    length = answer.usage["completion_tokens_details"]["mean_accepted_length"]
+    assert length == round(num_accepted / num_drafts, 4)
     assert (num_accepted, num_tokens - num_accepted) == answer.drafts
     assert num_generated == 24
+    num_drafts_ever, num_tokens_ever, num_accepted_ever, _ = counters(client)
+    gauges = {
+        "draft_acceptance_rate": num_accepted_ever / num_tokens_ever,
+        "mean_accepted_length": num_accepted_ever / num_drafts_ever,
+    }
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    found = {family.name: family.samples[0].value for family in families if family.samples}
+    for name, value in gauges.items():
+        assert found[f"vllm:spec_decode_{name}"] == pytest.approx(value)
     assert 24 / (MOST + 1) <= num_drafts <= 24 - num_accepted, "a step has a draft or none"
     assert num_drafts <= num_tokens <= MOST * num_drafts
     before = counters(client)
@@ -348,6 +370,8 @@ def test_stop_strings_inside_of_a_draft(
             assert (answer.text, answer.reason) == (text[:end], "stop"), stop
             num_tokens = len((text[:end] + stop).encode())
             assert answer.usage["completion_tokens"] == len(answer.tokens) == num_tokens, stop
+            place = num_tokens - 1  # of a token behind the first; each sixth is the model's own
+            assert not place or answer.drafts[0] == place - place // (MOST + 1), stop
     answer = ask(repeats, body | {"stop": ["zz", "d.\nb"]}, stream)
     assert (answer.text, answer.reason) == (text, "length"), "one that begins and never comes"
 

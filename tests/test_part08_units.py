@@ -2,6 +2,7 @@
 n-gram drafts are those of a search through the whole text, drafts end where they do not pay."""
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -662,6 +663,40 @@ class TestDraftLength:
             lengths.append(simulation.step()[0])
         assert lengths[0] > 4 and lengths[1] == 0
 
+    def test_catching_up_is_not_the_price_of_drafting(self) -> None:
+        """A prompt that a draft model runs, in slices and slowly, does not end the drafts."""
+
+        class Model:
+            is_free = False
+            num_slices = 12
+            was_catching_up = False
+
+            def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
+                self.num_slices -= 1
+                self.was_catching_up = self.num_slices >= 0
+                time.sleep(0.02 if self.was_catching_up else 0.0001)
+                return [Draft([] if self.num_slices > 0 else [7] * max_lengths[0])]
+
+            def forget(self, sequence: Sequence) -> None:
+                pass
+
+        model, draft_length, [sequence] = Model(), DraftLength(), [sequence_of([1])]
+        given = []
+        for _ in range(40):
+            [draft], [length] = draft_length.propose(model, [sequence], [4], 1)
+            given.append(length)
+            draft_length.observe(sequence, draft.token_ids, [*draft.token_ids, 3])
+            draft_length.observe_step(1 + length, 0.01)
+        assert given[:11] == [0] * 11 and sum(given[-20:]) > 40
+
+    def test_a_price_of_long_ago_is_forgotten(self) -> None:
+        draft_length = DraftLength()
+        draft_length.observe_drafting(1, 9.0)
+        draft_length.num_steps = lengths_module.FORGET_AFTER
+        assert draft_length.seconds_per_place == 9.0
+        draft_length.num_steps += 1
+        assert draft_length.seconds_per_place == 0.0
+
     def test_a_free_proposer_is_asked_first_and_its_drafts_cut(self) -> None:
         proposer, draft_length = NgramProposer(), DraftLength()
         [repeats, new] = sequence_of([1, 2, 3, 4, 5, 6, 1, 2]), sequence_of([1, 2, 3])
@@ -675,7 +710,7 @@ class TestDraftLength:
 
     def test_a_proposer_with_a_model_is_asked_for_what_is_worth_it(self) -> None:
         class Model:
-            is_free = False
+            is_free = was_catching_up = False
             asked: list[list[int]] = []  # noqa: RUF012
 
             def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:

@@ -167,6 +167,15 @@ def test_tokens_that_were_found_count_as_there() -> None:
     assert step(cached={"a": 4}) == ({}, {"b": 0}, {"b": 0}), "one that has ended joins no more"
 
 
+def test_drafts_that_did_not_stay_do_not_count() -> None:
+    state = EngineState()
+    state.apply(StepRecord(0, 0.0, arrived={"a": 5}, scheduled={"a": 5}))
+    state.apply(StepRecord(1, 0.0, scheduled={"a": 4}, rejected={"a": 3}))
+    assert state.running == {"a": 6}
+    state.apply(StepRecord(2, 0.0, scheduled={"a": 4}, rejected={"a": 1}, finished={"a": "stop"}))
+    assert state.running == {}
+
+
 def test_a_trace_of_before_there_were_caches_is_read(tmp_path: Path) -> None:
     trace = Trace()
     run_steps(trace, 2)

@@ -202,7 +202,10 @@ def random_trace(seed: int, num_steps: int = 200, capacity: int = 4096) -> Trace
             for name in list(tables):
                 if rng.random() < 0.8:
                     take(name)
-                    trace.scheduled(name, 1)
+                    count = rng.choice([1, 1, 1, 5])
+                    trace.scheduled(name, count)
+                    if count > 1:
+                        trace.rejected(name, rng.randint(1, count - 1))
                 if name not in ended and rng.random() < 0.2:
                     trace.finished(name, rng.choice(["stop", "length"]))
                     if rng.random() < 0.5:

@@ -55,6 +55,7 @@ const RECORD = {
   freed: recordOf(listOf(isBlock)),
   preempted: listOf(isText),
   cached: recordOf(isCount),
+  rejected: recordOf(isCount),
 };
 
 /** @type {StepRecord} */
@@ -70,6 +71,7 @@ const EMPTY_RECORD = {
   freed: {},
   preempted: [],
   cached: {},
+  rejected: {},
 };
 
 /** @type {import("./engine-state.js").SavedState} */

@@ -16,6 +16,7 @@
  * @property {Record<string, number[]>} freed request id -> blocks that it gave up
  * @property {string[]} preempted requests that went back to waiting
  * @property {Record<string, number>} cached request id -> tokens found for it when it joined or came back
+ * @property {Record<string, number>} rejected request id -> drafts run for it that did not stay
  */
 
 /**
@@ -65,6 +66,10 @@ export class EngineState {
       if (!this.isUnfinished(id)) continue; // a batch may compute a sequence that has ended
       this.waiting.delete(id);
       this.running.set(id, (this.running.get(id) ?? 0) + count);
+    }
+    for (const [id, count] of Object.entries(record.rejected)) {
+      const tokens = this.running.get(id);
+      if (tokens !== undefined) this.running.set(id, tokens - count);
     }
     for (const id of Object.keys(record.finished)) {
       this.waiting.delete(id);

@@ -36,7 +36,14 @@ function changes(record) {
   const finished = Object.entries(record.finished).map(([id, reason]) => `${id} (${reason})`);
   const hits = Object.entries(record.cached).filter(([, count]) => count > 0);
   const cached = hits.map(([id, count]) => `${id} (${plural(count, "token")})`);
-  const kinds = { Arrived: arrived, Cached: cached, Finished: finished, Preempted: record.preempted };
+  const rejected = Object.entries(record.rejected).map(([id, count]) => `${id} (${grouped(count)})`);
+  const kinds = {
+    Arrived: arrived,
+    Cached: cached,
+    "Drafts rejected": rejected,
+    Finished: finished,
+    Preempted: record.preempted,
+  };
   const said = Object.entries(kinds).filter(([, names]) => names.length > 0);
   return said.map(([kind, names]) => `${kind}: ${listed(names)}`).join(". ");
 }
