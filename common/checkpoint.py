@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from common.config_json import check_config, check_sizes
 from common.embedded import HUB_NAME, INSTALL, ModelError, cache_dir, embedded_model
 from common.presets import PRESETS
 
@@ -26,6 +27,8 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 RANDOM_MARK = "random_weights.json"
 READ_WHOLE = (".json", ".jinja", ".model", ".txt")  # read into memory, with the limit below
 MAX_JSON_BYTES = 64 << 20
+# Tokens. Tables grow with it; of the models run here the longest see a million.
+MAX_CONTEXT = 1 << 20
 
 
 def resolve(name: str) -> Path:
@@ -96,8 +99,12 @@ def _random_folder(preset: str) -> Path:
 
 
 def is_random(folder: Path) -> bool:
-    """Whether a resolved folder is a `random:<preset>`, which has no tokenizer."""
-    return (folder / RANDOM_MARK).is_file()
+    """Whether a resolved folder is a `random:<preset>`, which has no tokenizer.
+
+    The mark alone does not say so: a folder of someone else's must not have weights made up, as
+    many as its config asks for.
+    """
+    return folder.parent == cache_dir() / "random" and (folder / RANDOM_MARK).is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -194,24 +201,36 @@ def load_config(folder: Path) -> Any:
     """The folder's configuration as transformers' config object. Raises ModelError."""
     from transformers import AutoConfig
 
-    read_json(folder / "config.json")
+    path = folder / "config.json"
+    check_sizes(read_json(path), str(path))
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(f"{folder}/config.json is not a known model: {first_line}") from error
+        reason = " ".join(str(error).split())  # the field is on the first line, the value below
+        raise ModelError(f"{path} is not a known model: {reason:.300}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{folder} is quantised (quantization_config), which is not read here")
+    check_config(config.get_text_config(), str(path))
+    return config
 
 
 def context_length(config: Any, wanted: int | None = None) -> int:
     """The most tokens a sequence may have, prompt and completion together.
 
-    wanted: a lower limit of the user's. Raises ValueError when it is above the model's.
+    wanted: a lower limit of the user's. Raises ValueError when it is above the model's, and when
+    the context is above MAX_CONTEXT.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 2:
         raise ModelError(f"config.json has no usable max_position_embeddings, but {limit!r}")
     if wanted is not None and wanted > limit:
         raise ValueError(f"max_model_len is {wanted}, but the model's context is {limit}")
+    if (wanted or limit) > MAX_CONTEXT:
+        name = "max_position_embeddings" if wanted is None else "max_model_len"
+        raise ModelError(
+            f"{name} is {wanted or limit!r:.60}: a context has at most {MAX_CONTEXT} tokens here;"
+            " max_model_len sets a lower one"
+        )
     return wanted or limit
 
 
@@ -231,13 +250,14 @@ def iter_weights(folder: Path, device: str | torch.device = "cpu") -> Iterator[t
     """(name, tensor) of every weight, one at a time, under the names of the checkpoint.
 
     On the CPU a tensor from a file is a view of the mapped file: no copy is made and its memory is
-    the page cache's. Raises ModelError.
+    the page cache's. Raises ModelError, before the first tensor for those that are not numbers.
     """
     from safetensors import SafetensorError, safe_open
 
     if is_random(folder):
         yield from _random_weights(folder, torch.device(device))
         return
+    _read_shapes(folder)
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
@@ -330,24 +350,36 @@ def load_transformers_model(
             logging.enable_progress_bar()
 
 
+def _read_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of every weight, from the files' headers alone.
+
+    Raises ModelError where one is of integers: a quantised file would be taken as if it were not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    header = file.get_slice(name)
+                    dtype, shapes[name] = header.get_dtype(), header.get_shape()
+                    if dtype not in ("F16", "BF16", "F32", "F64"):
+                        raise ModelError(
+                            f"{path} has {name} as {dtype}, not floating-point numbers"
+                        )
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+    return shapes
+
+
 def _check_weights(folder: Path, config: Any) -> None:
     """Compare the files' headers with what the config asks for, before memory is taken for either.
 
     Raises ModelError: transformers would fill what does not fit with random numbers, as many as a
-    wrong config wants, and would take integers (a quantised file) as if they were weights.
+    wrong config wants.
     """
-    from safetensors import safe_open
-
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{folder} is quantised (quantization_config), which is not read here")
-    shapes: dict[str, list[int]] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                dtype = file.get_slice(name).get_dtype()
-                if dtype not in ("F16", "BF16", "F32", "F64"):
-                    raise ModelError(f"{path} has {name} as {dtype}, not floating-point numbers")
-                shapes[name] = file.get_slice(name).get_shape()
+    shapes = _read_shapes(folder)
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if num_layers > len(shapes):
         raise ModelError(f"{folder} lacks weights: {len(shapes)} of them for {num_layers} layers")

@@ -16,6 +16,7 @@ from common.checkpoint import ModelError
 from common.kernels import AttentionMetadata, Ops
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ModelConfig:
     """A model's shape, under the names of its config.json where they differ little."""
 
     hidden_size: int
+    intermediate_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -31,27 +33,37 @@ class ModelConfig:
     max_model_len: int
     rms_norm_eps: float
     tie_word_embeddings: bool
+    has_qkv_bias: bool
+    has_out_bias: bool
+    has_mlp_bias: bool
+    has_head_norms: bool  # of each query and key
     windows: tuple[int | None, ...]  # of each layer: how far back it sees
     rope: dict[str, Any]
 
     @classmethod
     def from_transformers(cls, config: Any, max_model_len: int) -> "ModelConfig":
-        """From transformers' config. Raises ModelError for what is not supported."""
-        if config.model_type not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            raise ModelError(f"model_type is {config.model_type!r}; supported are {known}")
-        if config.hidden_act != "silu":
-            raise ModelError(f"hidden_act is {config.hidden_act!r}; supported is silu")
-        rope = config.rope_parameters
-        if rope["rope_type"] not in ("default", "llama3"):
-            raise ModelError(f"rope_type is {rope['rope_type']!r}; supported are default, llama3")
-        windowed = getattr(config, "use_sliding_window", True)
-        window = getattr(config, "sliding_window", None) if windowed else None
+        """From a config that `load_config` has checked. Raises ModelError for what is not supported."""
+        rope = getattr(config, "rope_parameters", None) or {}
         kinds = getattr(config, "layer_types", None)
         kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
+        for name, value, known in (
+            ("model_type", config.model_type, FAMILIES),
+            ("hidden_act", getattr(config, "hidden_act", None), ("silu",)),
+            ("rope_type", rope.get("rope_type"), ("default", "llama3")),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
+            ("the number of layer_types", len(kinds), (config.num_hidden_layers,)),
+            *(("layer_types", kind, LAYER_TYPES) for kind in kinds),
+        ):
+            if value not in known:
+                supported = ", ".join(map(str, known))
+                raise ModelError(f"{name} is {value!r}; supported: {supported}")
+        windowed = config.model_type != "llama" and getattr(config, "use_sliding_window", True)
+        window = config.sliding_window if windowed else None
+        has_bias = config.model_type in ("llama", "qwen3") and config.attention_bias
         head_dim = getattr(config, "head_dim", None)
         return cls(
             hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
@@ -60,6 +72,10 @@ class ModelConfig:
             max_model_len=max_model_len,
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings,
+            has_qkv_bias=has_bias or config.model_type == "qwen2",
+            has_out_bias=has_bias,
+            has_mlp_bias=config.model_type == "llama" and config.mlp_bias,
+            has_head_norms=config.model_type == "qwen3",
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
             rope=rope,
         )
@@ -91,20 +107,28 @@ class Weights:
         self.tensors = {name: tensor.to(dtype) for name, tensor in tensors}
         self.num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def take(self, *names: str) -> torch.Tensor:
-        """The tensors of these names as one, row under row. Raises ModelError."""
-        for name in names:
-            if name not in self.tensors:
-                raise ModelError(f"the checkpoint lacks {name}")
-        parts = [self.tensors.pop(name) for name in names]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor of that name. Raises ModelError unless it is there, and of that shape."""
+        if name not in self.tensors:
+            raise ModelError(f"the checkpoint lacks {name}")
+        tensor = self.tensors.pop(name)
+        if tensor.shape != shape:
+            found = list(tensor.shape)
+            raise ModelError(f"the checkpoint has {name} as {found}, not {list(shape)}")
+        return tensor
 
-    def linear(self, ops: Ops, *names: str) -> Any:
-        """A weight object for `ops.linear` from projections that share their input."""
-        weight = self.take(*(f"{name}.weight" for name in names))
-        has_bias = f"{names[0]}.bias" in self.tensors
-        bias = self.take(*(f"{name}.bias" for name in names)) if has_bias else None
-        return ops.prepare_weight(weight, bias)
+    def linear(
+        self, ops: Ops, prefix: str, in_features: int, has_bias: bool = False, **out_features: int
+    ) -> Any:
+        """A weight object for `ops.linear` from projections that share their input.
+
+        out_features: of each projection by its name; they come one after another in the output.
+        """
+        sizes = {f"{prefix}{name}": size for name, size in out_features.items()}.items()
+        parts = [self.take(f"{name}.weight", size, in_features) for name, size in sizes]
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        biases = [self.take(f"{name}.bias", size) for name, size in sizes if has_bias]
+        return ops.prepare_weight(weight, torch.cat(biases) if has_bias else None)
 
     def check_empty(self) -> None:
         """Raises ModelError when a tensor was not used: the model is another than it seems."""
@@ -115,12 +139,16 @@ class Weights:
 class Attention:
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
         self.ops, self.layer = ops, layer
-        prefix = f"model.layers.{layer}.self_attn"
-        self.qkv = weights.linear(ops, *(f"{prefix}.{name}_proj" for name in "qkv"))
-        self.out = weights.linear(ops, f"{prefix}.o_proj")
-        has_norms = f"{prefix}.q_norm.weight" in weights.tensors
-        self.q_norm = weights.take(f"{prefix}.q_norm.weight") if has_norms else None
-        self.k_norm = weights.take(f"{prefix}.k_norm.weight") if has_norms else None
+        prefix = f"model.layers.{layer}.self_attn."
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv = weights.linear(ops, prefix, hidden, config.has_qkv_bias, **sizes)
+        self.out = weights.linear(ops, prefix, q_size, config.has_out_bias, o_proj=hidden)
+        self.q_norm = self.k_norm = None
+        if config.has_head_norms:
+            self.q_norm = weights.take(f"{prefix}q_norm.weight", head_dim)
+            self.k_norm = weights.take(f"{prefix}k_norm.weight", head_dim)
         self.eps, self.window = config.rms_norm_eps, config.windows[layer]
         self.scale = config.head_dim**-0.5
 
@@ -143,11 +171,12 @@ class Attention:
 
 
 class MLP:
-    def __init__(self, ops: Ops, layer: int, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
         self.ops = ops
-        prefix = f"model.layers.{layer}.mlp"
-        self.gate_up = weights.linear(ops, f"{prefix}.gate_proj", f"{prefix}.up_proj")
-        self.down = weights.linear(ops, f"{prefix}.down_proj")
+        prefix = f"model.layers.{layer}.mlp."
+        hidden, size, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
+        self.gate_up = weights.linear(ops, prefix, hidden, has_bias, gate_proj=size, up_proj=size)
+        self.down = weights.linear(ops, prefix, size, has_bias, down_proj=hidden)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = self.ops.linear(x, self.gate_up)
@@ -158,10 +187,11 @@ class DecoderLayer:
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
         self.ops, self.eps = ops, config.rms_norm_eps
         prefix = f"model.layers.{layer}"
-        self.input_norm = weights.take(f"{prefix}.input_layernorm.weight")
-        self.post_attention_norm = weights.take(f"{prefix}.post_attention_layernorm.weight")
+        hidden = config.hidden_size
+        self.input_norm = weights.take(f"{prefix}.input_layernorm.weight", hidden)
+        self.post_attention_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", hidden)
         self.attention = Attention(config, ops, layer, weights)
-        self.mlp = MLP(ops, layer, weights)
+        self.mlp = MLP(config, ops, layer, weights)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, *context: Any) -> torch.Tensor:
         """x: what the layer before adds to the residual, which is updated in place."""
@@ -186,13 +216,14 @@ class CausalLM:
         self.config, self.ops = config, ops
         weights = Weights(tensors, dtype)
         self.num_bytes = weights.num_bytes
-        self.embedding = weights.linear(ops, "model.embed_tokens")
-        self.norm = weights.take("model.norm.weight")
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embedding = weights.linear(ops, "model.", hidden, embed_tokens=vocab)
+        self.norm = weights.take("model.norm.weight", hidden)
         if config.tie_word_embeddings:
             weights.tensors.pop("lm_head.weight", None)
             self.lm_head = self.embedding
         else:
-            self.lm_head = weights.linear(ops, "lm_head")
+            self.lm_head = weights.linear(ops, "", hidden, lm_head=vocab)
         layers = range(config.num_layers)
         self.layers = [DecoderLayer(config, ops, layer, weights) for layer in layers]
         weights.check_empty()

@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from common.kernels import AttentionMetadata, Ops, select_ops
 from common.kernels.cpu import CpuOps
+from common.kernels.cpu_vector import LANES
 from common.kernels.reference import ReferenceOps
 from common.sampling import SamplingBatch, SamplingParams
 
@@ -207,9 +210,89 @@ def test_linear_of_views(ops: Ops) -> None:
     assert_near(ops.linear(x, prepared), expected)
 
 
-def test_linear_refuses_other_shapes(ops: Ops) -> None:
-    with pytest.raises(AssertionError):
-        ops.linear(randn(2, 5), ops.prepare_weight(randn(4, 6)))
+def rotary_with(**changes: Any) -> Tensor:
+    """A call of 3 tokens, 4 heads and 2 KV heads of 8, with other arguments."""
+    arguments = {
+        "qkv": randn(3, 64),
+        "cos_sin": randn(10, 8),
+        "positions": torch.arange(3),
+        "kv_cache": torch.zeros(2, 2, 2, 4, 2, 8),
+        "layer": 1,
+        "slot_mapping": torch.arange(3),
+        "q_norm": torch.ones(8),
+        "k_norm": torch.ones(8),
+    }
+    return CPU.rotary_and_store(**arguments | changes)
+
+
+def attention_with(**changes: Any) -> Tensor:
+    """A call of 3 tokens of one sequence, 4 heads and 2 KV heads of 16, with other arguments."""
+    batch = {
+        "cu_seqlens_q": torch.tensor([0, 3], dtype=torch.int32),
+        "seq_lens": torch.tensor([3], dtype=torch.int32),
+        "block_tables": torch.zeros(1, 1, dtype=torch.int32),
+    }
+    arguments = {
+        "query": randn(3, 4, LANES),
+        "kv_cache": torch.zeros(2, 2, 2, 4, 2, LANES),
+        "layer": 1,
+        "scale": 1.0,
+        "sliding_window": 2,
+    }
+    metadata = {name: changes.pop(name, value) for name, value in batch.items()}
+    metadata = AttentionMetadata(
+        **metadata, slot_mapping=torch.arange(3), max_query_len=3, max_seq_len=3
+    )
+    return CPU.attention(**arguments | changes, metadata=metadata)
+
+
+def sample_with(**changes: Any) -> Tensor:
+    """A call of 2 rows, with other arguments."""
+    floats = {name: torch.ones(2) for name in ("temperature", "top_p", "min_p")}
+    integers = {name: torch.zeros(2, dtype=torch.int64) for name in ("top_k", "seeds", "positions")}
+    return CPU.sample(randn(2, 9), **floats | integers | changes)
+
+
+def test_calls_of_the_right_shapes_run() -> None:
+    """The control for those that are refused below."""
+    assert rotary_with().shape == (3, 4, 8)
+    assert attention_with().shape == (3, 4 * LANES)
+    assert sample_with().shape == (2,)
+
+
+# The kernels work on raw addresses: what is let through here is read from somebody else's memory.
+WRONG_SHAPES = {
+    "norm, weight": lambda: CPU.rms_norm(randn(2, 8), torch.ones(1), 1e-5),
+    "norm, residual": lambda: CPU.add_rms_norm(randn(2, 8), randn(1, 8), torch.ones(8), 1e-5),
+    "silu": lambda: CPU.silu_and_mul(randn(2, 7)),
+    "linear": lambda: CPU.linear(randn(2, 5), CPU.prepare_weight(randn(4, 6))),
+    "rotary, q_norm": lambda: rotary_with(q_norm=torch.ones(1)),
+    "rotary, k_norm": lambda: rotary_with(k_norm=torch.ones(7)),
+    "rotary, table": lambda: rotary_with(cos_sin=randn(10, 4)),
+    "rotary, odd": lambda: rotary_with(kv_cache=torch.zeros(2, 2, 2, 4, 2, 7), qkv=randn(3, 56)),
+    "rotary, width": lambda: rotary_with(qkv=randn(3, 60)),
+    "rotary, no query heads": lambda: rotary_with(qkv=randn(3, 32)),
+    "rotary, positions": lambda: rotary_with(positions=torch.arange(2)),
+    "rotary, slots": lambda: rotary_with(slot_mapping=torch.arange(2)),
+    "rotary, layer": lambda: rotary_with(layer=2),
+    "rotary, layer below 0": lambda: rotary_with(layer=-1),
+    "attention, heads": lambda: attention_with(query=randn(3, 3, LANES)),
+    "attention, head_dim": lambda: attention_with(query=randn(3, 4, LANES // 2)),
+    "attention, layer": lambda: attention_with(layer=2),
+    "attention, window": lambda: attention_with(sliding_window=0),
+    "attention, starts": lambda: attention_with(cu_seqlens_q=torch.tensor([0])),
+    "attention, lengths": lambda: attention_with(seq_lens=torch.tensor([3, 3])),
+    "attention, tables": lambda: attention_with(block_tables=torch.zeros(0, 1)),
+    "sample": lambda: sample_with(seeds=torch.zeros(1, dtype=torch.int64)),
+    "sample, columns": lambda: sample_with(temperature=torch.ones(2, 1)),
+}
+
+
+@pytest.mark.parametrize("call", WRONG_SHAPES.values(), ids=WRONG_SHAPES.keys())
+def test_wrong_shapes_are_refused(call: Callable[[], Tensor]) -> None:
+    """Not by an assertion, which `python -O` leaves out."""
+    with pytest.raises(ValueError):
+        call()
 
 
 def test_weights_are_kept_once() -> None:

@@ -116,7 +116,8 @@ class CpuOps(Ops):
 
     def _norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         num_rows, size = shape = x.shape
-        assert residual.shape == shape and weight.shape == (size,), (residual.shape, weight.shape)
+        if residual.shape != shape or weight.shape != (size,):
+            raise ValueError(f"norm: x {shape}, residual {residual.shape}, weight {weight.shape}")
         out = torch.empty(num_rows, size)
         cpu_elementwise.norm(
             x.data_ptr(),
@@ -152,9 +153,15 @@ class CpuOps(Ops):
         num_kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
         num_tokens, width = qkv.shape
         num_heads = width // head_dim - 2 * num_kv_heads
-        assert 0 <= layer < layout.num_layers, layer
-        assert positions.shape == slots.shape == (num_tokens,), (positions.shape, slots.shape)
-        assert width == (num_heads + 2 * num_kv_heads) * head_dim, qkv.shape
+        if not 0 <= layer < layout.num_layers or head_dim % 2 or cos_sin.shape[1:] != (head_dim,):
+            raise ValueError(f"rotary: layer {layer}, head_dim {head_dim}, table {cos_sin.shape}")
+        if num_heads < 1 or width != (num_heads + 2 * num_kv_heads) * head_dim:
+            raise ValueError(f"rotary: qkv {qkv.shape}, {num_kv_heads} KV heads of {head_dim}")
+        if not positions.shape == slots.shape == (num_tokens,):
+            raise ValueError(f"rotary: qkv {qkv.shape}, positions {positions.shape}, {slots.shape}")
+        for norm in (q_norm, k_norm):
+            if norm is not None and norm.shape != (head_dim,):
+                raise ValueError(f"rotary: head_dim {head_dim}, norm {norm.shape}")
         out = torch.empty(num_tokens, num_heads, head_dim)
         half = layout.half
         cpu_elementwise.rotary_and_store(
@@ -184,6 +191,8 @@ class CpuOps(Ops):
         if not (is_plain(gate_up) and gate_up.dim() == 2):
             return self.reference.silu_and_mul(gate_up)
         num_rows, width = gate_up.shape
+        if width % 2:
+            raise ValueError(f"silu_and_mul: gate_up {gate_up.shape} has no halves")
         size = width // 2
         out = torch.empty(num_rows, size)
         num_threads = self.threads_for(num_rows * size >= PARALLEL_SILU)
@@ -202,7 +211,8 @@ class CpuOps(Ops):
             return self.reference.linear(x, weight)
         x = plain(x, FLOAT)
         num_tokens, in_features = x.shape
-        assert in_features == weight.in_features, (x.shape, weight.panels.shape)
+        if in_features != weight.in_features:
+            raise ValueError(f"linear: x {x.shape}, weight takes {weight.in_features} features")
         out = torch.empty(num_tokens, weight.out_features)
         linear(
             x.data_ptr(),
@@ -240,8 +250,14 @@ class CpuOps(Ops):
         lengths = plain(metadata.seq_lens, torch.int32)
         tables = plain(metadata.block_tables, torch.int32)
         num_tokens, num_heads, _ = query.shape
-        assert num_heads % num_kv_heads == 0 and 0 <= layer < layout.num_layers, (num_heads, layer)
-        assert sliding_window is None or sliding_window > 0, sliding_window
+        if num_heads % num_kv_heads or query.shape[2] != head_dim:
+            raise ValueError(
+                f"attention: query {query.shape}, {num_kv_heads} KV heads of {head_dim}"
+            )
+        if not 0 <= layer < layout.num_layers or not (sliding_window is None or sliding_window > 0):
+            raise ValueError(f"attention: layer {layer}, sliding window {sliding_window}")
+        if not len(starts) - 1 == len(lengths) == len(tables):
+            raise ValueError(f"attention: {starts.shape}, {lengths.shape}, tables {tables.shape}")
         out = torch.empty(num_tokens, num_heads * head_dim)
         if num_tokens == 0:
             return out
@@ -286,7 +302,8 @@ class CpuOps(Ops):
         choices = torch.zeros_like(positions) if choices is None else choices
         integers = [plain(x, torch.int64) for x in (top_k, seeds, positions, choices)]
         out = torch.empty(num_rows, dtype=torch.int64)
-        assert all(len(x) == num_rows for x in floats + integers), num_rows
+        if any(x.shape != (num_rows,) for x in floats + integers):
+            raise ValueError(f"sample: {num_rows} rows, {[x.shape for x in floats + integers]}")
         temperature, top_p, log_min_p = (x.data_ptr() for x in floats)
         top_k, seeds, positions, choices = (x.data_ptr() for x in integers)
         sample(
