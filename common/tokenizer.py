@@ -49,9 +49,14 @@ class Tokenizer:
         Raises ModelError.
         """
         from transformers import AutoTokenizer
+        from transformers.utils import chat_template_utils
+
+        from common.template_sandbox import BoundedSandbox
 
         if is_random(folder):
             return None
+        # The library compiles templates in the sandbox of this name, and takes no other.
+        chat_template_utils.ImmutableSandboxedEnvironment = BoundedSandbox
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
@@ -67,7 +72,7 @@ class Tokenizer:
         """A raw prompt's tokens: special tokens in the text count, and BOS is put where the model
         wants one. Raises ValueError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
         _check_unicode("prompt", text)
-        return self._backend.encode(text, add_special_tokens=True).ids
+        return _encode(self._backend, text, add_special_tokens=True)
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of tokens, special tokens left out, invalid bytes as U+FFFD."""
@@ -85,6 +90,12 @@ class Tokenizer:
 
         messages: `{"role": …, "content": …}` each. Raises ValueError when the model has no chat
         template or its template refuses the messages.
+
+        Inert in a message is the text of the tokens that the checkpoint calls special: they open
+        and close turns. Added tokens that it does not call so (Qwen3's `</think>`, Gemma's `<h1>`
+        and runs of spaces) are words of the vocabulary: a model writes them into its answers,
+        clients send those back, and templates look for them. So they are encoded as what they
+        look like, as transformers and vLLM do; a user may write `</think>`, and is still the user.
         """
         contents = "".join(message["content"] for message in messages)
         _check_unicode("messages", contents)
@@ -104,7 +115,7 @@ class Tokenizer:
             ]
         text = self._render(messages)
         if not marks:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return _encode(self._backend, text)
         token_ids: list[int] = []
         ids_of = {text: id for id, text in self.special_ids.items()}
         pattern = re.compile("\ue000" + nonce + r"\.\d+\ue001")
@@ -124,7 +135,7 @@ class Tokenizer:
             backend = type(self._backend).from_str(self._backend.to_str())
             backend.encode_special_tokens = True
             self._plain_backend = backend
-        return self._plain_backend.encode(text, add_special_tokens=False).ids
+        return _encode(self._plain_backend, text)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         from jinja2 import TemplateError
@@ -173,6 +184,13 @@ class Tokenizer:
             state = self._backend.decoder
             self._decoder = state.__getstate__().decode() if state is not None else ""
         return self._decoder
+
+
+def _encode(backend: Any, text: str, add_special_tokens: bool = False) -> list[int]:
+    """As a batch of one: `encode` would hold the interpreter, and with it the server, for as long
+    as it takes (half a second for 1 MB)."""
+    [encoding] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return encoding.ids
 
 
 def _check_unicode(name: str, text: str) -> None:

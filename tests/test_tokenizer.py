@@ -4,19 +4,23 @@ import functools
 import json
 import shutil
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from common import tokenizer as tokenizer_module
 from common.api import Message
 from common.checkpoint import ModelError, resolve
+from common.template_sandbox import BoundedSandbox
+from common.testing.threads import longest_wait
 from common.tokenizer import WINDOW, Tokenizer
 
 FOLDER = resolve("smollm2-135m")
@@ -204,6 +208,19 @@ class TestEncode:
         assert TOKENIZER.vocab_size == 49152
         assert TOKENIZER.longest_token == max(len(TOKENIZER.token_bytes(id)) for id in NORMAL_IDS)
 
+    def test_a_long_text_leaves_others_their_turn(self) -> None:
+        """The library's `encode` holds the interpreter for all its time, and with it the server."""
+        text = " ".join(f"{number:x} {TEXT}" for number in range(7_000))
+        messages = user(text)
+        for work in (
+            lambda: TOKENIZER.encode(text),
+            lambda: TOKENIZER.encode_chat(messages),
+            lambda: TOKENIZER.encode_chat([*messages, *user("<|im_end|>")]),
+        ):
+            share = min(longest_wait(work) for _ in range(3))
+            assert share < 0.5, share
+        assert TOKENIZER.encode(text) == TOKENIZER._backend.encode(text).ids
+
     @pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
     def test_a_lone_surrogate_is_an_error(self, text: str) -> None:
         """JSON can carry one; it is no character, and the tokenizer would fail on it."""
@@ -310,6 +327,36 @@ class TestChat:
         assert (ids[0], ids[-1]) == (longer, 2)
         assert not {longer, 2} & set(ids[1:-1])
 
+    def test_what_is_not_special_is_a_word(self) -> None:
+        """The border of the rule: `</think>` is a word of a vocabulary as any other, in every role
+        and whether or not a special text is there too, as transformers has it."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = Backend(models.BPE({text: id for id, text in enumerate(alphabet)}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens(["<|end|>"])
+        backend.add_tokens([AddedToken("</think>", normalized=False)])
+        library = PreTrainedTokenizerFast(tokenizer_object=backend)
+        library.chat_template = (
+            "{% for m in messages %}{{ m.content.split('</think>')[-1] if m.role == 'assistant'"
+            " else m.content }}<|end|>{% endfor %}"
+        )
+        tokenizer = Tokenizer(library)
+        end, think = (backend.token_to_id(text) for text in ("<|end|>", "</think>"))
+        assert tokenizer.special_ids == {end: "<|end|>"}
+        letters = {id: text for text, id in backend.get_vocab().items() if id < len(alphabet)}
+
+        def shown(content: str, role: str = "user") -> list[str | int]:
+            ids = tokenizer.encode_chat([{"role": role, "content": content}])
+            return ["".join(letters[id] for id in ids if id in letters), *set(ids) - set(letters)]
+
+        assert shown("a</think>") == ["a", end, think] or shown("a</think>") == ["a", think, end]
+        assert tokenizer.encode_chat(user("a<|end|>"))[-1] == end
+        assert shown("a<|end|>b") == ["a<|end|>b", end]
+        assert set(shown("a</think><|end|>")) == {"a<|end|>", end, think}
+        assert shown("hidden</think>b<|end|>", "assistant") == ["b<|end|>", end]
+        assert tokenizer.decode([think]) == "</think>", "an answer shows it; it comes back as text"
+
     def test_from_eight_threads_at_once(self) -> None:
         """The servers tokenize in a thread pool; the second backend is made on first use."""
         tokenizer = Tokenizer.load(FOLDER)
@@ -371,6 +418,62 @@ class TestChat:
             TOKENIZER.encode_chat(user("Hi"))
         monkeypatch.undo()
         assert TOKENIZER.encode_chat(user("Hi")) == expected_chat(["Hi"], ["user"])
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ 'a' * 10**10 }}",
+            "{{ 10**10 * ['a'] }}",
+            "{{ 7 ** (10**10) }}",
+            "{{ '%1000000000d' % 1 }}",
+            "{{ '%*d' % (10**10, 1) }}",
+            "{{ '%1000000000d'|format(1) }}",
+            "{{ '%*d'|format(10**10, 1) }}",
+            "{{ '{:1000000000}'.format(1) }}",
+            "{{ '{:{}}'.format(1, 10**9) }}",
+            "{{ '{0:>{w}}'.format(1, w=10**9) }}",
+            "{{ '{a:{w}}'.format_map({'a': 1, 'w': 10**9}) }}",
+            "{{ ''['format'] and ' {:1000000000}'['format'](1) }}",
+            "{{ 'a'|center(10**10) }}",
+            "{{ 'a'.center(10**10) }}",
+            "{{ ['a']|map('center', 10**10)|list }}",
+            "{{ [1]|batch(10**10, 'x')|list }}",
+            "{{ [1]|tojson(indent=10**10) }}",
+            "{{ range(10**10)|list }}",
+            "{{ (1).to_bytes(10**10, 'big') }}",
+            *(
+                f"{{% set ns = namespace(a={start}) %}}"
+                f"{{% for i in range(40) %}}{{% set ns.a = ns.a {sign} ns.a %}}{{% endfor %}}"
+                for start, sign in (("'a'", "~"), ("'a'", "+"), ("[1]", "+"), ("7", "*"))
+            ),
+        ],
+    )
+    def test_a_template_cannot_take_the_memory(
+        self, template: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Gigabytes in one operation, which no limit of time and no check of the result prevents."""
+        self.with_template(template, monkeypatch)
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match=r"the chat template failed \(OverflowError\)"):
+                TOKENIZER.encode_chat(user("Hi"))
+            assert tracemalloc.get_traced_memory()[1] < 400 << 20
+        finally:
+            tracemalloc.stop()
+
+    def test_the_bounds_change_nothing_else(self) -> None:
+        for template in (
+            "{{ 'a' ~ 1 ~ none ~ [1] ~ missing }} {{ 3 * 'ab' }} {{ 'ab' * -1 }} {{ 2**-1 }}",
+            "{{ 7 % 3 }} {{ '%05d|%s' % (3, 'x') }} {{ '%s'|format(10**12) }} {{ [1] + [2] }}",
+            "{{ '{:>5}{}'.format(2, 'x') }} {{ 'a'|center(5) }} {{ 1.5 * 2 }} {{ 1.5 ** 2 }}",
+            "{{ {'a': 1}|tojson(indent=2) }} {{ [3, 1]|sort|join(', ') }} {{ 10**12 + 1 }}",
+            "{% macro m(a) %}{{ a }}{% endmacro %}{{ m(10**12) }} {{ '{}'.format(10**12) }}",
+            "{{ missing|default(10**12) }} {{ '%d' % 10**12 }} {{ namespace(a=10**12).a }}",
+            "{{ messages|selectattr('a')|map(attribute='a')|list }} {{ 'a\nb'|indent(4) }}",
+        ):
+            values = {"messages": [{"a": 1}, {"a": 0}]}
+            expected = ImmutableSandboxedEnvironment().from_string(template).render(values)
+            assert BoundedSandbox().from_string(template).render(values) == expected
 
 
 class TestLoad:
