@@ -4,10 +4,13 @@ A field that is accepted is honoured; one that is not supported is refused by na
 ignored. `null` counts as not given, and so does a value that asks for nothing (`NEUTRAL`).
 """
 
+import json
+import operator
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -29,6 +32,7 @@ MAX_CHOICES = 128  # prompts times n in one request
 MAX_MESSAGES = 4096
 MAX_KEYS = 16  # of an object inside a request
 MAX_SALT = 256  # characters
+MAX_LOGPROBS_TOTAL = 1 << 19  # in one answer: some 50 MB of JSON
 
 # Fields of OpenAI's interface that no part implements, with the value that asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -263,6 +267,44 @@ class ChatCompletionRequest(_Request):
         )
 
 
+def check_logprobs(
+    prompts: Sequence[Sequence[int]], params: SamplingParams, limit: int, chat: bool
+) -> None:
+    """Refuse a request whose log probabilities would take gigabytes. Raises ApiError.
+
+    limit: the context in tokens; it bounds the output where max_tokens is not given.
+    """
+    if params.logprobs is None:
+        return
+    num_tokens = sum(params.max_tokens or limit - len(prompt) for prompt in prompts)
+    total = params.n * num_tokens * (1 + params.logprobs)
+    if total > MAX_LOGPROBS_TOTAL:
+        name = "top_logprobs" if chat else "logprobs"
+        asked = "not given" if params.max_tokens is None else params.max_tokens
+        raise ApiError(
+            400,
+            f"{name} ({params.logprobs}) for {len(prompts)} prompts with n ({params.n}) and"
+            f" max_tokens ({asked}) may be {total} log probabilities; one request may ask for"
+            f" {MAX_LOGPROBS_TOTAL}",
+            param=name,
+        )
+
+
+def to_json(answer: dict[str, Any]) -> str:
+    """An answer of `Job.response` as JSON. Takes long where there are many log probabilities.
+
+    For a thread: json's C code, which holds the interpreter, calls back for each of their
+    positions, and there other threads have their turn.
+    """
+    return json.dumps(
+        answer,
+        ensure_ascii=False,
+        allow_nan=False,
+        separators=(",", ":"),
+        default=lambda late: late(),
+    )
+
+
 class TextOffsets:
     """Where each token's text begins in a completion's text.
 
@@ -305,18 +347,24 @@ class Job:
         return len(self.prompts) * self.params.n
 
     def response(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """The whole answer. Raises ApiError when a completion ended in an error."""
+        """The whole answer, for `to_json`: log probabilities are functions that make them.
+
+        Raises ApiError when a completion ended in an error.
+        """
         if any(c.finish_reason == "error" for c in completions):
             raise internal_error()
         choices = []
         for index, completion in enumerate(completions):
-            choice = {"index": index, "finish_reason": completion.finish_reason}
+            choice: dict[str, Any] = {"index": index, "finish_reason": completion.finish_reason}
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": completion.text}
             else:
                 choice["text"] = completion.text
             offsets = TextOffsets(self.tokenizer)
-            choice["logprobs"] = self._logprobs(completion.logprobs, offsets)
+            choice["logprobs"] = None
+            if completion.logprobs is not None:
+                make = partial(self._logprobs, completion.logprobs, offsets, late=True)
+                choice["logprobs"] = make
             choices.append(choice)
         head = self._head("chat.completion" if self.chat else "text_completion")
         return {**head, "choices": choices, "usage": self.usage(completions)}
@@ -337,11 +385,14 @@ class Job:
                 "cached_tokens": sum(c.num_cached_tokens for c in first_choices)
             },
         }
-        if num_drafts := sum(c.num_draft_tokens for c in completions):
+        if num_drafts := sum(c.num_drafts for c in completions):
+            num_tokens = sum(c.num_draft_tokens for c in completions)
             num_accepted = sum(c.num_accepted_tokens for c in completions)
             usage["completion_tokens_details"] = {
                 "accepted_prediction_tokens": num_accepted,
-                "rejected_prediction_tokens": num_drafts - num_accepted,
+                "rejected_prediction_tokens": num_tokens - num_accepted,
+                "acceptance_rate": round(num_accepted / num_tokens, 4),
+                "mean_accepted_length": round(num_accepted / num_drafts, 4),
             }
         return usage
 
@@ -397,28 +448,26 @@ class Job:
         }
 
     def _logprobs(
-        self, logprobs: list[TokenLogprobs] | None, offsets: "TextOffsets"
-    ) -> dict[str, Any] | None:
-        if logprobs is None:
-            return None
+        self, logprobs: list[TokenLogprobs], offsets: "TextOffsets", late: bool = False
+    ) -> dict[str, Any]:
+        """late: the entries of a position are made when it is written."""
+        make = partial if late else operator.call
         if self.chat:
-            entries = []
-            for item in logprobs:
-                top = [self._token_entry(*pair) for pair in item.top]
-                entry = self._token_entry(item.token_id, item.logprob)
-                entries.append({**entry, "top_logprobs": top})
-            return {"content": entries}
-        top = [
-            {self._token_text(id): value for id, value in item.top}
-            | {self._token_text(item.token_id): item.logprob}
-            for item in logprobs
-        ]
+            return {"content": [make(self._entry, item) for item in logprobs]}
         return {
             "tokens": [self._token_text(item.token_id) for item in logprobs],
             "token_logprobs": [item.logprob for item in logprobs],
-            "top_logprobs": top,
+            "top_logprobs": [make(self._top, item) for item in logprobs],
             "text_offset": [offsets.push(item.token_id) for item in logprobs],
         }
+
+    def _entry(self, item: TokenLogprobs) -> dict[str, Any]:
+        top = [self._token_entry(*pair) for pair in item.top]
+        return {**self._token_entry(item.token_id, item.logprob), "top_logprobs": top}
+
+    def _top(self, item: TokenLogprobs) -> dict[str, float]:
+        top = {self._token_text(id): value for id, value in item.top}
+        return top | {self._token_text(item.token_id): item.logprob}
 
     def _token_text(self, token_id: int) -> str:
         return self.tokenizer.token_text(token_id) if self.tokenizer else f"token_id:{token_id}"

@@ -22,8 +22,10 @@ from common.api import (
     ChatCompletionRequest,
     CompletionRequest,
     Job,
+    check_logprobs,
     field_error,
     internal_error,
+    to_json,
 )
 from common.exposition import make_registry, render
 from common.guard import ClientGone, Guard, split_list
@@ -177,11 +179,21 @@ class Frontend:
     def route(self, answer: Callable[[Job, Request], Awaitable[Any]]) -> None:
         """Add the two routes that complete text; `answer` gets the checked job."""
 
-        async def completions(body: CompletionRequest, request: Request) -> Any:
-            return await answer(await self.read(body), request)
+        async def respond(
+            body: CompletionRequest | ChatCompletionRequest, request: Request
+        ) -> Response:
+            whole = await answer(await self.read(body), request)
+            if isinstance(whole, Response):
+                return whole
+            # In a thread: half a million log probabilities take seconds.
+            text = await run_in_threadpool(to_json, whole)
+            return Response(text, media_type="application/json")
 
-        async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
-            return await answer(await self.read(body), request)
+        async def completions(body: CompletionRequest, request: Request) -> Response:
+            return await respond(body, request)
+
+        async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+            return await respond(body, request)
 
         for path, handler in (
             ("/v1/completions", completions),
@@ -230,6 +242,7 @@ class Frontend:
                 check_prompt(prompt, params, self.max_model_len, self.vocab_size)
         except ValueError as error:
             raise field_error(str(error)) from None
+        check_logprobs(prompts, params, self.max_model_len, chat)
         options = request.stream_options
         return Job(
             chat=chat,

@@ -1,7 +1,7 @@
 """What stands before the app and refuses by default.
 
 Foreign hosts and origins (a page in the user's browser must not reach a server on their machine),
-missing keys, and bodies that are too large or too slow. (How many requests there is room for is
+missing keys, and bodies that are too large, of too many values, or too slow. (How many requests there is room for is
 `Admission`'s business, in `frontend.py`.)
 """
 
@@ -17,6 +17,8 @@ from common.serving import ServerConfig
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 BODY_SECONDS = 60.0  # for a request's body to arrive
+SIGNS = (b",", b":", b"[", b"{")  # each value of a JSON text comes after one
+MAX_SIGNS = 300_000  # in one body; reading so many values stops the event loop for 0.1 s
 
 
 def split_list(text: str) -> frozenset[str]:
@@ -105,6 +107,13 @@ class Guard:
                         break
         except TimeoutError:
             raise ApiError(408, f"the request body took more than {BODY_SECONDS:g} s") from None
+        num_signs = sum(map(body.count, SIGNS))
+        if num_signs > MAX_SIGNS:
+            raise ApiError(
+                413,
+                f"the request body has {num_signs} commas, colons and open brackets; it may have"
+                f" {MAX_SIGNS}",
+            )
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def receive_whole() -> Message:

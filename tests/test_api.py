@@ -10,18 +10,22 @@ from pydantic import BaseModel, ValidationError
 
 from common.api import (
     MAX_KEYS,
+    MAX_LOGPROBS_TOTAL,
     MAX_MESSAGES,
     NEUTRAL,
     ApiError,
     ChatCompletionRequest,
     CompletionRequest,
     Job,
+    check_logprobs,
     field_error,
     internal_error,
+    to_json,
 )
 from common.checkpoint import resolve
 from common.output import Completion, Delta, OutputProcessor, TokenLogprobs
 from common.sampling import MAX_LOGPROBS, SamplingParams
+from common.testing.threads import longest_wait
 from common.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(resolve("smollm2-135m"))
@@ -358,6 +362,11 @@ def job(chat: bool, tokenizer: Tokenizer | None = TOKENIZER, **fields: Any) -> J
     return Job(chat=chat, model="m", params=params, tokenizer=tokenizer, **values)
 
 
+def whole_of(job: Job, *completions: Completion) -> dict[str, Any]:
+    """The answer as the client reads it."""
+    return json.loads(to_json(job.response(completions)))
+
+
 def validated(model: type[BaseModel], value: dict[str, Any]) -> Any:
     """The value as OpenAI's own type: every field of the right type, and none that it lacks."""
     parsed = model.model_validate(json.loads(json.dumps(value, allow_nan=False)), strict=True)
@@ -402,7 +411,7 @@ class TestResponses:
     @pytest.mark.parametrize("logprobs", [None, 0, 2])
     def test_a_completion_is_openais(self, logprobs: int | None) -> None:
         completion, _ = run(TEXT_IDS, SamplingParams(logprobs=logprobs))
-        answer = validated(openai.types.Completion, job(chat=False).response([completion]))
+        answer = validated(openai.types.Completion, whole_of(job(chat=False), completion))
         [choice] = answer.choices
         assert choice.text == "naïve 😀👨‍👩‍👧 end"
         assert (choice.index, choice.finish_reason) == (0, "stop")
@@ -412,7 +421,7 @@ class TestResponses:
     @pytest.mark.parametrize("logprobs", [None, 0, 2])
     def test_a_chat_completion_is_openais(self, logprobs: int | None) -> None:
         completion, _ = run(TEXT_IDS, SamplingParams(logprobs=logprobs))
-        value = job(chat=True).response([completion])
+        value = whole_of(job(chat=True), completion)
         answer = validated(openai.types.chat.ChatCompletion, value)
         [choice] = answer.choices
         assert choice.message.role == "assistant"
@@ -428,7 +437,7 @@ class TestResponses:
             Completion("", [7] * n, "length", i, len(prompt), num_cached_tokens=i)
             for i, (n, prompt) in enumerate(zip((5, 1, 9), prompts, strict=True))
         ]
-        value = job(chat=False, prompts=prompts).response(completions)
+        value = whole_of(job(chat=False, prompts=prompts), *completions)
         answer = validated(openai.types.Completion, value)
         assert [choice.index for choice in answer.choices] == [0, 1, 2]
         usage = answer.usage
@@ -451,7 +460,7 @@ class TestResponses:
 
     def test_logprobs_of_a_completion(self) -> None:
         completion, _ = run(TEXT_IDS, SamplingParams(logprobs=2))
-        answer = validated(openai.types.Completion, job(chat=False).response([completion]))
+        answer = validated(openai.types.Completion, whole_of(job(chat=False), completion))
         logprobs = answer.choices[0].logprobs
         assert logprobs.tokens == [TOKENIZER.token_text(id) for id in TEXT_IDS]
         assert logprobs.token_logprobs == [-0.25] * len(TEXT_IDS)
@@ -462,7 +471,7 @@ class TestResponses:
     def test_offsets_are_places_in_the_text(self) -> None:
         """Of text a client can cut there: whole tokens begin where it says."""
         completion, _ = run(TEXT_IDS, SamplingParams(logprobs=0))
-        value = job(chat=False).response([completion])["choices"][0]
+        value = whole_of(job(chat=False), completion)["choices"][0]
         tokens, offsets = value["logprobs"]["tokens"], value["logprobs"]["text_offset"]
         assert offsets == sorted(offsets)
         assert offsets[0] == 0 and offsets[-1] == len(value["text"])  # EOS comes after all of it
@@ -477,7 +486,7 @@ class TestResponses:
 
     def test_logprobs_of_a_chat(self) -> None:
         completion, _ = run(TEXT_IDS, SamplingParams(logprobs=2))
-        value = job(chat=True).response([completion])
+        value = whole_of(job(chat=True), completion)
         content = validated(openai.types.chat.ChatCompletion, value).choices[0].logprobs.content
         assert len(content) == len(TEXT_IDS)
         joined = b""
@@ -489,12 +498,48 @@ class TestResponses:
             joined += bytes(entry.bytes)
         assert joined.decode() == "naïve 😀👨‍👩‍👧 end<|im_end|>"
 
+    @pytest.mark.parametrize("chat", [True, False])
+    def test_many_logprobs_leave_others_their_turn(self, chat: bool) -> None:
+        """In a thread: as one call into C they would stop the event loop until all are written."""
+        items = [TokenLogprobs(5, -1.5, tuple((id, -1.5) for id in range(20)))] * 5000
+        completion = Completion("", [5] * len(items), "length", 0, 3, logprobs=items)
+        answer = job(chat, None).response([completion])
+        share = min(longest_wait(lambda: to_json(answer)) for _ in range(3))
+        assert share < 0.5, share
+
+    @pytest.mark.parametrize(
+        ("lengths", "n", "max_tokens", "logprobs", "total"),
+        [
+            ([1], 128, 2000, 20, 5_376_000),
+            ([1] * 128, 1, 4096, 0, 524_288),
+            ([1] * 128, 1, 4097, 0, 524_416),
+            ([96, 1096], 1, None, 4, 10 * (50_000 - 96 - 500)),
+            ([96, 1096], 2, None, 4, 20 * (50_000 - 96 - 500)),
+            ([1], 128, None, None, 0),
+        ],
+    )
+    def test_logprobs_are_bounded(
+        self, lengths: list[int], n: int, max_tokens: int | None, logprobs: int | None, total: int
+    ) -> None:
+        """n x prompts x max_tokens x (1 + top_logprobs), before anything is computed."""
+        prompts = [[5] * length for length in lengths]
+        params = SamplingParams(n=n, max_tokens=max_tokens, logprobs=logprobs)
+        for chat, name in ((True, "top_logprobs"), (False, "logprobs")):
+            if total <= MAX_LOGPROBS_TOTAL:
+                check_logprobs(prompts, params, 50_000, chat)
+                continue
+            with pytest.raises(ApiError) as caught:
+                check_logprobs(prompts, params, 50_000, chat)
+            assert (caught.value.status, caught.value.param) == (400, name)
+            for shown in (f"{name} ({logprobs})", f"n ({n})", "max_tokens (", f"be {total} log"):
+                assert shown in caught.value.message
+
     def test_without_a_tokenizer(self) -> None:
         completion, _ = run([5, 6], SamplingParams(logprobs=1), tokenizer=None)
-        value = job(False, None).response([completion])
+        value = whole_of(job(False, None), completion)
         choice = validated(openai.types.Completion, value).choices[0]
         assert (choice.text, choice.logprobs.tokens) == ("", ["token_id:5", "token_id:6"])
-        value = job(True, None).response([completion])
+        value = whole_of(job(True, None), completion)
         choice = validated(openai.types.chat.ChatCompletion, value).choices[0]
         assert choice.logprobs.content[0].bytes is None
 
@@ -512,7 +557,7 @@ class TestStreams:
         """Text, ids of the answer, logprobs and offsets: streamed they are what they are whole,
         also while text is held back because a stop string may have begun."""
         completion, deltas = run(TEXT_IDS, SamplingParams(logprobs=logprobs, stop=stop), tokenizer)
-        whole = job(False, tokenizer).response([completion])["choices"][0]
+        whole = whole_of(job(False, tokenizer), completion)["choices"][0]
         streamed = job(False, tokenizer, stream=True)
         chunks = self.chunks(streamed, deltas)
         for chunk in chunks:
@@ -537,7 +582,7 @@ class TestStreams:
         self, stop: tuple[str, ...], logprobs: int | None
     ) -> None:
         completion, deltas = run(TEXT_IDS, SamplingParams(logprobs=logprobs, stop=stop))
-        whole = job(True).response([completion])["choices"][0]
+        whole = whole_of(job(True), completion)["choices"][0]
         stream = job(True, stream=True)
         values = [stream.role_chunk(0), *self.chunks(stream, deltas)]
         chunks = [validated(openai.types.chat.ChatCompletionChunk, value) for value in values]
