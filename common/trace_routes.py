@@ -8,11 +8,32 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from sse_starlette import EventSourceResponse
+from starlette.types import Message, Send
 
 from common.trace import Trace, perfetto_events, to_json
 
 SECONDS = 0.05  # between looks at what is new
 LINES = 32  # written before others have their turn: about a millisecond
+SEND_SECONDS = 60.0  # for a client to take what it is sent
+
+
+class Download(StreamingResponse):
+    """A file written as it is sent; a client that does not read it is left.
+
+    Else it would hold the records of that moment for as long as it likes.
+    """
+
+    async def stream_response(self, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+
+        try:
+            await super().stream_response(send_in_time)
+        except TimeoutError:
+            pass  # uvicorn closes a connection whose answer has no end
+        finally:
+            await self.body_iterator.aclose()
 
 
 def add_trace_routes(app: FastAPI, trace: Trace) -> None:
@@ -53,17 +74,17 @@ def add_trace_routes(app: FastAPI, trace: Trace) -> None:
         An event named `state` comes first, and again after steps that a slow reader has lost.
         This stream has no end of its own; it ends when the server is to end.
         """
-        return EventSourceResponse(events(), sep="\n", send_timeout=60)
+        return EventSourceResponse(events(), sep="\n", send_timeout=SEND_SECONDS)
 
-    async def download() -> StreamingResponse:
+    async def download() -> Download:
         """The steps kept, as `Trace.save` writes them."""
         headers = {"Content-Disposition": 'attachment; filename="trace.jsonl"'}
-        return StreamingResponse(kept(), media_type="application/x-ndjson", headers=headers)
+        return Download(kept(), media_type="application/x-ndjson", headers=headers)
 
-    async def perfetto() -> StreamingResponse:
+    async def perfetto() -> Download:
         """The steps kept, for ui.perfetto.dev and chrome://tracing."""
         headers = {"Content-Disposition": 'attachment; filename="trace.perfetto.json"'}
-        return StreamingResponse(as_perfetto(), media_type="application/json", headers=headers)
+        return Download(as_perfetto(), media_type="application/json", headers=headers)
 
     app.add_api_route("/trace", follow, methods=["GET"], response_model=None)
     app.add_api_route("/trace.jsonl", download, methods=["GET"], response_model=None)

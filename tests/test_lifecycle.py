@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from fastapi import FastAPI
 
 from common.serving import ServerConfig
 from common.testing.parts import (
@@ -40,6 +42,7 @@ from common.testing.parts import (
 )
 from common.testing.server import RunningServer, server_process, serving_thread
 from common.trace import Trace
+from common.trace_routes import add_trace_routes
 
 MODEL = "random:tiny-llama"
 COMPLETIONS = "/v1/completions"
@@ -291,6 +294,34 @@ def test_clients_that_never_read(make_rig: Callable[..., Rig], part: int) -> Non
         leave(follower, "reset")
         rig.check_idle()
         until(lambda: trace._followers == [], "the trace left")
+
+
+@pytest.mark.parametrize("path", ["/trace.jsonl", "/trace.perfetto.json"])
+def test_a_download_that_nobody_reads_ends(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would keep the steps of its moment for as long as its client likes."""
+    monkeypatch.setattr("common.trace_routes.SEND_SECONDS", 0.3)
+    trace = Trace(capacity=1000)
+
+    def fill() -> weakref.ref[Any]:
+        for _ in range(trace.capacity):
+            with trace.step():
+                for number in range(300):
+                    trace.scheduled(f"a request with a long name {number}", 1)
+        return weakref.ref(trace.last_record)
+
+    app = FastAPI()
+    app.state.stopping = False
+    add_trace_routes(app, trace)
+    record = fill()
+    with serving_thread(app) as url, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        assert sock.recv(10) == b"HTTP/1.1 2"
+        fill()
+        until(lambda: record() is None, "the steps of the download forgotten")
+        text = httpx.get(url + path, timeout=60).text  # who reads has all of it
+        assert text == "".join(trace.lines()) or json.loads(text) == trace.to_perfetto()
 
 
 @pytest.mark.parametrize("part", STREAMING_HTTP)
