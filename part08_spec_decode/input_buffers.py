@@ -73,6 +73,7 @@ class InputBuffers:
     """The buffer on the host and, where there is another device, there."""
 
     def __init__(self, largest: BatchShape, device: torch.device) -> None:
+        self.shape: BatchShape | None = None  # of the last views
         _, size = largest.layout()
         on_gpu = device.type == "cuda"
         self.host = torch.zeros(size, dtype=torch.int64, pin_memory=on_gpu)
@@ -86,20 +87,24 @@ class InputBuffers:
 
     def arrays(self, shape: BatchShape) -> dict[str, np.ndarray[Any, Any]]:
         """Where the host writes a batch of this shape, by name."""
-        words = self.host.numpy()
-        places, _ = shape.layout()
-        return {
-            name: words[begin:].view(FIELDS[name][0])[:length]
-            for name, (begin, length) in places.items()
-        }
+        return self.views(shape)[0]
 
     def tensors(self, shape: BatchShape) -> dict[str, torch.Tensor]:
         """What the device reads, by name; they change when the next batch is copied."""
-        places, _ = shape.layout()
-        return {
-            name: self.device[begin:].view(TORCH_DTYPES[FIELDS[name][0]])[:length]
-            for name, (begin, length) in places.items()
-        }
+        return self.views(shape)[1]
+
+    def views(
+        self, shape: BatchShape
+    ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, torch.Tensor]]:
+        """Both, made anew when the shape is another than the last one: most decode steps have one."""
+        if shape != self.shape:
+            words, self.shape = self.host.numpy(), shape
+            arrays, tensors = self.last_views = {}, {}
+            for name, (begin, length) in shape.layout()[0].items():
+                dtype, _ = FIELDS[name]
+                arrays[name] = words[begin:].view(dtype)[:length]
+                tensors[name] = self.device[begin:].view(TORCH_DTYPES[dtype])[:length]
+        return self.last_views
 
     def copy_to_device(self, shape: BatchShape) -> None:
         """One copy, and none where the host is the device."""

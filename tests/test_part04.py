@@ -193,6 +193,8 @@ def test_packed_fields_do_not_overlap(part: int, numbers: tuple[int, int, int, i
         assert tensor.data_ptr() % 64 == buffers.device.data_ptr() % 64, name
         assert (tensor == number).all(), name
         assert len(tensor) == len(arrays[name]) == shape.lengths()[module.FIELDS[name][1]], name
+    largest = module.BatchShape(40, 40, 40, 40)
+    assert len(buffers.tensors(largest)["token_ids"]) == 40 == len(buffers.arrays(largest)["rows"])
     again = buffers.tensors(module.BatchShape(*numbers))
     assert {n: t.data_ptr() for n, t in again.items()} == {
         n: t.data_ptr() for n, t in tensors.items()
