@@ -1,8 +1,8 @@
 """What stands before the app and refuses by default.
 
 Foreign hosts and origins (a page in the user's browser must not reach a server on their machine),
-missing keys, and bodies that are too large, of too many values, or too slow. (How many requests there is room for is
-`Admission`'s business, in `frontend.py`.)
+missing keys, and bodies that are too large, of too many values, or too slow. (How many requests
+there is room for is `Admission`'s business, in `frontend.py`.)
 """
 
 import asyncio
