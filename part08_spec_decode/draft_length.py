@@ -25,10 +25,11 @@ MEMORY = 0.93  # what a trial weighs after one more of its sequence: about the l
 MEMORY_OF_EVERYONE = 0.99  # and after one more of any sequence
 PRIOR_TRIALS = 4.0  # what everyone's acceptance weighs at first against a sequence's own trials
 FIRST_ACCEPTANCE = 0.5  # everyone's, before anything is known
-SMALLEST_GAIN = 1.05  # drafts must promise that much: an average, and some gain nothing
+SMALLEST_GAIN = 1.05  # drafts must promise that much, or it is noise
+LARGEST_LOSS = 1.03  # so much longer a step may get by drafts that most sequences have none of
 FIRST_WAIT, LONGEST_WAIT = 32, 1024  # steps between the probes of a sequence that drafts nothing
-IDLE_AFTER = 32  # steps without a draft, after which a free proposer is not asked in every step
-MOST_IDLE = 32  # how many of such sequences it is asked for in a step
+IDLE_AFTER = 8  # steps without a draft, after which a free proposer is not asked in every step
+MOST_IDLE = 8  # how many of such sequences it is asked for in a step
 NO_DRAFT = Draft([])
 
 
@@ -182,7 +183,8 @@ class DraftLength:
         A sequence's speed is its expected tokens by the step's seconds. So draft tokens are taken in
         the order of the factors that they make their sequences faster by, over all sequences; each
         makes the step longer for all. (The most tokens a second in sum would let those who are
-        easy to guess run ahead at the cost of the rest, who then end later, in a smaller batch.)
+        easy to guess run ahead at the cost of the rest, who then end later, in a smaller batch.) And
+        while less than half of them have a draft, the rest may lose no more than LARGEST_LOSS.
         """
         places = np.arange(1, max(limits) + 1)
         prior = self.everyone.rate(FIRST_ACCEPTANCE)  # what is not known of one is as of everyone
@@ -196,6 +198,9 @@ class DraftLength:
         depth = np.append(0, np.maximum.accumulate(order % len(places) + 1))  # forwards to draft
         seconds = verify_seconds + depth * self.seconds_per_place
         speed = np.append(0, gains.flat[order].cumsum()) / len(sequences) - np.log(seconds)
+        num_drafting = np.append(0, (order % len(places) == 0).cumsum())  # sequences
+        is_for_few = 2 * num_drafting < len(sequences)
+        speed[is_for_few & (seconds > LARGEST_LOSS * seconds[0])] = -np.inf
         best = int(speed.argmax())
         if speed[best] < speed[0] + np.log(SMALLEST_GAIN):
             best = 0

@@ -19,8 +19,9 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
+from sse_starlette import EventSourceResponse
 
 from common import inspector
 from common.testing.browser import ENTER, ESCAPE, SHIFT, TAB, Page, chromium
@@ -276,7 +277,8 @@ def make_app(fake: Fake) -> FastAPI:
                 if not finished:
                     fake.gone.set()
 
-        return StreamingResponse(stream(), media_type="text/event-stream")
+        # Which closes the stream when the client goes, also while a piece is being sent.
+        return EventSourceResponse(stream(), ping=3600)
 
     return app
 

@@ -663,6 +663,27 @@ class TestDraftLength:
             lengths.append(simulation.step()[0])
         assert lengths[0] > 4 and lengths[1] == 0
 
+    @pytest.mark.parametrize(
+        ("num_drafting", "dearer", "least", "most"),
+        [(1, 0.01, 1, 3), (1, 0.05, 0, 0), (3, 0.05, 4, 8), (4, 0.05, 4, 8), (1, 0.0, 8, 8)],
+    )
+    def test_most_do_not_lose_for_the_few(
+        self, num_drafting: int, dearer: float, least: int, most: int
+    ) -> None:
+        """Of six sequences some are easy to guess; each token makes a step so much longer."""
+        draft_length = DraftLength()
+        sequences = [sequence_of([i]) for i in range(6)]
+        for num_tokens in (4, 6, 8, 16, 32, 64) * 5:
+            draft_length.observe_step(num_tokens, 0.02 * (1 + dearer * (num_tokens - 6)))
+        for sequence in sequences[:num_drafting]:
+            for _ in range(20):
+                draft_length.observe(sequence, [1] * 8, [1] * 9)
+        limits = [8] * num_drafting + [0] * (6 - num_drafting)
+        draft_length.num_steps = 1  # no probe
+        lengths = draft_length.choose(sequences, limits, 6)
+        assert least <= max(lengths) <= most
+        assert lengths[num_drafting:] == [0] * (6 - num_drafting)
+
     def test_catching_up_is_not_the_price_of_drafting(self) -> None:
         """A prompt that a draft model runs, in slices and slowly, does not end the drafts."""
 
@@ -739,9 +760,10 @@ class TestDraftLength:
             draft_length.choose(sequences, [0] * 128, 128)
         draft_length.choose(sequences[:1], [5], 1)  # one that drafts again
         asked = []
-        for draft_length.num_steps in range(5):
+        most = lengths_module.MOST_IDLE
+        for draft_length.num_steps in range(1 + 128 // most):
             asked.append(draft_length.worth_asking(sequences, limits))
-            assert 20 < sum(limit > 0 for limit in asked[-1]) < 40
+            assert most / 2 < sum(limit > 0 for limit in asked[-1]) <= most + 1
         assert all(map(sum, zip(*asked, strict=True))), "everyone has a turn"
         assert all(step[0] == 5 for step in asked)
 

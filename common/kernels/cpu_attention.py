@@ -2,6 +2,7 @@
 
 A piece of work is one sequence, one KV head, and up to ROWS rows: the queries of all heads that
 share the KV head, for as many tokens as fit. So a key or value is loaded once for the whole group.
+(Where that is a few rows, as when a sequence decodes, all its KV heads are one piece.)
 Keys come in tiles; a running maximum and sum make the softmax exact in one pass (Milakov and
 Gimelshein, 2018; FlashAttention, 2022), so nothing is allocated that grows with the context. Few
 long sequences are split over the context too, and the pieces are put together at the end.
@@ -20,7 +21,7 @@ from common.kernels.cpu_vector import PANEL, scale
 
 ROWS = 12 * PANEL  # most rows of a piece of work: 384 with AVX-512
 ROW_PIECES = 6  # pieces of work for each thread, where there are rows for so many
-SPLIT_PIECES = 4  # the same where the context has to be split for it
+SPLIT_PIECES = 2  # the same where the context has to be split for it
 MAX_FEW_ROWS = 8  # rows of a KV head that count as few
 MIN_SPLIT = 32  # keys that are worth a piece of work of their own
 MIN_PARALLEL = 60_000  # multiplications that are worth a second core
@@ -41,19 +42,19 @@ def load_queries(query, queries, first, num_queries, kv_head, heads, group, fact
 @helper
 def work(query, out, layout, places, shape, factor, window, splits, partial, next):
     """Take pieces of work, (query tile, KV heads, split), until none is left."""
-    starts, lengths, tables, tiles = places
-    num_kv_heads, heads, group, head_dim, tile_queries = shape
-    num_rows = (heads * tile_queries * group + PANEL - 1) // PANEL * PANEL
+    starts, lengths, tables, tiles, pieces = places
+    num_kv_heads, group, head_dim, tile_queries = shape
+    most_rows = max(tile_queries * group, num_kv_heads * MAX_FEW_ROWS)
+    num_rows = (most_rows + PANEL - 1) // PANEL * PANEL
     queries = np.zeros((num_rows, head_dim), np.float32)
     result = np.empty((num_rows, head_dim), np.float32)
     sums = np.empty((3, num_rows), np.float32)  # maximum, sum of weights, last scale factor
-    parts = num_kv_heads // heads
-    num_pieces = len(tiles) * parts * splits
-    piece = next_index(next.ctypes.data)
-    while piece < num_pieces:
-        # The last tiles of a long prompt see the most keys: they go first.
-        tile = len(tiles) - 1 - piece // (parts * splits)
-        kv_head, split = piece // splits % parts * heads, piece % splits
+    # The last tiles of a long prompt see the most keys: they go first.
+    last = len(pieces) * splits - 1
+    left = last - next_index(next.ctypes.data)
+    while left >= 0:
+        piece, split = pieces[left // splits], left % splits
+        tile, kv_head, heads = piece[0], piece[1], piece[2]
         seq, first = tiles[tile, 0], tiles[tile, 1]
         num_queries = min(tile_queries, starts[seq + 1] - first)
         rows = num_queries * group
@@ -84,13 +85,13 @@ def work(query, out, layout, places, shape, factor, window, splits, partial, nex
                 head = (kv_head + row // rows) * group + row % group
                 target = out[first + row % rows // group, head]
                 scale(result[row].ctypes.data, target.ctypes.data, head_dim, share)
-        piece = next_index(next.ctypes.data)
+        left = last - next_index(next.ctypes.data)
 
 
 @helper
 def merge(out, starts, tiles, shape, splits, partial):
     """The weighted mean of the splits of each row. partial: [tiles, rows, splits, head_dim + 2]."""
-    num_kv_heads, _, group, head_dim, tile_queries = shape
+    num_kv_heads, group, head_dim, tile_queries = shape
     for tile in range(len(tiles)):
         seq, first = tiles[tile, 0], tiles[tile, 1]
         rows = min(tile_queries, starts[seq + 1] - first) * group
@@ -119,6 +120,12 @@ def choose_tile(num_rows, group, max_query_len):
     num_queries = max(1, rows // group)
     num_tiles = max(1, (max_query_len + num_queries - 1) // num_queries)
     return max(1, (max_query_len + num_tiles - 1) // num_tiles)
+
+
+@helper
+def heads_at_once(num_queries, group, num_kv_heads):
+    """KV heads of a piece of work: all for few rows, else one."""
+    return num_kv_heads if num_queries * group <= MAX_FEW_ROWS else 1
 
 
 @kernel
@@ -152,26 +159,32 @@ def attention(
     group = num_heads // num_kv_heads
     num_rows = num_tokens * num_heads // (ROW_PIECES * num_threads)
     tile_queries = choose_tile(num_rows, group, max_query_len)
-    heads = num_kv_heads if max_query_len * group <= MAX_FEW_ROWS else 1
-    parts = num_kv_heads // heads
     num_tiles, products = 0, 0
     for seq in range(num_seqs):
         num_queries = starts_of[seq + 1] - starts_of[seq]
         num_tiles += (num_queries + tile_queries - 1) // tile_queries
         products += num_queries * lengths_of[seq] * num_heads * head_dim
     tiles = np.empty((num_tiles, 2), np.int64)  # sequence, first token
-    tile = 0
+    all_pieces = np.empty((num_tiles * num_kv_heads, 3), np.int64)  # tile, first KV head, KV heads
+    tile, num_pieces = 0, 0
     for seq in range(num_seqs):
         for first in range(starts_of[seq], starts_of[seq + 1], tile_queries):
             tiles[tile, 0], tiles[tile, 1] = seq, first
+            num_queries = min(tile_queries, starts_of[seq + 1] - first)
+            heads = heads_at_once(num_queries, group, num_kv_heads)
+            for kv_head in range(0, num_kv_heads, heads):
+                piece = all_pieces[num_pieces]
+                piece[0], piece[1], piece[2] = tile, kv_head, heads
+                num_pieces += 1
             tile += 1
+    pieces = all_pieces[:num_pieces]
     if products < MIN_PARALLEL:
         num_threads = 1
     splits, longest = 1, 0
-    if 0 < num_tiles * parts < SPLIT_PIECES * num_threads and num_threads > 1:
+    if 0 < num_pieces < SPLIT_PIECES * num_threads and num_threads > 1:
         for seq in range(num_seqs):
             longest = max(longest, lengths_of[seq])
-        splits = (SPLIT_PIECES * num_threads) // (num_tiles * parts)
+        splits = (SPLIT_PIECES * num_threads) // num_pieces
         splits = max(1, min(splits, longest // MIN_SPLIT))
     rows = tile_queries * num_heads if splits > 1 else 0
     partial = np.empty((num_tiles, rows, splits, head_dim + 2), np.float32)
@@ -179,21 +192,21 @@ def attention(
     # Tuples are made within the parallel loop: it cannot take them from outside.
     if num_threads == 1:
         layout = (cache, block_stride, num_kv_heads * head_dim * 4, value_offset, block_size)
-        shape = (num_kv_heads, heads, group, head_dim, tile_queries)
-        places = (starts_of, lengths_of, tables_of, tiles)
+        shape = (num_kv_heads, group, head_dim, tile_queries)
+        places = (starts_of, lengths_of, tables_of, tiles, pieces)
         work(queries, outs, layout, places, shape, factor, window, splits, partial, next)
     else:
         for _ in prange(num_threads):
             layout = (cache, block_stride, num_kv_heads * head_dim * 4, value_offset, block_size)
-            shape = (num_kv_heads, heads, group, head_dim, tile_queries)
-            places = (starts_of, lengths_of, tables_of, tiles)
+            shape = (num_kv_heads, group, head_dim, tile_queries)
+            places = (starts_of, lengths_of, tables_of, tiles, pieces)
             work(queries, outs, layout, places, shape, factor, window, splits, partial, next)
     if splits > 1:
         merge(
             outs,
             starts_of,
             tiles,
-            (num_kv_heads, heads, group, head_dim, tile_queries),
+            (num_kv_heads, group, head_dim, tile_queries),
             splits,
             partial,
         )
