@@ -1,20 +1,22 @@
 """OpenAI's wire format: requests checked, responses and stream chunks built, errors as objects.
 
 A field that is accepted is honoured; one that is not supported is refused by name with a 400, never
-ignored. `null` counts as not given, and so does a value that asks for nothing (`NEUTRAL`).
+ignored. `null` counts as not given, and so does a value that asks for nothing (`common.neutral`).
 """
 
 import json
 import operator
+import re
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -24,8 +26,9 @@ from pydantic import (
     model_validator,
 )
 
+from common import neutral
 from common.output import Completion, Delta, TokenLogprobs
-from common.sampling import MAX_LOGPROBS, SamplingParams, shown
+from common.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, shown
 from common.tokenizer import Tokenizer
 
 MAX_CHOICES = 128  # prompts times n in one request
@@ -33,28 +36,7 @@ MAX_MESSAGES = 4096
 MAX_KEYS = 16  # of an object inside a request
 MAX_SALT = 256  # characters
 MAX_LOGPROBS_TOTAL = 1 << 19  # in one answer: some 50 MB of JSON
-
-# Fields of OpenAI's interface that no part implements, with the value that asks for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "chat_template_kwargs": ({},),
-    "echo": (False,),
-    "function_call": ("none",),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "repetition_penalty": (1.0, 1),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "functions": ([],),
-}
+NO_DEFAULTS: Mapping[str, Any] = {}
 
 
 class ApiError(Exception):
@@ -85,6 +67,11 @@ def internal_error() -> ApiError:
     return ApiError(500, "internal server error", code="internal_error")
 
 
+def failure(error: str | None) -> ApiError:
+    """What a client learns of a completion that ended in an error: what it was, where that is known."""
+    return ApiError(500, error, code="generation_failed") if error else internal_error()
+
+
 def field_error(message: str) -> ApiError:
     """A 400 from a ValueError whose message begins with the field's name."""
     name = message.split(" ")[0].rstrip(":")
@@ -103,6 +90,8 @@ SAMPLING_FIELDS = (
     "n",
     "presence_penalty",
     "frequency_penalty",
+    "min_tokens",
+    "include_stop_str_in_output",
 )
 
 Number = StrictFloat | StrictInt
@@ -113,26 +102,44 @@ Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
 Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
 
 
+def _few(value: Any) -> Any:
+    """Refuse a map of biases that is too large before each of its items is an error of its own."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"at most {MAX_LOGIT_BIAS} tokens, not {len(value)}")
+    return value
+
+
+Biases = Annotated[dict[StrictStr, Number], BeforeValidator(_few)]
+
+
 class _Object(BaseModel):
     """An object inside a request, with known keys only."""
 
     model_config = ConfigDict(extra="forbid")
+    rules: ClassVar[dict[str, neutral.Rule]]  # what else it may hold, as it asks for nothing
 
     @model_validator(mode="before")
     @classmethod
     def _check_size(cls, value: Any) -> Any:
         """Each unknown key is an error of its own: refuse before there are a million of them.
 
-        A null is left out: messages that come back as a client dumped them are full of them.
+        What asks for nothing is left out: messages that come back as a client dumped them are full
+        of it.
         """
         if not isinstance(value, dict):
             return value
         if len(value) > MAX_KEYS:
             raise ValueError(f"at most {MAX_KEYS} keys, not {len(value)}")
-        return {name: item for name, item in value.items() if item is not None}
+        return {
+            name: item
+            for name, item in value.items()
+            if not neutral.asks_for_nothing(cls.rules, name, item)
+        }
 
 
 class StreamOptions(_Object):
+    rules = neutral.STREAM_OPTIONS
+
     include_usage: StrictBool = False
 
 
@@ -140,6 +147,7 @@ class _Request(BaseModel):
     """What completions and chat completions have in common."""
 
     model_config = ConfigDict(extra="allow")
+    rules: ClassVar[dict[str, neutral.Rule]]
 
     model: StrictStr | None = None
     temperature: Number | None = None
@@ -154,19 +162,26 @@ class _Request(BaseModel):
     n: StrictInt | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
+    min_tokens: StrictInt | None = None
+    include_stop_str_in_output: StrictBool | None = None
+    logit_bias: Biases | None = None
+    prompt_logprobs: StrictInt | None = None
     speculative: StrictBool | None = None
     cache_salt: Annotated[StrictStr, Field(min_length=1, max_length=MAX_SALT)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
 
     def check(
-        self, streaming: bool, max_n: int, cache_salt: bool = False, speculative: bool = False
+        self,
+        streaming: bool,
+        max_n: int,
+        cache_salt: bool = False,
+        speculative: bool = False,
+        prompt_logprobs: bool = False,
     ) -> None:
         """Refuse what is not supported. Raises ApiError naming the field."""
         for name, value in (self.model_extra or {}).items():
-            neutral = NEUTRAL.get(name, ())
-            # With the type, because 0 == False and 1 == True.
-            if value is not None and (type(value), value) not in [(type(v), v) for v in neutral]:
+            if not neutral.asks_for_nothing(self.rules, name, value):
                 field = name if len(name) <= 64 else name[:64] + "…"
                 raise ApiError(400, f"{field} is not supported", param=field, code="unsupported")
         if self.stream and not streaming:
@@ -183,28 +198,58 @@ class _Request(BaseModel):
                 "speculative is not supported by this server; part 08 has it, with --speculative",
                 param="speculative",
             )
-        if self.stream_options is not None and not self.stream:
+        if (
+            self.stream_options is not None
+            and self.stream_options.include_usage
+            and not self.stream
+        ):
             raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
+        if field := self.scored_by():
+            if not prompt_logprobs:
+                raise ApiError(
+                    400, f"{field} is not supported by this part; part 04 has it", param=field
+                )
+            if self.stream:
+                raise ApiError(400, f"{field} is not supported with stream", param=field)
         if self.n is not None and self.n > max_n:
             raise ApiError(
                 400, f"n must be at most {max_n} in this part, not {shown(self.n)}", param="n"
             )
 
-    def _sampling_params(self, **values: Any) -> SamplingParams:
-        """SamplingParams from the fields that were given. Raises ApiError."""
+    def scored_by(self) -> str | None:
+        """The field that asks for log probabilities of the prompt, if one does."""
+        return None if self.prompt_logprobs is None else "prompt_logprobs"
+
+    def _sampling_params(self, defaults: Mapping[str, Any], **values: Any) -> SamplingParams:
+        """SamplingParams from the fields that were given, and the model's defaults. Raises ApiError."""
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         given = {name: value for name, value in given.items() if value is not None}
+        values = {"prompt_logprobs": self.prompt_logprobs} | values
         try:
-            return SamplingParams(**given, **values)
+            biases = {_token_id(key): value for key, value in (self.logit_bias or {}).items()}
+            return SamplingParams(**{**defaults, **given}, **values, logit_bias=biases)
         except ValueError as error:
             raise field_error(str(error)) from None
 
 
+def _token_id(key: str) -> int:
+    """A key of logit_bias. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,9}", key):
+        raise ValueError(f"logit_bias must map token ids to numbers, not {shown(key)}")
+    return int(key)
+
+
 class CompletionRequest(_Request):
-    """POST /v1/completions. A prompt is text or token ids, or a list of either."""
+    """POST /v1/completions. A prompt is text or token ids, or a list of either.
+
+    With `echo` the prompt comes back before the completion, and with max_tokens 0 alone.
+    """
+
+    rules = neutral.COMPLETION
 
     prompt: StrictStr | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: StrictInt | None = None
+    echo: StrictBool | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one. Raises ApiError."""
@@ -216,18 +261,36 @@ class CompletionRequest(_Request):
             raise ApiError(400, "prompt must not be empty", param="prompt")
         return prompts
 
-    def sampling_params(self) -> SamplingParams:
+    @property
+    def is_prompt_alone(self) -> bool:
+        """Whether nothing is to be completed: the engine runs for one token, which is dropped."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def scored_by(self) -> str | None:
+        return "logprobs" if self.echo and self.logprobs is not None else super().scored_by()
+
+    def sampling_params(self, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
         max_tokens = 16 if self.max_tokens is None else self.max_tokens
-        return self._sampling_params(max_tokens=max_tokens, logprobs=self.logprobs)
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return self._sampling_params(
+            defaults,
+            max_tokens=1 if self.is_prompt_alone else max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=max((n for n in wanted if n is not None), default=None),
+        )
 
 
 class TextPart(_Object):
+    rules = neutral.CONTENT_PART
+
     type: Literal["text"]
     text: StrictStr
 
 
 class Message(_Object):
     """One message of a conversation; content as text, or as a list of text parts."""
+
+    rules = neutral.MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
     content: StrictStr | Annotated[list[TextPart], Field(fail_fast=True)]
@@ -242,12 +305,20 @@ class Message(_Object):
 class ChatCompletionRequest(_Request):
     """POST /v1/chat/completions."""
 
+    rules = neutral.CHAT
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_completion_tokens: StrictInt | None = None
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
 
-    def sampling_params(self) -> SamplingParams:
+    def template_options(self) -> dict[str, bool]:
+        asked = self.add_generation_prompt, self.continue_final_message
+        return template_options(self.messages, *asked)
+
+    def sampling_params(self, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise ApiError(
@@ -259,12 +330,38 @@ class ChatCompletionRequest(_Request):
         if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
             wrong = shown(self.max_completion_tokens)
             raise field_error(f"max_completion_tokens must be at least 1, not {wrong}")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         return self._sampling_params(
+            defaults,
             max_tokens=limits.pop() if limits else None,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
+
+
+def template_options(
+    messages: Sequence[Message],
+    add_generation_prompt: bool | None,
+    continue_final_message: bool | None,
+) -> dict[str, bool]:
+    """How a chat's end is laid out: with the opening of an answer, or so that the last message goes
+    on. Raises ApiError where both are asked for, or the last message is not the model's."""
+    goes_on = bool(continue_final_message)
+    if goes_on and messages[-1].role != "assistant":
+        raise ApiError(
+            400,
+            "continue_final_message needs a last message whose role is assistant,"
+            f" not {messages[-1].role}",
+            param="continue_final_message",
+        )
+    if goes_on and add_generation_prompt:
+        raise ApiError(
+            400,
+            "continue_final_message and add_generation_prompt exclude each other",
+            param="continue_final_message",
+        )
+    opens = not goes_on if add_generation_prompt is None else add_generation_prompt
+    return {"add_generation_prompt": opens, "continue_final_message": goes_on}
 
 
 def check_logprobs(
@@ -274,11 +371,19 @@ def check_logprobs(
 
     limit: the context in tokens; it bounds the output where max_tokens is not given.
     """
-    if params.logprobs is None:
-        return
     num_tokens = sum(params.max_tokens or limit - len(prompt) for prompt in prompts)
-    total = params.n * num_tokens * (1 + params.logprobs)
-    if total > MAX_LOGPROBS_TOTAL:
+    total = 0 if params.logprobs is None else params.n * num_tokens * (1 + params.logprobs)
+    if params.prompt_logprobs is not None:
+        num_scored = sum(map(len, prompts)) * (1 + params.prompt_logprobs)
+        if num_scored > MAX_LOGPROBS_TOTAL:
+            raise ApiError(
+                400,
+                f"prompt_logprobs ({params.prompt_logprobs}) for {len(prompts)} prompts would be"
+                f" {num_scored} log probabilities; one request may ask for {MAX_LOGPROBS_TOTAL}",
+                param="prompt_logprobs",
+            )
+        total += num_scored * params.n  # each choice shows them
+    if params.logprobs is not None and total > MAX_LOGPROBS_TOTAL:
         name = "top_logprobs" if chat else "logprobs"
         asked = "not given" if params.max_tokens is None else params.max_tokens
         raise ApiError(
@@ -313,7 +418,7 @@ class TextOffsets:
     a stream has the same offsets as a whole answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int] = ()) -> None:
         self._detokenizer = tokenizer.detokenizer() if tokenizer else None
         self._length = 0
 
@@ -338,6 +443,9 @@ class Job:
     tokenizer: Tokenizer | None
     cache_salt: str | None = None
     may_draft: bool = True
+    echoes: list[str] | None = None  # the prompts' texts, to come back before the completions
+    is_prompt_alone: bool = False  # and without them
+    shows_prompt_logprobs: bool = False  # in vLLM's form, beside what echo shows
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, "TextOffsets"] = field(default_factory=dict)  # of each choice streamed
@@ -351,23 +459,38 @@ class Job:
 
         Raises ApiError when a completion ended in an error.
         """
-        if any(c.finish_reason == "error" for c in completions):
-            raise internal_error()
+        for failed in (c for c in completions if c.finish_reason == "error"):
+            raise failure(failed.error)
         choices = []
         for index, completion in enumerate(completions):
             choice: dict[str, Any] = {"index": index, "finish_reason": completion.finish_reason}
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": completion.text}
             else:
-                choice["text"] = completion.text
-            offsets = TextOffsets(self.tokenizer)
+                choice["text"] = self._echo(index) + self._shown(completion.text)
             choice["logprobs"] = None
+            scores = completions[index - index % self.params.n].prompt_logprobs or []
             if completion.logprobs is not None:
-                make = partial(self._logprobs, completion.logprobs, offsets, late=True)
+                make = partial(self._all_logprobs, index, completion.logprobs, scores)
                 choice["logprobs"] = make
+            if self.shows_prompt_logprobs:
+                choice["prompt_logprobs"] = [None, *(partial(self._score, x) for x in scores)]
             choices.append(choice)
         head = self._head("chat.completion" if self.chat else "text_completion")
-        return {**head, "choices": choices, "usage": self.usage(completions)}
+        answer = {**head, "choices": choices, "usage": self.usage(completions)}
+        if self.chat and self.shows_prompt_logprobs:  # vLLM has them in these two places
+            answer["prompt_logprobs"] = choices[0].pop("prompt_logprobs")
+        return answer
+
+    def _prompt_of(self, index: int) -> int:
+        """Which prompt a choice completes."""
+        return index // self.params.n
+
+    def _echo(self, index: int) -> str:
+        return "" if self.echoes is None else self.echoes[self._prompt_of(index)]
+
+    def _shown(self, text: str) -> str:
+        return "" if self.is_prompt_alone else text
 
     def usage(self, completions: Sequence[Any]) -> dict[str, Any]:
         """Token counts; a prompt counts once, however many choices it has.
@@ -377,6 +500,7 @@ class Job:
         prompt = sum(map(len, self.prompts))
         first_choices = completions[:: self.params.n]
         completion = sum(len(c.token_ids) for c in completions)
+        completion = 0 if self.is_prompt_alone else completion
         usage = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -396,9 +520,13 @@ class Job:
             }
         return usage
 
-    def role_chunk(self, index: int) -> dict[str, Any]:
-        """What opens choice `index` of a chat's stream."""
-        return self._chunk(index, {"role": "assistant", "content": ""})
+    def opening_chunks(self) -> Iterator[dict[str, Any]]:
+        """What opens each choice of a stream: a chat's role, or the prompt where it is echoed."""
+        for index in range(self.num_choices):
+            if self.chat:
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+            elif self.echoes is not None:
+                yield self._chunk(index, self._echo(index))
 
     def has_news(self, delta: Delta) -> bool:
         """Whether a delta is worth a chunk: half a character is not. A model without a tokenizer
@@ -408,7 +536,7 @@ class Job:
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         """A stream chunk of choice `index`."""
-        content = {"content": delta.text} if self.chat else delta.text
+        content = {"content": delta.text} if self.chat else self._shown(delta.text)
         logprobs = None
         if delta.logprobs:
             offsets = self._offsets.setdefault(index, TextOffsets(self.tokenizer))
@@ -445,6 +573,42 @@ class Job:
             "object": kind,
             "created": self.created,
             "model": self.model,
+        }
+
+    def _all_logprobs(
+        self, index: int, logprobs: list[TokenLogprobs], scores: list[TokenLogprobs]
+    ) -> dict[str, Any]:
+        """The log probabilities of a choice: of its prompt, where that is echoed, and its tokens.
+
+        scores: the prompt's, without its first token, which nothing comes before.
+        """
+        prompt = self.prompts[self._prompt_of(index)]
+        offsets = TextOffsets(self.tokenizer, prompt)
+        logprobs = [] if self.is_prompt_alone else logprobs
+        shown = self._logprobs(logprobs, offsets, late=True)
+        if self.echoes is None:
+            return shown
+        most = self.params.logprobs or 0
+        scores = [replace(item, top=item.top[:most]) for item in scores]
+        begin = len(self._echo(index))
+        echoed = self._logprobs(scores, TextOffsets(self.tokenizer, prompt[:1]), late=True)
+        first = len(self.tokenizer.decode(prompt[:1])) if self.tokenizer else 0
+        places = [0, *(min(first + place, begin) for place in echoed["text_offset"])]
+        return {
+            "tokens": [self._token_text(prompt[0]), *echoed["tokens"], *shown["tokens"]],
+            "token_logprobs": [None, *echoed["token_logprobs"], *shown["token_logprobs"]],
+            "top_logprobs": [None, *echoed["top_logprobs"], *shown["top_logprobs"]],
+            "text_offset": [*places, *(begin + place for place in shown["text_offset"])],
+        }
+
+    def _score(self, item: TokenLogprobs) -> dict[str, Any]:
+        """A prompt token's log probability in vLLM's form: by token id, with its rank."""
+        top = item.top[: self.params.prompt_logprobs]
+        ranked = {id: (value, rank) for rank, (id, value) in enumerate(top, start=1)}
+        ranked.setdefault(item.token_id, (item.logprob, item.rank))
+        return {
+            str(id): {"logprob": value, "rank": rank, "decoded_token": self._token_text(id)}
+            for id, (value, rank) in ranked.items()
         }
 
     def _logprobs(

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +29,12 @@ def resolve_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     return device, getattr(torch, dtype)
+
+
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of these numbers on the device; the host does not wait for the copy."""
+    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 def usable_cores() -> int:

@@ -7,6 +7,7 @@ import os
 import reprlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from importlib import metadata
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -32,11 +33,20 @@ from common.guard import ClientGone, Guard, split_list
 from common.metrics import EngineMetrics
 from common.prompts import check_prompt
 from common.serving import ServerConfig
+from common.tokenize_routes import add_tokenize_routes
 from common.tokenizer import Tokenizer
 from common.trace import Trace
 from common.trace_routes import add_trace_routes
 
 T = TypeVar("T")
+
+
+def installed_version() -> str:
+    """This project's version; a tree that is not installed has none."""
+    try:
+        return metadata.version("fifteen-engines")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 class Admission:
@@ -96,8 +106,9 @@ async def unless_disconnected(request: Request, coroutine: Coroutine[Any, Any, T
 class Frontend:
     """The app with the routes that need no engine, and the way from a request to a `Job`.
 
-    engine: anything with `config.model`, `tokenizer`, `max_model_len`, `vocab_size`.
-    streaming, max_n, cache_salt, speculative: what this part can do.
+    engine: anything with `config.model`, `tokenizer`, `max_model_len`, `vocab_size`, and
+    `sampling_defaults` where its model has any.
+    streaming, max_n, cache_salt, speculative, prompt_logprobs: what this part can do.
     health: None while all is well, else what is wrong.
     """
 
@@ -110,14 +121,17 @@ class Frontend:
         max_n: int,
         cache_salt: bool = False,
         speculative: bool = False,
+        prompt_logprobs: bool = False,
         health: Callable[[], str | None] = lambda: None,
         lifespan: Any = None,
     ) -> None:
         self.tokenizer: Tokenizer | None = engine.tokenizer
         self.max_model_len: int = engine.max_model_len
         self.vocab_size: int = engine.vocab_size
+        self.sampling_defaults: dict[str, Any] = getattr(engine, "sampling_defaults", {})
         self.streaming, self.max_n, self.health = streaming, max_n, health
         self.cache_salt, self.speculative = cache_salt, speculative
+        self.prompt_logprobs = prompt_logprobs
         name = engine.config.model
         self.model = config.served_model_name or (
             os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
@@ -141,8 +155,11 @@ class Frontend:
         self.app.add_exception_handler(ClientGone, _answer_client_gone)
         self.app.add_exception_handler(Exception, _answer_exception)
         self.app.add_api_route("/health", self._health, methods=["GET", "HEAD"])
+        self.app.add_api_route("/version", self._version, methods=["GET"])
         self.app.add_api_route("/v1/models", self._models, methods=["GET"])
+        self.app.add_api_route("/v1/models/", self._models, methods=["GET"])
         self.app.add_api_route("/v1/models/{name:path}", self._one_model, methods=["GET"])
+        add_tokenize_routes(self)
 
     async def _health(self) -> JSONResponse:
         problem = self.health()
@@ -150,11 +167,14 @@ class Frontend:
             return JSONResponse({"status": "unhealthy", "reason": problem}, 503)
         return JSONResponse({"status": "ok"})
 
+    async def _version(self) -> dict[str, str]:
+        return {"version": installed_version()}
+
     async def _models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._card()]}
 
     async def _one_model(self, name: str) -> dict[str, Any]:
-        self._check_model(name)
+        self.check_model(name)
         return self._card()
 
     def _card(self) -> dict[str, Any]:
@@ -166,7 +186,8 @@ class Frontend:
             "max_model_len": self.max_model_len,
         }
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 for a model that is not served here; None is the one that is."""
         if name is not None and name != self.model:
             shown = name if len(name) <= 100 else name[:100] + "…"
             raise ApiError(
@@ -218,9 +239,10 @@ class Frontend:
 
     async def read(self, request: CompletionRequest | ChatCompletionRequest) -> Job:
         """Check a request and turn it into tokens. Raises ApiError."""
-        self._check_model(request.model)
-        request.check(self.streaming, self.max_n, self.cache_salt, self.speculative)
-        params = request.sampling_params()
+        self.check_model(request.model)
+        able = self.streaming, self.max_n, self.cache_salt, self.speculative, self.prompt_logprobs
+        request.check(*able)
+        params = request.sampling_params(self.sampling_defaults)
         chat = isinstance(request, ChatCompletionRequest)
         texts: list[Any] = [request.messages] if chat else request.prompts()
         if len(texts) * params.n > MAX_CHOICES:
@@ -231,9 +253,12 @@ class Frontend:
                 f" one request may ask for {MAX_CHOICES}",
                 param=field,
             )
+        template_options = request.template_options() if chat else {}
         try:
             # In a thread: tokenizing a long prompt takes longer than other clients should wait.
-            prompts = await run_in_threadpool(lambda: [self._tokens(text) for text in texts])
+            prompts = await run_in_threadpool(
+                lambda: [self._tokens(text, **template_options) for text in texts]
+            )
             room = self.max_model_len - max(map(len, prompts))
             if not chat and request.max_tokens is None and room > 0:
                 # Nobody asked for the default: near the context's end it is what is left.
@@ -244,6 +269,7 @@ class Frontend:
             raise field_error(str(error)) from None
         check_logprobs(prompts, params, self.max_model_len, chat)
         options = request.stream_options
+        echoes = self._texts(texts) if not chat and request.echo else None
         return Job(
             chat=chat,
             model=self.model,
@@ -254,9 +280,17 @@ class Frontend:
             tokenizer=self.tokenizer,
             cache_salt=request.cache_salt,
             may_draft=request.speculative is not False,
+            echoes=echoes,
+            is_prompt_alone=not chat and request.is_prompt_alone,
+            shows_prompt_logprobs=request.prompt_logprobs is not None,
         )
 
-    def _tokens(self, prompt: str | list[Any]) -> list[int]:
+    def _texts(self, prompts: list[str | list[int]]) -> list[str]:
+        """Prompts as text, those that were sent as token ids too."""
+        decode = self.tokenizer.decode if self.tokenizer else lambda ids: ""
+        return [prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts]
+
+    def _tokens(self, prompt: str | list[Any], **template_options: bool) -> list[int]:
         """Text, token ids or messages to token ids. Raises ValueError."""
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             return prompt
@@ -272,7 +306,7 @@ class Frontend:
             )
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode_chat(messages)
+        return self.tokenizer.encode_chat(messages, **template_options)
 
 
 async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:

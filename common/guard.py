@@ -71,13 +71,14 @@ class Guard:
         if origin and not own and origin not in self.origins:
             raise ApiError(403, "requests from this Origin are refused; see --allowed-origins")
         if self.config.api_key is not None and not self._is_open(scope):
-            given = headers.get(b"authorization", b"")
-            wanted = b"Bearer " + self.config.api_key.encode()
-            if not hmac.compare_digest(given, wanted):
+            scheme, space, key = headers.get(b"authorization", b"").partition(b" ")
+            given = scheme.lower() + space + key  # a scheme has no case (RFC 9110, 11.1)
+            if not hmac.compare_digest(given, b"bearer " + self.config.api_key.encode()):
                 raise ApiError(
                     401,
                     "a valid API key is needed: 'Authorization: Bearer …'",
                     code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
                 )
 
     @staticmethod

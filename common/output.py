@@ -4,11 +4,17 @@ Engines know tokens only. An `OutputProcessor` follows one completion: it turns 
 finds stop strings even where they straddle tokens, and holds back what may yet become one.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from common.sampling import SamplingParams
+from common.sampling import NO_TOKEN, SamplingParams
 from common.tokenizer import Tokenizer
+
+NOT_FINITE = (
+    "the model's logits are NaN or infinite: its weights are damaged, or its numbers are too large"
+    " for the dtype it runs in"
+)
 
 
 @dataclass(frozen=True)
@@ -16,11 +22,13 @@ class TokenLogprobs:
     """Log probabilities at one position, of the model's distribution before temperature.
 
     top: (token id, logprob) of the most likely tokens, most likely first.
+    rank: of the token among all, 1 for the most likely; known for tokens of a prompt.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 class DraftCounts(NamedTuple):
@@ -45,6 +53,8 @@ class Completion:
 
     finish_reason: `stop` (EOS, a stop token or string), `length`, `abort` or `error`.
     index: the place in the list that `generate` returns.
+    prompt_logprobs: of the prompt's tokens but the first, where they are asked for.
+    error: what went wrong, where it is known.
     """
 
     text: str
@@ -57,6 +67,8 @@ class Completion:
     num_drafts: int = 0  # as DraftCounts has them
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
 
     @property
     def num_completion_tokens(self) -> int:
@@ -71,6 +83,7 @@ class Delta:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    error: str | None = None  # what went wrong, where it is known
 
 
 class OutputProcessor:
@@ -91,7 +104,9 @@ class OutputProcessor:
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.finish_reason: str | None = None
+        self.error: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -104,17 +119,26 @@ class OutputProcessor:
         logprobs: list[TokenLogprobs] | None = None,
         num_cached_tokens: int = 0,
         draft_counts: DraftCounts = NO_DRAFTS,
+        prompt_logprobs: list[TokenLogprobs] | None = None,
     ) -> Delta:
         """Take an engine's new tokens. Once finished, more tokens are dropped.
 
         finish_reason: the engine's, when these are its last tokens. With `stop` the last token
-        ended the output: it counts, and its text is left out. When a stop string appears the
-        completion finishes here and the caller aborts the request in the engine.
+        ended the output: it counts, and its text is left out unless the request wants it. When a
+        stop string appears the completion finishes here and the caller aborts the request in the
+        engine. With `error` the last token may be NO_TOKEN, which says that no token could be drawn.
         draft_counts: the engine's. Of new tokens those that stayed come first; what lies beyond a
         stop string has not stayed.
+        prompt_logprobs: all of them, from the first token on. NaN among them is an error.
         """
         if self.finished:
             return Delta("", [])
+        if prompt_logprobs is not None and self.prompt_logprobs is None:
+            self.prompt_logprobs = prompt_logprobs
+            if any(math.isnan(item.logprob) for item in prompt_logprobs):
+                token_ids, finish_reason = [NO_TOKEN], "error"
+        if token_ids[-1:] == [NO_TOKEN]:
+            token_ids, self.error = token_ids[:-1], NOT_FINITE
         self.num_cached_tokens = num_cached_tokens
         self.num_drafts, self.num_draft_tokens, num_accepted_tokens = draft_counts
         text = ""
@@ -123,6 +147,7 @@ class OutputProcessor:
             self.token_ids.append(token_id)
             taken += 1
             ends_output = finish_reason == "stop" and i == len(token_ids) - 1
+            ends_output = ends_output and not self.params.include_stop_str_in_output
             if self._detokenizer is not None and not ends_output:
                 text += self._release(self._detokenizer.push(token_id))
             if self.finished:
@@ -137,22 +162,27 @@ class OutputProcessor:
         new_logprobs = (logprobs or [])[:taken] if self.params.logprobs is not None else []
         self.logprobs += new_logprobs
         self._text.append(text)
-        return Delta(text, token_ids[:taken], new_logprobs, self.finish_reason)
+        return Delta(text, token_ids[:taken], new_logprobs, self.finish_reason, self.error)
 
     def _release(self, new: str) -> str:
-        """Add text; return what can be given out, cut at the first stop string.
+        """Add text; return what can be given out, cut at the first stop string or behind it.
 
         First means the one that is complete first, so that the result does not depend on how the
-        text was cut into tokens.
+        text was cut into tokens. One that is complete within min_tokens does not count.
         """
         if not self.params.stop:
             return new
-        text = self._held + new
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.params.stop]
-        found = [(end, start) for end, start in found if start >= 0]
+        text, found = self._held + new, []
+        if len(self.token_ids) > self.params.min_tokens:
+            for stop in self.params.stop:
+                # What is held back was looked through before.
+                start = text.find(stop, max(len(self._held) - len(stop) + 1, 0))
+                if start >= 0:
+                    found.append((start + len(stop), start))
         if found:
             self.finish_reason, self._held = "stop", ""
-            return text[: min(found)[1]]
+            end, start = min(found)
+            return text[: end if self.params.include_stop_str_in_output else start]
         longest = max(map(len, self.params.stop)) - 1
         for size in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self.params.stop):
@@ -175,4 +205,6 @@ class OutputProcessor:
             num_drafts=self.num_drafts,
             num_draft_tokens=self.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
+            prompt_logprobs=self.prompt_logprobs,
+            error=self.error,
         )

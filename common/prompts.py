@@ -30,24 +30,32 @@ def check_prompt(token_ids: list[int], params: SamplingParams, limit: int, vocab
             f"max_tokens is {params.max_tokens}, but a prompt of {len(token_ids)} tokens leaves"
             f" {limit - len(token_ids)} of the context of {limit}"
         )
-    for token_id in params.stop_token_ids:
-        if token_id >= vocab:
-            raise ValueError(f"stop_token_ids has {token_id}; ids go from 0 to {vocab - 1}")
+    for name in ("stop_token_ids", "logit_bias"):
+        for token_id in getattr(params, name) or ():
+            if token_id >= vocab:
+                raise ValueError(f"{name} has {token_id}; ids go from 0 to {vocab - 1}")
 
 
 def prepare_prompts(
-    engine: Any, prompts: Prompts, sampling_params: ParamsForPrompts, max_n: int = 1
+    engine: Any,
+    prompts: Prompts,
+    sampling_params: ParamsForPrompts,
+    max_n: int = 1,
+    prompt_logprobs: bool = False,
 ) -> list[tuple[list[int], SamplingParams]]:
     """(token ids, parameters) for each prompt.
 
     engine: its `tokenizer`, `max_model_len` and `vocab_size` are the limits. prompts: text or token
-    ids, or a list of either. sampling_params: one for all (None: defaults), or one each.
+    ids, or a list of either. sampling_params: one for all (None: the engine's `sampling_defaults`),
+    or one each. prompt_logprobs: whether the engine has them.
     Raises ValueError that names the prompt.
     """
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         prompts = [prompts]
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+    if sampling_params is None:
+        sampling_params = SamplingParams(**getattr(engine, "sampling_defaults", {}))
+    if isinstance(sampling_params, SamplingParams):
+        sampling_params = [sampling_params] * len(prompts)
     if len(sampling_params) != len(prompts):
         raise ValueError(
             f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts"
@@ -60,6 +68,8 @@ def prepare_prompts(
             raise ValueError(f"prompts[{i}] must be text or token ids, not {shown(prompt)}")
         if params.n > max_n:
             raise ValueError(f"n must be at most {max_n} in this part, not {params.n}")
+        if params.prompt_logprobs is not None and not prompt_logprobs:
+            raise ValueError("prompt_logprobs is not supported by this part; part 04 has it")
         try:
             is_text = isinstance(prompt, str)
             token_ids = engine.tokenizer.encode(prompt) if is_text else list(prompt)

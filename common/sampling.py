@@ -6,20 +6,24 @@ in any other, today or after a restart.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 
+from common.device import to_device
+
 MAX_TOKENS = 1 << 24  # far above any context; keeps sums of counts within an int64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300  # tokens of one request
 MAX_N = 128
+NO_TOKEN = -1  # drawn where the logits are not finite: the request ends with an error
 
-# (field, smallest, largest); seed, max_tokens and logprobs may also be None.
+# (field, smallest, largest); fields whose default is None may also be that.
 NUMBERS = (
     ("temperature", 0.0, 100.0),
     ("top_p", 0.0, 1.0),
@@ -32,8 +36,11 @@ INTEGERS = (
     ("n", 1, MAX_N),
     ("seed", -(2**63), 2**64 - 1),
     ("max_tokens", 1, MAX_TOKENS),
+    ("min_tokens", 0, MAX_TOKENS),
     ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
 )
+BOOLEANS = ("ignore_eos", "include_stop_str_in_output")
 SMALLEST_TOP_P = torch.finfo(torch.float32).tiny  # below it float32 may have 0: no token would stay
 
 
@@ -45,13 +52,18 @@ class SamplingParams:
     top_p: keep the smallest set of most likely tokens whose probability reaches top_p.
     top_k: keep the top_k most likely tokens; 0 or -1 keeps all.
     min_p: drop tokens less likely than min_p times the most likely one.
-    seed: 64 bits; None draws them at admission.
+    seed: 64 bits; None, or -1, draws them at admission.
     max_tokens: number of tokens to generate at most; None means up to the model's context.
+    min_tokens: number of tokens before which nothing but max_tokens ends the output: tokens that
+        would are not drawn, and stop strings are not looked for.
     stop: strings that end the text and are cut from it.
     stop_token_ids: tokens that end the output.
+    include_stop_str_in_output: leave the stop string, or the text of the stop token, in the text.
     ignore_eos: go on past the model's end-of-sequence token.
     n: completions for each prompt.
     logprobs: report this many most likely tokens at each position, and the sampled one.
+    prompt_logprobs: the same for the tokens of the prompt, all but the first.
+    logit_bias: added to the logits of these tokens, -100 to 100, at every position.
     presence_penalty, frequency_penalty: subtracted from the logits of tokens already generated,
         once, and once per occurrence.
 
@@ -71,6 +83,10 @@ class SamplingParams:
     logprobs: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         # Numbers of other libraries become Python's own, so that no later arithmetic wraps.
@@ -80,10 +96,19 @@ class SamplingParams:
         if self.top_p == 0:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
         for name, low, high in INTEGERS:
-            if getattr(self, name) is not None or name in ("top_k", "n"):
+            if getattr(self, name) is not None or name in ("top_k", "n", "min_tokens"):
                 checked[name] = check_integer(name, getattr(self, name), low, high)
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos must be true or false, not {shown(self.ignore_eos)}")
+        if checked.get("seed") == -1:
+            checked["seed"] = None
+        if self.max_tokens is not None and checked["min_tokens"] > checked["max_tokens"]:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}"
+            )
+        for name in BOOLEANS:
+            if not isinstance(getattr(self, name), bool):
+                value = shown(getattr(self, name))
+                raise ValueError(f"{name} must be true or false, not {value}")
+        checked["logit_bias"] = self._checked_logit_bias()
         checked["stop"] = self._checked_stop()
         checked["stop_token_ids"] = self._checked_stop_token_ids()
         for name, value in checked.items():
@@ -114,9 +139,54 @@ class SamplingParams:
             )
         return tuple(check_integer("stop_token_ids", id, 0, MAX_TOKENS) for id in token_ids)
 
+    def _checked_logit_bias(self) -> dict[int, float] | None:
+        if self.logit_bias is None:
+            return None
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(
+                f"logit_bias must map token ids to numbers, not {shown(self.logit_bias)}"
+            )
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise ValueError(
+                f"logit_bias must hold at most {MAX_LOGIT_BIAS} tokens, not {len(self.logit_bias)}"
+            )
+        biases = {
+            check_integer("logit_bias", id, 0, MAX_TOKENS): check_number(
+                "logit_bias", value, -100.0, 100.0
+            )
+            for id, value in self.logit_bias.items()
+        }
+        return biases or None
+
     @property
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether `biases` may give any."""
+        return self.logit_bias is not None or self.min_tokens > 0
+
+    def for_choice(self, choice: int) -> "SamplingParams":
+        """The parameters of one of the n completions. The prompt is scored for the first alone."""
+        return replace(self, n=1, prompt_logprobs=None if choice else self.prompt_logprobs)
+
+    def ending_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """Every token that ends the output.
+
+        eos_token_ids: the model's.
+        """
+        return frozenset(self.stop_token_ids) | frozenset(() if self.ignore_eos else eos_token_ids)
+
+    def biases(self, ending_token_ids: Iterable[int], num_output_tokens: int) -> dict[int, float]:
+        """What is added to the logits after so many output tokens, by token id.
+
+        Minus infinity for `ending_token_ids` while there are fewer than min_tokens.
+        """
+        biases = dict(self.logit_bias or {})
+        if num_output_tokens < self.min_tokens:
+            biases |= dict.fromkeys(ending_token_ids, -math.inf)
+        return biases
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> float:
@@ -215,6 +285,42 @@ def gumbel_noise(
 
 
 @dataclass(frozen=True)
+class LogitBiases:
+    """What is added to single logits of a batch; each [num_entries], on the logits' device."""
+
+    rows: torch.Tensor  # int64
+    token_ids: torch.Tensor  # int64
+    values: torch.Tensor  # float32
+
+    @classmethod
+    def build(
+        cls, rows: Iterable[Mapping[int, float]], device: torch.device
+    ) -> "LogitBiases | None":
+        """From `SamplingParams.biases` of each row; None where no row has any."""
+        entries = [(i, *item) for i, biases in enumerate(rows) for item in biases.items()]
+        if not entries:
+            return None
+        places, token_ids, values = zip(*entries, strict=True)
+        return cls(
+            to_device(places, torch.int64, device),
+            to_device(token_ids, torch.int64, device),
+            to_device(values, torch.float32, device),
+        )
+
+    def add_to(self, logits: torch.Tensor) -> torch.Tensor:
+        """The sum as float32, [batch, vocab]; `logits` stay as they are."""
+        sums = logits.to(torch.float32, copy=True)
+        sums[self.rows, self.token_ids] += self.values
+        return sums
+
+
+def not_drawn(token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """`token_ids`, [batch], with NO_TOKEN in the rows of logits, [batch, vocab], that have NaN or
+    +infinity, or only -infinity: what was drawn there means nothing."""
+    return token_ids.where(logits.amax(dim=-1).isfinite(), NO_TOKEN)  # amax hands NaN on
+
+
+@dataclass(frozen=True)
 class SamplingBatch:
     """Sampling parameters of a batch as columns, [batch, 1] each, on the logits' device."""
 
@@ -229,6 +335,11 @@ class SamplingBatch:
     output_counts: torch.Tensor | None  # [batch, vocab]: how often each token was generated
     num_logprobs: list[int | None]  # a plain list: it decides what is computed
     choices: torch.Tensor | None = None  # int64: which of n completions a row is; None: all 0
+    biases: LogitBiases | None = None
+
+    def biased(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits, [batch, vocab], with what is added to single ones of them."""
+        return logits if self.biases is None else self.biases.add_to(logits)
 
     @classmethod
     def build(
@@ -238,11 +349,12 @@ class SamplingBatch:
         seeds: Sequence[int],
         num_prompt_tokens: Sequence[int],
         outputs: Sequence[Sequence[int]],
+        ending_token_ids: Sequence[Iterable[int]] | None = None,
     ) -> "SamplingBatch":
         """One entry a row of logits, [batch, vocab], in each argument.
 
         outputs: the tokens a row has generated so far. They are counted only when some row has
-        penalties.
+        penalties. ending_token_ids: those that end a row's output; none unless given.
         """
         device, vocab = logits.device, logits.shape[1]
 
@@ -255,6 +367,8 @@ class SamplingBatch:
             rows = [torch.bincount(row, minlength=vocab) for row in ids]
             counts = torch.stack(rows).to(device)
         lengths = [n + len(output) for n, output in zip(num_prompt_tokens, outputs, strict=True)]
+        rows = zip(params, ending_token_ids or [()] * len(params), outputs, strict=True)
+        biases = (p.biases(ends, len(output)) for p, ends, output in rows)
         return cls(
             temperature=column([p.temperature for p in params]),
             # A top_k of the whole vocabulary keeps all too, and is spared the sort.
@@ -267,4 +381,5 @@ class SamplingBatch:
             positions=column(lengths, torch.int64),
             output_counts=counts,
             num_logprobs=[p.logprobs for p in params],
+            biases=LogitBiases.build(biases, device),
         )

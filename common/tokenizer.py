@@ -68,15 +68,15 @@ class Tokenizer:
             raise ModelError(f"{folder} has no tokenizer.json, the fast tokenizer's file")
         return cls(tokenizer)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """A raw prompt's tokens: special tokens in the text count, and BOS is put where the model
         wants one. Raises ValueError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
         _check_unicode("prompt", text)
-        return _encode(self._backend, text, add_special_tokens=True)
+        return _encode(self._backend, text, add_special_tokens=add_special_tokens)
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of tokens, special tokens left out, invalid bytes as U+FFFD."""
-        return self._backend.decode(token_ids, skip_special_tokens=True)
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of tokens, special tokens left out or shown, invalid bytes as U+FFFD."""
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` looks at a token: special ones and ids without a token are left out."""
@@ -85,7 +85,12 @@ class Tokenizer:
     def detokenizer(self) -> "IncrementalDetokenizer":
         return IncrementalDetokenizer(self)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """The tokens of a conversation in the model's own format, up to where it is to answer.
 
         messages: `{"role": …, "content": …}` each. Raises ValueError when the model has no chat
@@ -113,7 +118,7 @@ class Tokenizer:
             messages = [
                 {**m, "content": self._special_pattern.sub(mark, m["content"])} for m in messages
             ]
-        text = self._render(messages)
+        text = self._render(messages, add_generation_prompt, continue_final_message)
         if not marks:
             return _encode(self._backend, text)
         token_ids: list[int] = []
@@ -137,7 +142,12 @@ class Tokenizer:
             self._plain_backend = backend
         return _encode(self._plain_backend, text)
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:
@@ -145,7 +155,10 @@ class Tokenizer:
         try:
             with _Deadline(TEMPLATE_SECONDS):
                 text = self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
                 )
         except TimeoutError:
             limit = f"{TEMPLATE_SECONDS:g} s"

@@ -123,7 +123,7 @@ class EngineState:
 
 def to_json(item: StepRecord | EngineState) -> str:
     """One line. (`dataclasses.asdict` would copy all of it first: six times the work.)"""
-    return json.dumps(vars(item))
+    return json.dumps(vars(item), allow_nan=False)
 
 
 class Trace:

@@ -60,7 +60,7 @@ def add_trace_routes(app: FastAPI, trace: Trace) -> None:
 
     async def as_perfetto() -> AsyncIterator[str]:
         yield '{"displayTimeUnit": "ms", "traceEvents": [\n'
-        lines = (json.dumps(event) for event in perfetto_events(trace.records()))
+        lines = (json.dumps(event, allow_nan=False) for event in perfetto_events(trace.records()))
         separator = ""
         while some := list(itertools.islice(lines, 8 * LINES)):
             yield separator + ",\n".join(some)

@@ -12,9 +12,10 @@ from transformers import DynamicCache
 
 from common.checkpoint import context_length, eos_token_ids, load_transformers_model, resolve
 from common.device import resolve_device, usable_cores
+from common.generation_config import sampling_defaults
 from common.output import Completion, OutputProcessor
 from common.prompts import ParamsForPrompts, Prompts, prepare_prompts
-from common.sampling import SamplingBatch, SamplingParams
+from common.sampling import NO_TOKEN, SamplingBatch, SamplingParams
 from common.tokenizer import Tokenizer
 
 from .config import EngineConfig
@@ -33,6 +34,7 @@ class LLMEngine:
         self.tokenizer = Tokenizer.load(folder)
         self.model = load_transformers_model(folder, dtype, self.device)
         self.eos_token_ids = eos_token_ids(folder, self.model.config)
+        self.sampling_defaults = sampling_defaults(folder, config.generation_config)
         self.vocab_size = self.model.config.vocab_size
         self.max_model_len = context_length(self.model.config, config.max_model_len)
         self.seeds = random.Random(config.seed)  # for requests that bring none
@@ -50,11 +52,13 @@ class LLMEngine:
         """Prefill, then decode until something ends the output."""
         output = OutputProcessor(self.tokenizer, params, len(prompt))
         seed = self.seeds.getrandbits(64) if params.seed is None else params.seed
+        endings = params.ending_token_ids(self.eos_token_ids)
         logits, cache = self.prefill(prompt)
         while True:
-            batch = SamplingBatch.build(logits, [params], [seed], [len(prompt)], [output.token_ids])
-            [token_id], logprobs = sample(logits, batch)
-            output.process([token_id], self.finish_reason(token_id, output), logprobs)
+            sequence = [params], [seed], [len(prompt)], [output.token_ids], [endings]
+            [token_id], logprobs = sample(logits, SamplingBatch.build(logits, *sequence))
+            reason = self.finish_reason(token_id, output, endings)
+            output.process([token_id], reason, logprobs)
             if output.finished:
                 return output
             if not self.config.kv_cache:
@@ -76,10 +80,13 @@ class LLMEngine:
         output = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
-    def finish_reason(self, token_id: int, output: OutputProcessor) -> str | None:
-        """Why `output` ends with this new token, `stop` or `length`; None when it goes on."""
-        is_eos = token_id in self.eos_token_ids and not output.params.ignore_eos
-        if is_eos or token_id in output.params.stop_token_ids:
+    def finish_reason(
+        self, token_id: int, output: OutputProcessor, endings: frozenset[int]
+    ) -> str | None:
+        """Why `output` ends with this new token: `stop`, `length` or `error`; None: it goes on."""
+        if token_id == NO_TOKEN:
+            return "error"
+        if token_id in endings:
             return "stop"
         num_tokens = len(output.token_ids) + 1
         at_limit = output.num_prompt_tokens + num_tokens >= self.max_model_len

@@ -16,9 +16,10 @@ from transformers import DynamicCache
 
 from common.checkpoint import context_length, eos_token_ids, load_transformers_model, resolve
 from common.device import resolve_device, usable_cores
+from common.generation_config import sampling_defaults
 from common.output import Completion, OutputProcessor, TokenLogprobs
 from common.prompts import ParamsForPrompts, Prompts, check_prompt, prepare_prompts
-from common.sampling import SamplingBatch, SamplingParams
+from common.sampling import NO_TOKEN, SamplingBatch, SamplingParams
 from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
 
@@ -39,6 +40,7 @@ class LLMEngine:
         self.tokenizer = Tokenizer.load(folder)
         self.model = load_transformers_model(folder, dtype, self.device)
         self.eos_token_ids = eos_token_ids(folder, self.model.config)
+        self.sampling_defaults = sampling_defaults(folder, config.generation_config)
         self.vocab_size = self.model.config.vocab_size
         self.max_model_len = context_length(self.model.config, config.max_model_len)
         self.seeds = random.Random(config.seed)  # for requests that bring none
@@ -86,8 +88,9 @@ class LLMEngine:
         check_prompt(prompt_token_ids, sampling_params, self.max_model_len, self.vocab_size)
         seed = sampling_params.seed
         seed = self.seeds.getrandbits(64) if seed is None else seed
+        endings = sampling_params.ending_token_ids(self.eos_token_ids)
         self.trace.arrived(request_id, len(prompt_token_ids))
-        self.waiting.append(Sequence(request_id, prompt_token_ids, sampling_params, seed))
+        self.waiting.append(Sequence(request_id, prompt_token_ids, sampling_params, seed, endings))
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """End a request; the next step returns its last output. Unknown ids are finished ones."""
@@ -164,6 +167,7 @@ class LLMEngine:
             [sequence.seed],
             [len(sequence.prompt_token_ids)],
             [sequence.output_token_ids],
+            [sequence.ending_token_ids],
         )
         [token_id], logprobs = sample(logits, batch)
         return token_id, logprobs
@@ -180,13 +184,15 @@ class LLMEngine:
         return RequestOutput(sequence.request_id, [token_id], logprobs, finish_reason=reason)
 
     def finish_reason(self, sequence: Sequence) -> str | None:
-        """Why a sequence ends with its last token, `stop` or `length`; None when it goes on."""
-        params, token_id = sequence.params, sequence.output_token_ids[-1]
-        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids:
+        """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""
+        token_id = sequence.output_token_ids[-1]
+        if token_id == NO_TOKEN:
+            return "error"
+        if token_id in sequence.ending_token_ids:
             return "stop"
         at_limit = sequence.num_tokens >= self.max_model_len
-        return "length" if at_limit or len(sequence.output_token_ids) == params.max_tokens else None
+        is_last = len(sequence.output_token_ids) == sequence.params.max_tokens
+        return "length" if at_limit or is_last else None
 
     def unfinished(self) -> list[Sequence]:
         return [*([self.running] if self.running else []), *self.waiting]

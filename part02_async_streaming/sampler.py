@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.output import TokenLogprobs
-from common.sampling import SamplingBatch, gumbel_noise
+from common.sampling import SamplingBatch, gumbel_noise, not_drawn
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy
 NUM_CANDIDATES = 256  # a row is sorted whole only when its top-p reaches beyond these
@@ -19,18 +19,20 @@ NUM_CANDIDATES = 256  # a row is sorted whole only when its top-p reaches beyond
 def sample(logits: Tensor, batch: SamplingBatch) -> tuple[list[int], list[TokenLogprobs | None]]:
     """The next token of each row of logits, [batch, vocab], and log probabilities if asked for.
 
-    Those are the model's own: before penalties, temperature and filters.
+    Those are the model's own: before penalties, temperature and filters. NO_TOKEN where logits are
+    not finite.
     """
     scaled = logits = logits.float()
     if batch.output_counts is not None:
         scaled = scaled - batch.presence_penalty * (batch.output_counts > 0)
         scaled = scaled - batch.frequency_penalty * batch.output_counts
+    scaled = batch.biased(scaled)
     tokens = scaled.argmax(dim=-1)
     is_greedy = batch.temperature < GREEDY_BELOW
     if not is_greedy.all():
         scaled = scaled / batch.temperature.clamp(min=GREEDY_BELOW)
         tokens = torch.where(is_greedy.squeeze(1), tokens, draw(scaled, batch))
-    token_ids = tokens.tolist()
+    token_ids = not_drawn(tokens, logits).tolist()
     return token_ids, list(map(token_logprobs, logits, token_ids, batch.num_logprobs))
 
 
@@ -59,7 +61,7 @@ def smallest_kept(
     all_kept = kept.logsumexp(-1, True).where(top_k > 0, logits.logsumexp(-1, True))
     probs = (kept - all_kept).exp()
     # A token stays while those before it do not reach top_p: so the one that crosses it stays.
-    num_kept = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True)
+    num_kept = (probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True).clamp(min=1)
     pth = top.gather(1, num_kept - 1).where(top_p < 1, -torch.inf)
     smallest = torch.maximum(torch.maximum(kth, pth), top[:, :1] + min_p.log())
     beyond = ((num_kept == width) & (top_p < 1) & (top_k == 0)).squeeze(1)

@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import eos_token_ids, load_config, resolve
+from common.generation_config import sampling_defaults
 from common.output import Completion, OutputProcessor, TokenLogprobs
 from common.prompts import ParamsForPrompts, Prompts, check_prompt, prepare_prompts
-from common.sampling import SamplingParams
+from common.sampling import NO_TOKEN, SamplingParams
 from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
 
@@ -35,6 +36,7 @@ class LLMEngine:
         self.tokenizer = Tokenizer.load(folder)
         self.runner = ModelRunner(config, folder)
         self.eos_token_ids = eos_token_ids(folder, load_config(folder))
+        self.sampling_defaults = sampling_defaults(folder, config.generation_config)
         self.config = self.runner.config  # with what depends on the device
         self.vocab_size = self.runner.model.config.vocab_size
         self.kv, self.max_model_len = self.runner.kv, self.runner.max_model_len
@@ -83,8 +85,9 @@ class LLMEngine:
         check_prompt(prompt_token_ids, sampling_params, self.max_model_len, self.vocab_size)
         seed = sampling_params.seed
         seed = self.seeds.getrandbits(64) if seed is None else seed
+        endings = sampling_params.ending_token_ids(self.eos_token_ids)
         self.trace.arrived(request_id, len(prompt_token_ids))
-        self.waiting.append(Sequence(request_id, prompt_token_ids, sampling_params, seed))
+        self.waiting.append(Sequence(request_id, prompt_token_ids, sampling_params, seed, endings))
 
     def blocks_needed(self, sequence: Sequence) -> int:
         """Blocks that hold a sequence to its very end."""
@@ -180,13 +183,15 @@ class LLMEngine:
         return outputs
 
     def finish_reason(self, sequence: Sequence) -> str | None:
-        """Why a sequence ends with its last token, `stop` or `length`; None when it goes on."""
-        params, token_id = sequence.params, sequence.output_token_ids[-1]
-        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids:
+        """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""
+        token_id = sequence.output_token_ids[-1]
+        if token_id == NO_TOKEN:
+            return "error"
+        if token_id in sequence.ending_token_ids:
             return "stop"
         at_limit = sequence.num_tokens >= self.max_model_len
-        return "length" if at_limit or len(sequence.output_token_ids) == params.max_tokens else None
+        is_last = len(sequence.output_token_ids) == sequence.params.max_tokens
+        return "length" if at_limit or is_last else None
 
     def unfinished(self) -> list[Sequence]:
         return [*(s for s in self.running if s.finish_reason is None), *self.waiting]

@@ -83,9 +83,9 @@ class ModelRunner:
             max_seq_len=max(lengths),
         )
         sampled_tokens = tensor([end - 1 for end in ends[1:]], torch.int64)
-        return Batch(
-            tensor(token_ids, torch.int64), tensor(positions, torch.int64), metadata, sampled_tokens
-        )
+        # A finished sequence may end with NO_TOKEN, which is no input.
+        inputs = tensor(token_ids, torch.int64).clamp(min=0)
+        return Batch(inputs, tensor(positions, torch.int64), metadata, sampled_tokens)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -104,6 +104,7 @@ class ModelRunner:
             [sequence.seed for sequence in sequences],
             [len(sequence.prompt_token_ids) for sequence in sequences],
             [sequence.output_token_ids for sequence in sequences],
+            [sequence.ending_token_ids for sequence in sequences],
         )
         token_ids = sample(self.ops, logits, batch).tolist()
         return token_ids, logprobs_of(logits, token_ids, batch)

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from common.kernels import Ops
 from common.output import TokenLogprobs
-from common.sampling import SamplingBatch
+from common.sampling import SamplingBatch, not_drawn
 
 
 def sample(ops: Ops, logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """The next token of each row of logits, [batch, vocab]; returns [batch] int64."""
-    logits = logits.float()
+    """The next token of each row of logits, [batch, vocab]; returns [batch] int64, NO_TOKEN where
+    logits are not finite."""
+    raw, logits = logits, logits.float()
     if batch.output_counts is not None:
         logits = logits - batch.presence_penalty * (batch.output_counts > 0)
         logits = logits - batch.frequency_penalty * batch.output_counts
+    logits = batch.biased(logits)
     columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
     columns += (batch.seeds, batch.positions)
-    return ops.sample(logits, *(column.squeeze(1) for column in columns))
+    return not_drawn(ops.sample(logits, *(column.squeeze(1) for column in columns)), raw)
 
 
 def logprobs_of(

@@ -15,6 +15,7 @@ class Sequence:
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
+    ending_token_ids: frozenset[int] = frozenset()  # each of them ends the output
 
     # set by the engine, step by step
     output_token_ids: list[int] = field(default_factory=list)
@@ -38,6 +39,7 @@ class Sequence:
 class RequestOutput:
     """What one step adds to a request.
 
+    token_ids: after them NO_TOKEN where no token could be drawn, with the reason `error`.
     finish_reason: `stop`, `length`, `abort` or `error` on the last output of a request, else None.
     """
 

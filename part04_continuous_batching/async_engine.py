@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,13 +99,14 @@ class AsyncEngine:
             for index, (request_id, child) in enumerate(zip(request_ids, children, strict=True)):
                 self.streams[request_id] = (index, inbox)
                 prompt, choice = child
-                self.inbox.put(AddRequest(request_id, prompt, replace(params, n=1), choice))
+                self.inbox.put(AddRequest(request_id, prompt, params.for_choice(choice), choice))
             if self.problem():
                 self._fail_streams()
             while not all(output.finished for output in outputs):
                 index, new = await inbox.get()
                 output = outputs[index]
-                delta = output.process(new.token_ids, new.finish_reason, new.logprobs)
+                news = (new.token_ids, new.finish_reason, new.logprobs)
+                delta = output.process(*news, prompt_logprobs=new.prompt_logprobs)
                 self.metrics.on_output(request_ids[index], delta)
                 if output.finished:
                     self._close(request_ids[index], abort=not new.finished)

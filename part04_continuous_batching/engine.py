@@ -6,16 +6,17 @@ Work is cut into steps so that whoever drives the engine can add and abort reque
 """
 
 import random
-from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from common.checkpoint import eos_token_ids, load_config, resolve
+from common.generation_config import sampling_defaults
 from common.output import Completion, OutputProcessor, TokenLogprobs
+from common.prompt_logprobs import PromptScores
 from common.prompts import ParamsForPrompts, Prompts, check_prompt, prepare_prompts
-from common.sampling import MAX_N, SamplingParams
+from common.sampling import MAX_N, NO_TOKEN, SamplingParams
 from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
 
@@ -34,6 +35,7 @@ class LLMEngine:
         self.tokenizer = Tokenizer.load(folder)
         self.runner = ModelRunner(config, folder)
         self.eos_token_ids = eos_token_ids(folder, load_config(folder))
+        self.sampling_defaults = sampling_defaults(folder, config.generation_config)
         self.config = self.runner.config  # with what depends on the device
         self.vocab_size = self.runner.model.config.vocab_size
         self.kv, self.max_model_len = self.runner.kv, self.runner.max_model_len
@@ -48,7 +50,7 @@ class LLMEngine:
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None, progress: bool = True
     ) -> list[Completion]:
         """Complete each prompt, text or token ids, `n` times. Raises ValueError before any work."""
-        requests = prepare_prompts(self, prompts, sampling_params, max_n=MAX_N)
+        requests = prepare_prompts(self, prompts, sampling_params, MAX_N, prompt_logprobs=True)
         if self.has_unfinished():
             raise ValueError("generate needs an engine that has no requests of add_request")
         outputs: dict[str, OutputProcessor] = {}
@@ -56,7 +58,7 @@ class LLMEngine:
             for choice in range(params.n):
                 request_id = f"generate-{len(outputs)}"
                 outputs[request_id] = OutputProcessor(self.tokenizer, params, len(prompt))
-                self.add_request(request_id, prompt, replace(params, n=1), choice)
+                self.add_request(request_id, prompt, params.for_choice(choice), choice)
         try:
             with tqdm(total=len(outputs), desc="Completions", disable=not progress) as bar:
                 while not all(output.finished for output in outputs.values()):
@@ -64,7 +66,10 @@ class LLMEngine:
                         output = outputs[step_output.request_id]
                         was_finished = output.finished
                         output.process(
-                            step_output.token_ids, step_output.finish_reason, step_output.logprobs
+                            step_output.token_ids,
+                            step_output.finish_reason,
+                            step_output.logprobs,
+                            prompt_logprobs=step_output.prompt_logprobs,
                         )
                         if output.finished and not was_finished:
                             self.abort(step_output.request_id)  # ended by a stop string, perhaps
@@ -91,7 +96,8 @@ class LLMEngine:
         check_prompt(prompt_token_ids, sampling_params, self.max_model_len, self.vocab_size)
         seed = sampling_params.seed
         seed = self.seeds.getrandbits(64) if seed is None else seed
-        sequence = Sequence(request_id, prompt_token_ids, sampling_params, seed, choice)
+        endings = sampling_params.ending_token_ids(self.eos_token_ids)
+        sequence = Sequence(request_id, prompt_token_ids, sampling_params, seed, endings, choice)
         self.sequences[request_id] = sequence
         self.scheduler.add(sequence)
 
@@ -109,9 +115,9 @@ class LLMEngine:
             self.scheduled = scheduled = self.schedule()
             if scheduled.num_new_tokens:
                 batch = self.prepare(scheduled)
-                logits = self.forward(batch)
+                logits, scores = self.forward(batch)
                 token_ids, logprobs = self.sample(batch, logits)
-                outputs += self.postprocess(scheduled, batch, token_ids, logprobs)
+                outputs += self.postprocess(scheduled, batch, token_ids, logprobs, scores)
             outputs, self.aborted = [*self.aborted, *outputs], []
             for output in outputs:
                 if output.finish_reason is not None:
@@ -129,8 +135,9 @@ class LLMEngine:
         return self.runner.prepare(scheduled)
 
     @phase
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits after each sampled sequence's last token, [num_sampled, vocab]."""
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, list[PromptScores]]:
+        """Logits after each sampled sequence's last token, [num_sampled, vocab]; and the scores of
+        prompts that ask for them."""
         return self.runner.forward(batch)
 
     @phase
@@ -147,8 +154,11 @@ class LLMEngine:
         batch: Batch,
         token_ids: list[list[int]],
         logprobs: list[list[TokenLogprobs | None]],
+        scores: list[PromptScores],
     ) -> list[RequestOutput]:
         """Append the tokens; let the sequences go that end with theirs."""
+        for (sequence, piece), found in zip(batch.prompts, scores, strict=True):
+            sequence.prompt_logprobs = piece.added(sequence.prompt_logprobs, found)
         for sequence, count in scheduled.num_new_tokens.items():
             sequence.num_computed_tokens += count
         rows = zip(batch.sampled, token_ids, logprobs, strict=True)
@@ -166,16 +176,18 @@ class LLMEngine:
         if reason is not None:
             self.finish(sequence)
         new = token_ids[:num_taken], logprobs[:num_taken]
-        return RequestOutput(sequence.request_id, *new, finish_reason=reason)
+        return RequestOutput(sequence.request_id, *new, reason, sequence.prompt_logprobs)
 
     def finish_reason(self, sequence: Sequence) -> str | None:
-        """Why a sequence ends with its last token, `stop` or `length`; None when it goes on."""
-        params, token_id = sequence.params, sequence.output_token_ids[-1]
-        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids:
+        """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""
+        token_id = sequence.output_token_ids[-1]
+        if token_id == NO_TOKEN:
+            return "error"
+        if token_id in sequence.ending_token_ids:
             return "stop"
         at_limit = sequence.num_tokens >= self.max_model_len
-        return "length" if at_limit or len(sequence.output_token_ids) == params.max_tokens else None
+        is_last = len(sequence.output_token_ids) == sequence.params.max_tokens
+        return "length" if at_limit or is_last else None
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds is free."""

@@ -5,7 +5,7 @@ values go to such places in the cache. What it needs of a sequence step after st
 tables, a row for each running sequence, so that a step costs a few operations on whole arrays.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,14 @@ from common.checkpoint import context_length, iter_weights, load_config
 from common.device import resolve_device, usable_cores
 from common.kernels import AttentionMetadata, select_ops
 from common.output import TokenLogprobs
-from common.sampling import SMALLEST_TOP_P, SamplingBatch, SamplingParams, as_int64
+from common.prompt_logprobs import PromptPiece, PromptScores, prompt_pieces
+from common.sampling import (
+    SMALLEST_TOP_P,
+    LogitBiases,
+    SamplingBatch,
+    SamplingParams,
+    as_int64,
+)
 
 from .config import EngineConfig
 from .input_buffers import FIELDS, SAMPLING_FIELDS, BatchShape, InputBuffers
@@ -39,6 +46,7 @@ class Batch:
     )  # [num_sampled] int64: the places of their last tokens in the batch
     rows: torch.Tensor  # [num_sampled] int64: their rows in the tables
     sampling: SamplingBatch
+    prompts: list[tuple[Sequence, PromptPiece]] = field(default_factory=list)  # to be scored
 
 
 class Tables:
@@ -100,7 +108,7 @@ class ModelRunner:
         self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
         try:
             batch = self.prepare(self.largest_step(shape.max_model_len))
-            self.sample(batch, self.forward(batch))
+            self.sample(batch, self.forward(batch)[0])
         except torch.OutOfMemoryError as error:
             most = max(shape.max_model_len, self.config.max_num_batched_tokens)
             raise ValueError(
@@ -115,7 +123,7 @@ class ModelRunner:
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
         """The longest prompts that one step may run, and as many sequences; all in block 0."""
         largest = SchedulerOutput()
-        params = SamplingParams(presence_penalty=1.0, top_p=0.9)  # what takes most
+        params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
         left = max(max_model_len, self.config.max_num_batched_tokens)
         for row in range(self.config.max_num_seqs):
             count = max(1, min(left, max_model_len))
@@ -159,7 +167,8 @@ class ModelRunner:
         arrays["sample_positions"][:] = lengths[is_sampled]
         for name, column in self.tables.sampling.items():
             arrays[name][:] = column[rows]
-        return self.batch_of(shape, sampled, int(new.max()), int(lengths.max()))
+        batch = self.batch_of(shape, sampled, int(new.max()), int(lengths.max()))
+        return replace(batch, prompts=prompt_pieces(sequences, starts, new))
 
     def batch_of(
         self, shape: BatchShape, sampled: list[Sequence], max_query_len: int, max_seq_len: int
@@ -181,6 +190,7 @@ class ModelRunner:
             positions=tensors["sample_positions"].unsqueeze(1),
             output_counts=None,
             num_logprobs=[sequence.params.logprobs for sequence in sampled],
+            biases=self.biases(sampled, self.buffers.arrays(shape)["sample_positions"]),
         )
         return Batch(
             tensors["token_ids"],
@@ -191,6 +201,21 @@ class ModelRunner:
             tensors["rows"],
             sampling,
         )
+
+    def biases(self, sequences: list[Sequence], positions: np.ndarray) -> LogitBiases | None:
+        """What is added to single logits of each row.
+
+        positions: the number of tokens before the one that a row draws.
+        """
+        if not any(sequence.params.has_biases for sequence in sequences):
+            return None
+        rows = [
+            sequence.params.biases(
+                sequence.ending_token_ids, place - len(sequence.prompt_token_ids)
+            )
+            for sequence, place in zip(sequences, positions.tolist(), strict=True)
+        ]
+        return LogitBiases.build(rows, self.device)
 
     @property
     def num_buffer_bytes(self) -> int:
@@ -220,10 +245,12 @@ class ModelRunner:
         self.counts[sequence.row] = torch.from_numpy(counts.astype(np.int32)).to(self.device)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits after each sampled sequence's last token, [num_sampled, vocab]."""
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, list[PromptScores]]:
+        """Logits after each sampled sequence's last token, [num_sampled, vocab]; and the scores of
+        prompts that ask for them."""
         hidden = self.model.forward(batch.token_ids, batch.positions, self.kv.data, batch.metadata)
-        return self.model.logits(hidden[batch.sampled_tokens])
+        scores = [piece.score(hidden, self.model.logits) for _, piece in batch.prompts]
+        return self.model.logits(hidden[batch.sampled_tokens]), scores
 
     @torch.inference_mode()
     def sample(

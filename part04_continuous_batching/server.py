@@ -3,7 +3,6 @@
 A client that goes away, streaming or not, has its request aborted.
 """
 
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from fastapi import FastAPI, Request
 from sse_starlette import EventSourceResponse
 
 from common import inspector
-from common.api import ApiError, Job, internal_error
+from common.api import ApiError, Job, failure, to_json
 from common.cli import parse
 from common.frontend import Admission, Frontend, unless_disconnected
 from common.output import OutputProcessor
@@ -30,6 +29,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
         config,
         streaming=True,
         max_n=MAX_N,
+        prompt_logprobs=True,
         health=async_engine.problem,
         lifespan=async_engine.lifespan,
     )
@@ -52,20 +52,19 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
         try:
             with admission.admit(job.num_choices):
                 async for chunk in chunks(job):
-                    yield json.dumps(chunk, ensure_ascii=False)
+                    yield to_json(chunk)
             yield "[DONE]"
         except ApiError as error:
-            yield json.dumps(error.body())
+            yield to_json(error.body())
 
     async def chunks(job: Job) -> AsyncIterator[dict[str, Any]]:
         outputs: dict[int, OutputProcessor] = {}
-        if job.chat:
-            for index in range(job.num_choices):
-                yield job.role_chunk(index)
+        for chunk in job.opening_chunks():
+            yield chunk
         async for index, output, delta in async_engine.generate(job.prompts, job.params):
             outputs[index] = output
             if delta.finish_reason == "error":
-                raise internal_error()
+                raise failure(delta.error)
             if job.has_news(delta):
                 yield job.chunk(index, delta)
         if job.include_usage:

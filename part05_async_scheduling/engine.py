@@ -10,15 +10,17 @@ Work is cut into steps so that whoever drives the engine can add and abort reque
 import itertools
 import random
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from common.checkpoint import eos_token_ids, load_config, resolve
+from common.generation_config import sampling_defaults
 from common.output import Completion, OutputProcessor, TokenLogprobs
+from common.prompt_logprobs import PromptPiece
 from common.prompts import ParamsForPrompts, Prompts, check_prompt, prepare_prompts
-from common.sampling import MAX_N, SamplingParams
+from common.sampling import MAX_N, NO_TOKEN, SamplingParams
 from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
 
@@ -36,6 +38,7 @@ class PendingStep:
     number: int  # in the trace
     scheduled: SchedulerOutput
     sampled: list[Sequence]
+    prompts: list[tuple[Sequence, PromptPiece]]
     work: Work
 
 
@@ -48,6 +51,7 @@ class LLMEngine:
         self.tokenizer = Tokenizer.load(folder)
         self.runner = ModelRunner(config, folder)
         self.eos_token_ids = eos_token_ids(folder, load_config(folder))
+        self.sampling_defaults = sampling_defaults(folder, config.generation_config)
         self.config = self.runner.config  # with what depends on the device
         self.vocab_size = self.runner.model.config.vocab_size
         self.kv, self.max_model_len = self.runner.kv, self.runner.max_model_len
@@ -64,7 +68,7 @@ class LLMEngine:
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None, progress: bool = True
     ) -> list[Completion]:
         """Complete each prompt, text or token ids, `n` times. Raises ValueError before any work."""
-        requests = prepare_prompts(self, prompts, sampling_params, max_n=MAX_N)
+        requests = prepare_prompts(self, prompts, sampling_params, MAX_N, prompt_logprobs=True)
         if self.has_unfinished():
             raise ValueError("generate needs an engine that has no requests of add_request")
         outputs: dict[str, OutputProcessor] = {}
@@ -72,7 +76,7 @@ class LLMEngine:
             for choice in range(params.n):
                 request_id = f"generate-{len(outputs)}"
                 outputs[request_id] = OutputProcessor(self.tokenizer, params, len(prompt))
-                self.add_request(request_id, prompt, replace(params, n=1), choice)
+                self.add_request(request_id, prompt, params.for_choice(choice), choice)
         try:
             with tqdm(total=len(outputs), desc="Completions", disable=not progress) as bar:
                 while not all(output.finished for output in outputs.values()):
@@ -80,7 +84,10 @@ class LLMEngine:
                         output = outputs[step_output.request_id]
                         was_finished = output.finished
                         output.process(
-                            step_output.token_ids, step_output.finish_reason, step_output.logprobs
+                            step_output.token_ids,
+                            step_output.finish_reason,
+                            step_output.logprobs,
+                            prompt_logprobs=step_output.prompt_logprobs,
                         )
                         if output.finished and not was_finished:
                             self.abort(step_output.request_id)  # ended by a stop string, perhaps
@@ -108,9 +115,11 @@ class LLMEngine:
         check_prompt(prompt_token_ids, sampling_params, self.max_model_len, self.vocab_size)
         seed = sampling_params.seed
         seed = self.seeds.getrandbits(64) if seed is None else seed
+        endings = sampling_params.ending_token_ids(self.eos_token_ids)
         limit = len(prompt_token_ids) + (sampling_params.max_tokens or self.max_model_len)
         limit = min(limit, self.max_model_len)
-        sequence = Sequence(request_id, prompt_token_ids, sampling_params, seed, choice, limit)
+        about = (seed, endings, choice, limit)
+        sequence = Sequence(request_id, prompt_token_ids, sampling_params, *about)
         self.sequences[request_id] = sequence
         self.scheduler.add(sequence)
 
@@ -133,7 +142,8 @@ class LLMEngine:
                 batch = self.prepare(scheduled)
                 work = self.launch(batch)
                 self.scheduler.launched(scheduled.num_new_tokens, batch.sampled)
-                self.in_flight.append(PendingStep(record.step, scheduled, batch.sampled, work))
+                about = (batch.sampled, batch.prompts, work)
+                self.in_flight.append(PendingStep(record.step, scheduled, *about))
             is_full = len(self.in_flight) == self.num_in_flight
             if self.in_flight and (is_full or not scheduled.num_new_tokens):
                 pending = self.in_flight.popleft()
@@ -167,6 +177,8 @@ class LLMEngine:
         """The next tokens of each sampled sequence, when the device has them."""
         sampled = pending.work.result()
         self.trace.device(pending.number, *pending.work.times())
+        for (sequence, piece), found in zip(pending.prompts, sampled.prompts, strict=True):
+            sequence.prompt_logprobs = piece.added(sequence.prompt_logprobs, found)
         return sampled.lists()
 
     @phase
@@ -200,13 +212,14 @@ class LLMEngine:
         if reason is not None:
             self.finish(sequence)
         new = token_ids[:num_taken], logprobs[:num_taken]
-        return RequestOutput(sequence.request_id, *new, finish_reason=reason)
+        return RequestOutput(sequence.request_id, *new, reason, sequence.prompt_logprobs)
 
     def finish_reason(self, sequence: Sequence) -> str | None:
-        """Why a sequence ends with its last token, `stop` or `length`; None when it goes on."""
-        params, token_id = sequence.params, sequence.output_token_ids[-1]
-        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids:
+        """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""
+        token_id = sequence.output_token_ids[-1]
+        if token_id == NO_TOKEN:
+            return "error"
+        if token_id in sequence.ending_token_ids:
             return "stop"
         return "length" if sequence.num_known_tokens == sequence.limit else None
 

@@ -16,11 +16,13 @@ class Sequence:
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
+    ending_token_ids: frozenset[int] = frozenset()  # each of them ends the output
     choice: int = 0  # which of n completions of one prompt
     limit: int = sys.maxsize  # tokens that it may have, prompt and output together
 
     # set by the engine, step by step
     output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of its prompt, so far, if it asks
     num_placeholders: int = 0  # output tokens that are on their way: launched and not yet read
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache, or on their way
 
@@ -54,13 +56,16 @@ class Sequence:
 class RequestOutput:
     """What one step adds to a request.
 
+    token_ids: after them NO_TOKEN where no token could be drawn, with the reason `error`.
     finish_reason: `stop`, `length`, `abort` or `error` on the last output of a request, else None.
+    prompt_logprobs: where asked for, of all tokens of the prompt but the first.
     """
 
     request_id: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     @property
     def finished(self) -> bool:

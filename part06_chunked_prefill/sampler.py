@@ -7,14 +7,15 @@ what else is in the batch. Filters and noise are one fused operation of `common.
 Nothing here waits for the device: what was drawn stays there as tensors until somebody reads it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from common.kernels import Ops
 from common.output import TokenLogprobs
-from common.sampling import SamplingBatch
+from common.prompt_logprobs import PromptScores
+from common.sampling import SamplingBatch, not_drawn
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Sampled:
     num_logprobs: list[int | None]  # how many most likely tokens each row wants
     logprobs: Tensor | None = None  # [rows that asked, 1 + most]
     top_token_ids: Tensor | None = None  # [rows that asked, most] int64
+    prompts: list[PromptScores] = field(default_factory=list)  # of the prompts that were scored
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Sampled":
         """A copy on another device."""
         tensors = (self.token_ids, self.logprobs, self.top_token_ids)
         copies = [x if x is None else x.to(device, non_blocking=non_blocking) for x in tensors]
-        return Sampled(copies[0], self.num_logprobs, *copies[1:])
+        prompts = [scores.to(device, non_blocking) for scores in self.prompts]
+        return Sampled(copies[0], self.num_logprobs, *copies[1:], prompts=prompts)
 
     def lists(self) -> tuple[list[list[int]], list[list[TokenLogprobs | None]]]:
         """The tokens of each row, and their log probabilities where it asked."""
@@ -52,14 +55,16 @@ class Sampled:
 
 
 def sample(ops: Ops, logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """The next token of each row of logits, [batch, vocab]; returns [batch] int64."""
-    logits = logits.float()
+    """The next token of each row of logits, [batch, vocab]; returns [batch] int64, NO_TOKEN where
+    logits are not finite."""
+    raw, logits = logits, logits.float()
     if batch.output_counts is not None:
         logits = logits - batch.presence_penalty * (batch.output_counts > 0)
         logits = logits - batch.frequency_penalty * batch.output_counts
+    logits = batch.biased(logits)
     columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
     columns += (batch.seeds, batch.positions, batch.choices)
-    return ops.sample(logits, *(column.squeeze(1) for column in columns))
+    return not_drawn(ops.sample(logits, *(column.squeeze(1) for column in columns)), raw)
 
 
 def with_logprobs(logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> Sampled:

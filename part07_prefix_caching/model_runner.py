@@ -8,7 +8,7 @@ The device is ahead of the host's knowledge: a token that the host has not read 
 input on the device, from what its row has drawn last.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,14 @@ import torch
 from common.checkpoint import context_length, iter_weights, load_config
 from common.device import release_openmp_workers, resolve_device, usable_cores
 from common.kernels import AttentionMetadata, select_ops
-from common.sampling import SMALLEST_TOP_P, SamplingBatch, SamplingParams, as_int64
+from common.prompt_logprobs import PromptPiece, PromptScores, prompt_pieces
+from common.sampling import (
+    SMALLEST_TOP_P,
+    LogitBiases,
+    SamplingBatch,
+    SamplingParams,
+    as_int64,
+)
 
 from .config import EngineConfig
 from .device_queue import Work, device_queue
@@ -46,6 +53,7 @@ class Batch:
     )  # [num_sampled] int64: the places of their last tokens in the batch
     rows: torch.Tensor  # [num_sampled] int64: their rows in the tables
     sampling: SamplingBatch
+    prompts: list[tuple[Sequence, PromptPiece]] = field(default_factory=list)  # to be scored
 
 
 class Tables:
@@ -126,7 +134,7 @@ class ModelRunner:
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
         """As many tokens as one step may run, of as many sequences; all in block 0."""
         largest = SchedulerOutput()
-        params = SamplingParams(presence_penalty=1.0, top_p=0.9)  # what takes most
+        params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
         left = self.config.max_num_batched_tokens
         most_seqs = min(self.config.max_num_seqs, left)
         for row in range(most_seqs):
@@ -175,7 +183,8 @@ class ModelRunner:
         for name, column in self.tables.sampling.items():
             arrays[name][:] = column[rows]
         longest = int(new.max()), int(lengths.max())
-        return self.batch_of(buffers, shape, scheduled.admitted, sampled, *longest)
+        batch = self.batch_of(buffers, shape, scheduled.admitted, sampled, *longest)
+        return replace(batch, prompts=prompt_pieces(sequences, starts, new))
 
     def batch_of(
         self,
@@ -203,6 +212,7 @@ class ModelRunner:
             positions=tensors["sample_positions"].unsqueeze(1),
             output_counts=None,
             num_logprobs=[sequence.params.logprobs for sequence in sampled],
+            biases=self.biases(sampled, buffers.arrays(shape)["sample_positions"]),
         )
         return Batch(
             buffers,
@@ -219,6 +229,21 @@ class ModelRunner:
             tensors["rows"],
             sampling,
         )
+
+    def biases(self, sequences: list[Sequence], positions: np.ndarray) -> LogitBiases | None:
+        """What is added to single logits of each row.
+
+        positions: the number of tokens before the one that a row draws.
+        """
+        if not any(sequence.params.has_biases for sequence in sequences):
+            return None
+        rows = [
+            sequence.params.biases(
+                sequence.ending_token_ids, place - len(sequence.prompt_token_ids)
+            )
+            for sequence, place in zip(sequences, positions.tolist(), strict=True)
+        ]
+        return LogitBiases.build(rows, self.device)
 
     @property
     def num_buffer_bytes(self) -> int:
@@ -249,7 +274,8 @@ class ModelRunner:
         for row, token_ids in batch.counted:
             self.count_output(row, token_ids)
         self.fill_in(batch)
-        return self.sample(batch, self.forward(batch))
+        logits, scores = self.forward(batch)
+        return replace(self.sample(batch, logits), prompts=scores)
 
     def fill_in(self, batch: Batch) -> None:
         """Put the tokens that were not known to the host into the batch."""
@@ -269,10 +295,12 @@ class ModelRunner:
         counts = np.bincount(np.array(token_ids, np.int64), minlength=vocab_size)
         self.counts[row] = torch.from_numpy(counts.astype(np.int32)).to(self.device)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits after each sampled sequence's last token, [num_sampled, vocab]."""
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, list[PromptScores]]:
+        """Logits after each sampled sequence's last token, [num_sampled, vocab]; and the scores of
+        prompts that ask for them."""
         hidden = self.model.forward(batch.token_ids, batch.positions, self.kv.data, batch.metadata)
-        return self.model.logits(hidden[batch.sampled_tokens])
+        scores = [piece.score(hidden, self.model.logits) for _, piece in batch.prompts]
+        return self.model.logits(hidden[batch.sampled_tokens]), scores
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> Sampled:
         """The next token of each sampled sequence, and log probabilities if asked for."""
@@ -281,7 +309,8 @@ class ModelRunner:
         if counted:
             sampling = replace(sampling, output_counts=self.counts[batch.rows])
         token_ids = sample(self.ops, logits, sampling)
+        last = token_ids.clamp(min=0)  # NO_TOKEN is no input
         if counted:
-            self.counts[batch.rows, token_ids] += 1
-        self.last_token_ids[batch.rows] = token_ids
+            self.counts[batch.rows, last] += 1
+        self.last_token_ids[batch.rows] = last
         return with_logprobs(logits, token_ids, sampling)

@@ -16,12 +16,14 @@ class Sequence:
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
+    ending_token_ids: frozenset[int] = frozenset()  # each of them ends the output
     choice: int = 0  # which of n completions of one prompt
     limit: int = sys.maxsize  # tokens that it may have, prompt and output together
     cache_salt: str | None = None  # it shares blocks only with those that have the same
 
     # set by the engine, step by step
     output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of its prompt, so far, if it asks
     num_placeholders: int = 0  # output tokens that are on their way: launched and not yet read
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache, or on their way
 
@@ -33,6 +35,12 @@ class Sequence:
     # set by the prefix cache
     block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks
     num_published_blocks: int = 0  # of its table, that others can find
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        """Tokens whose keys and values may come out of the cache: all that are known but the last,
+        and none where the prompt's are to be scored."""
+        return 0 if self.params.prompt_logprobs is not None else self.num_known_tokens - 1
 
     @property
     def num_known_tokens(self) -> int:
@@ -60,7 +68,9 @@ class Sequence:
 class RequestOutput:
     """What one step adds to a request.
 
+    token_ids: after them NO_TOKEN where no token could be drawn, with the reason `error`.
     finish_reason: `stop`, `length`, `abort` or `error` on the last output of a request, else None.
+    prompt_logprobs: where asked for, of all tokens of the prompt but the first.
     num_cached_tokens: how many of its prompt's tokens were not computed but found.
     """
 
@@ -68,6 +78,7 @@ class RequestOutput:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
 
     @property

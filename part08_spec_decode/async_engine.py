@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class AsyncEngine:
             for index, (request_id, child) in enumerate(zip(request_ids, children, strict=True)):
                 self.streams[request_id] = (index, inbox)
                 prompt, choice = child
-                about = (replace(params, n=1), choice, cache_salt, may_draft)
+                about = (params.for_choice(choice), choice, cache_salt, may_draft)
                 self.inbox.put(AddRequest(request_id, prompt, *about))
             if self.problem():
                 self._fail_streams()
@@ -113,7 +113,7 @@ class AsyncEngine:
                 index, new = await inbox.get()
                 output = outputs[index]
                 news = (new.token_ids, new.finish_reason, new.logprobs, new.num_cached_tokens)
-                delta = output.process(*news, new.draft_counts)
+                delta = output.process(*news, new.draft_counts, new.prompt_logprobs)
                 self.metrics.on_output(request_ids[index], delta)
                 if output.finished:
                     self._close(request_ids[index], abort=not new.finished)

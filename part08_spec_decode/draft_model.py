@@ -12,6 +12,8 @@ agree roughly, they then draw the same. Requests without a seed are verified by 
 noise of its own.
 """
 
+from dataclasses import replace
+
 import torch
 
 from .config import EngineConfig
@@ -98,7 +100,7 @@ class ModelProposer:
         )
         if not batch.sampled:
             return Sampled(batch.rows, [])
-        logits = self.model.logits(hidden[batch.sampled_tokens])
+        logits = about.biased(self.model.logits(hidden[batch.sampled_tokens]))
         rejecting = [i for i, sequence in enumerate(batch.sampled) if self.will_reject(sequence)]
         if rejecting:
             rows = torch.tensor(rejecting, device=logits.device)
@@ -106,7 +108,8 @@ class ModelProposer:
             found = target_probs(logits[rows], *(column[rows, 0] for column in columns))
             for i, row in zip(rejecting, found, strict=True):
                 probs[batch.sampled[i]].append(row)
-        token_ids = sample(runner.ops, logits, about)
+        unbiased = replace(about, biases=None)  # they are in the logits
+        token_ids = sample(runner.ops, logits, unbiased).clamp(min=0)  # any draft will do
         runner.last_token_ids[batch.rows] = token_ids
         return Sampled(token_ids, about.num_logprobs)
 

@@ -8,7 +8,7 @@ The device is ahead of the host's knowledge: a token that the host has not read 
 input on the device, from what its row has drawn last.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,15 @@ import torch
 from common.checkpoint import context_length, iter_weights, load_config, resolve
 from common.device import release_openmp_workers, resolve_device, usable_cores
 from common.kernels import AttentionMetadata, select_ops
-from common.sampling import SMALLEST_TOP_P, SamplingBatch, SamplingParams, as_int64
+from common.prompt_logprobs import PromptPiece, PromptScores, prompt_pieces
+from common.sampling import (
+    NO_TOKEN,
+    SMALLEST_TOP_P,
+    LogitBiases,
+    SamplingBatch,
+    SamplingParams,
+    as_int64,
+)
 
 from .config import EngineConfig
 from .device_queue import Work, device_queue
@@ -48,6 +56,7 @@ class Batch:
     sampling: SamplingBatch
     num_drafts: torch.Tensor  # [len(sampled)] int64
     has_drafts: bool
+    prompts: list[tuple[Sequence, PromptPiece]] = field(default_factory=list)  # to be scored
 
 
 class Tables:
@@ -155,7 +164,7 @@ class ModelRunner:
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
         """As many tokens as one step may run, of as many sequences; all in block 0."""
         largest = SchedulerOutput()
-        params = SamplingParams(presence_penalty=1.0, top_p=0.9)  # what takes most
+        params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
         left = self.config.max_num_batched_tokens
         most_seqs = min(self.config.max_num_seqs, left)
         each = min(1 + (self.config.num_speculative_tokens or 0), left // most_seqs)
@@ -180,7 +189,8 @@ class ModelRunner:
         sequences = list(scheduled.num_new_tokens)
         new = list(scheduled.num_new_tokens.values())
         starts = [sequence.num_computed_tokens for sequence in sequences]
-        return self.lay_out(sequences, starts, new, scheduled.admitted)
+        batch = self.lay_out(sequences, starts, new, scheduled.admitted)
+        return replace(batch, prompts=prompt_pieces(sequences, starts, new))
 
     def lay_out(
         self,
@@ -255,15 +265,17 @@ class ModelRunner:
             max_seq_len=max_seq_len,
         )
         columns = {name: tensors[name].unsqueeze(1) for name in SAMPLING_FIELDS}
+        drawn = [
+            sequence
+            for sequence, count in zip(sampled, num_drafts.tolist(), strict=True)
+            for _ in range(1 + count)
+        ]
         sampling = SamplingBatch(
             **columns,
             positions=tensors["sample_positions"].unsqueeze(1),
             output_counts=None,
-            num_logprobs=[
-                sequence.params.logprobs
-                for sequence, count in zip(sampled, num_drafts.tolist(), strict=True)
-                for _ in range(1 + count)
-            ],
+            num_logprobs=[sequence.params.logprobs for sequence in drawn],
+            biases=self.biases(drawn, buffers.arrays(shape)["sample_positions"]),
         )
         return Batch(
             buffers,
@@ -282,6 +294,21 @@ class ModelRunner:
             tensors["num_drafts"][: len(sampled)],
             bool(num_drafts.any()),
         )
+
+    def biases(self, sequences: list[Sequence], positions: np.ndarray) -> LogitBiases | None:
+        """What is added to single logits of each row.
+
+        positions: the number of tokens before the one that a row draws.
+        """
+        if not any(sequence.params.has_biases for sequence in sequences):
+            return None
+        rows = [
+            sequence.params.biases(
+                sequence.ending_token_ids, place - len(sequence.prompt_token_ids)
+            )
+            for sequence, place in zip(sequences, positions.tolist(), strict=True)
+        ]
+        return LogitBiases.build(rows, self.device)
 
     @property
     def num_weight_bytes(self) -> int:
@@ -323,7 +350,8 @@ class ModelRunner:
         for row, token_ids in batch.counted:
             self.count_output(row, token_ids)
         self.fill_in(batch)
-        return self.sample(batch, self.forward(batch))
+        logits, scores = self.forward(batch)
+        return replace(self.sample(batch, logits), prompts=scores)
 
     def fill_in(self, batch: Batch) -> None:
         """Put the tokens that were not known to the host into the batch."""
@@ -343,10 +371,12 @@ class ModelRunner:
         counts = np.bincount(np.array(token_ids, np.int64), minlength=vocab_size)
         self.counts[row] = torch.from_numpy(counts.astype(np.int32)).to(self.device)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits after each sampled sequence's last token and its drafts, [num_sampled, vocab]."""
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, list[PromptScores]]:
+        """Logits after each sampled sequence's last token and its drafts, [num_sampled, vocab]; and
+        the scores of prompts that ask for them."""
         hidden = self.model.forward(batch.token_ids, batch.positions, self.kv.data, batch.metadata)
-        return self.model.logits(hidden[batch.sampled_tokens])
+        scores = [piece.score(hidden, self.model.logits) for _, piece in batch.prompts]
+        return self.model.logits(hidden[batch.sampled_tokens]), scores
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> Sampled:
         """The next tokens of each sampled sequence, and log probabilities if asked for."""
@@ -355,11 +385,12 @@ class ModelRunner:
         if counted:
             sampling = replace(sampling, output_counts=self.counts[batch.rows])
         token_ids = sample(self.ops, logits, sampling)
+        last = token_ids.clamp(min=0)  # NO_TOKEN is no input
         if counted:
-            self.counts[batch.rows, token_ids] += 1
-        self.last_token_ids[batch.rows] = token_ids
+            self.counts[batch.rows, last] += 1
+        self.last_token_ids[batch.rows] = last
         if batch.has_drafts:
-            token_ids, num_accepted = self.verify(batch, logits, token_ids)
+            token_ids, num_accepted = self.verify(batch, sampling.biased(logits), token_ids)
             return with_logprobs(logits, token_ids, sampling, num_accepted, batch.num_drafts)
         return with_logprobs(logits, token_ids, sampling)
 
@@ -379,7 +410,8 @@ class ModelRunner:
         drafts = batch.token_ids[inside]
         verified = verify(drafts, lengths, drawn, self.rejection_rows(batch, logits))
         is_own = places <= lengths.unsqueeze(1)
-        return verified.token_ids[is_own], verified.num_accepted
+        token_ids = verified.token_ids[is_own].where(drawn != NO_TOKEN, NO_TOKEN)
+        return token_ids, verified.num_accepted
 
     def rejection_rows(self, batch: Batch, logits: torch.Tensor) -> RejectionRows | None:
         """The sequences whose drafts were drawn from a known distribution, if any."""

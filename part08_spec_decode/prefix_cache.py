@@ -121,7 +121,7 @@ class HashPrefixCache(NoPrefixCache):
 
     def match(self, sequence: Sequence) -> list[int]:
         blocks = []
-        for key in self.keys(sequence, sequence.num_known_tokens - 1):
+        for key in self.keys(sequence, sequence.num_cacheable_tokens):
             if key not in self.blocks:
                 break
             blocks.append(self.blocks[key])
@@ -196,7 +196,7 @@ class RadixPrefixCache(NoPrefixCache):
         return self.pool.num_free + self.num_evictable
 
     def match(self, sequence: Sequence) -> list[int]:
-        node, count = self.walk(self.root, self.keys(sequence, sequence.num_known_tokens - 1))
+        node, count = self.walk(self.root, self.keys(sequence, sequence.num_cacheable_tokens))
         self.lock(node)
         self.ends[sequence], sequence.num_published_blocks = node, count
         runs = []

@@ -18,6 +18,7 @@ class Sequence:
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
+    ending_token_ids: frozenset[int] = frozenset()  # each of them ends the output
     choice: int = 0  # which of n completions of one prompt
     limit: int = sys.maxsize  # tokens that it may have, prompt and output together
     cache_salt: str | None = None  # it shares blocks only with those that have the same
@@ -25,6 +26,7 @@ class Sequence:
 
     # set by the engine, step by step
     output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of its prompt, so far, if it asks
     num_placeholders: int = 0  # output tokens that are on their way: launched and not yet read
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache, or on their way
 
@@ -47,6 +49,12 @@ class Sequence:
     def rejects(self) -> bool:
         """Whether its drafts stay by rejection sampling, and not by being what is drawn."""
         return self.draft_probs is not None and bool(self.draft_token_ids)
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        """Tokens whose keys and values may come out of the cache: all that are known but the last,
+        and none where the prompt's are to be scored."""
+        return 0 if self.params.prompt_logprobs is not None else self.num_known_tokens - 1
 
     @property
     def num_known_tokens(self) -> int:
@@ -76,7 +84,9 @@ class Sequence:
 class RequestOutput:
     """What one step adds to a request.
 
+    token_ids: after them NO_TOKEN where no token could be drawn, with the reason `error`.
     finish_reason: `stop`, `length`, `abort` or `error` on the last output of a request, else None.
+    prompt_logprobs: where asked for, of all tokens of the prompt but the first.
     num_cached_tokens: how many of its prompt's tokens were not computed but found.
     draft_counts: what became of its drafts so far.
     """
@@ -85,6 +95,7 @@ class RequestOutput:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
     draft_counts: DraftCounts = NO_DRAFTS
 

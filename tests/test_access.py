@@ -168,7 +168,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
     given = [b"", b"Bearer s", b"Bearer " + KEY[:-1].encode(), b"Bearer " + KEY.encode()]
     for value in given:
         client.get("/v1/models", headers={"Authorization": value.decode()})
-    assert seen == given
+    assert seen == [value.replace(b"Bearer", b"bearer") for value in given]
     tree = ast.parse(Path(str(Guard.__init__.__code__.co_filename)).read_text())
     compares = [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
     named = [ast.unparse(node) for node in compares if "api_key" in ast.unparse(node)]

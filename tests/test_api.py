@@ -8,11 +8,11 @@ import openai.types.chat
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from common import neutral
 from common.api import (
     MAX_KEYS,
     MAX_LOGPROBS_TOTAL,
     MAX_MESSAGES,
-    NEUTRAL,
     ApiError,
     ChatCompletionRequest,
     CompletionRequest,
@@ -91,7 +91,7 @@ class TestRequests:
     def test_null_counts_as_not_given(self, request_of: Any) -> None:
         names = [name for name, _ in self.FIELDS]
         names += ["stop", "stop_token_ids", "logprobs", "stream", "stream_options", "model", "user"]
-        request = request_of(**dict.fromkeys([*names, *NEUTRAL]))
+        request = request_of(**dict.fromkeys([*names, *neutral.CHAT]))
         request.check(streaming=False, max_n=1)
         assert request.sampling_params() == request_of().sampling_params()
 
@@ -166,15 +166,17 @@ class TestRequests:
         [
             ("best_of", 2),
             ("best_of", True),
-            ("echo", True),
-            ("echo", 0),
+            ("use_beam_search", True),
+            ("store", 0),
             ("suffix", "x"),
-            ("logit_bias", {"5": 1}),
+            ("length_penalty", 2.0),
             ("tools", [{"type": "function"}]),
             ("tool_choice", "required"),
             ("response_format", {"type": "json_object"}),
             ("modalities", ["text", "audio"]),
-            ("user", "ada"),
+            ("user", 5),
+            ("metadata", {"a": 1}),
+            ("metadata", {f"key{i}": "" for i in range(17)}),
             ("repetition_penalty", 1.1),
             ("temprature", 0.5),
             ("x" * 1000, 1),
@@ -192,8 +194,9 @@ class TestRequests:
 
     @BOTH
     def test_values_that_ask_for_nothing_are_taken(self, request_of: Any) -> None:
-        for name, values in NEUTRAL.items():
-            for value in values:
+        texts = dict.fromkeys(neutral.NOTES, ("", "u-1")) | {"metadata": ({}, {"a": "b"})}
+        for name, rule in request_of().rules.items():
+            for value in texts[name] if callable(rule) else rule:
                 request_of(**{name: value}).check(streaming=False, max_n=1)
 
     @BOTH
@@ -201,7 +204,7 @@ class TestRequests:
         for fields, name in (
             ({"stream": True}, "stream"),
             ({"stream_options": {"include_usage": True}}, "stream_options"),
-            ({"stream": False, "stream_options": {}}, "stream_options"),
+            ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
             ({"n": 2}, "n"),
         ):
             with pytest.raises(ApiError) as caught:
@@ -257,7 +260,7 @@ class TestRequests:
         for fields in ({"logprobs": 1}, {"logprobs": True, "top_logprobs": MAX_LOGPROBS + 1}):
             with pytest.raises(ValidationError):
                 chat_request(**fields)
-        for fields in ({"top_logprobs": 2}, {"logprobs": False, "top_logprobs": 0}):
+        for fields in ({"top_logprobs": 2}, {"logprobs": False, "top_logprobs": 1}):
             with pytest.raises(ApiError) as caught:
                 chat_request(**fields).sampling_params()
             assert caught.value.param == "top_logprobs"
@@ -314,7 +317,7 @@ class TestMessages:
             {"role": "user", "content": ["a"]},
             {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
             {"role": "user", "content": [{"type": "text", "text": "a", "more": 1}]},
-            {"role": "user", "content": "a", "tool_calls": []},
+            {"role": "user", "content": "a", "tool_calls": [{"id": "1"}]},
             {"role": "user", "content": "a", **{f"key{i}": 1 for i in range(MAX_KEYS)}},
             "hi",
             None,
@@ -584,7 +587,7 @@ class TestStreams:
         completion, deltas = run(TEXT_IDS, SamplingParams(logprobs=logprobs, stop=stop))
         whole = whole_of(job(True), completion)["choices"][0]
         stream = job(True, stream=True)
-        values = [stream.role_chunk(0), *self.chunks(stream, deltas)]
+        values = [*stream.opening_chunks(), *self.chunks(stream, deltas)]
         chunks = [validated(openai.types.chat.ChatCompletionChunk, value) for value in values]
         assert chunks[0].choices[0].delta.role == "assistant"
         assert [chunk.choices[0].delta.role for chunk in chunks[1:]] == [None] * (len(chunks) - 1)

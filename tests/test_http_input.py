@@ -23,7 +23,8 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 
-from common.api import NEUTRAL, to_json
+from common import neutral
+from common.api import to_json
 from common.checkpoint import resolve
 from common.guard import MAX_SIGNS
 from common.serving import ServerConfig
@@ -294,9 +295,9 @@ def test_unknown_models(client: httpx.Client) -> None:
     [
         ("nosuchfield", 1),
         ("best_of", 20),
-        ("echo", True),
+        ("truncate_prompt_tokens", 5),
         ("suffix", "x"),
-        ("logit_bias", {"5": 100}),
+        ("logit_bias", {"5": 101}),
         ("logit_bias", {"-1": float("nan")}),
         ("response_format", {"type": "json_object"}),
         ("guided_regex", "(a+)+$"),
@@ -327,7 +328,10 @@ def test_unknown_fields_are_refused_by_name(client: httpx.Client, field: str, va
 
 
 def test_neutral_values_are_accepted(client: httpx.Client) -> None:
-    bodies = [{name: value} for name, values in NEUTRAL.items() for value in (*values, None)]
+    rules = {name: rule for name, rule in neutral.COMPLETION.items() if not callable(rule)}
+    bodies = [{name: value} for name, values in rules.items() for value in (*values, None)]
+    bodies += [{name: "u-1"} for name in neutral.NOTES if name != "metadata"]
+    bodies += [{"metadata": {"a": "b"}}]
     for change in [*bodies, {"nosuchfield": None}, {"user": None}, {"stream": False}]:
         answer = post(client, COMPLETIONS, BASE | change)
         assert answer.status_code == 200, (change, answer.text)

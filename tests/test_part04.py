@@ -248,7 +248,7 @@ def test_the_buffers_hold_the_largest_step() -> None:
     runner.tables.block_tables[:] = 0
     batch = runner.prepare(runner.largest_step(12))
     assert batch.metadata.seq_lens.tolist() == [12, 12, 6] + [1] * 37
-    tokens, _ = runner.sample(batch, runner.forward(batch))
+    tokens, _ = runner.sample(batch, runner.forward(batch)[0])
     assert len(tokens) == 40
     outputs = engine.generate([[2]] * 45, replace(GREEDY, max_tokens=4), progress=False)
     assert len({tuple(output.token_ids) for output in outputs}) == 1

@@ -16,6 +16,7 @@ from scipy import stats
 
 from common.prompts import check_prompt, prepare_prompts
 from common.sampling import (
+    MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_N,
     MAX_STOP_LENGTH,
@@ -46,7 +47,25 @@ BAD = {
     "max_tokens": (0, -1, MAX_TOKENS + 1),
     "n": (0, -1, MAX_N + 1, None),
     "logprobs": (-1, MAX_LOGPROBS + 1),
+    "prompt_logprobs": (-1, MAX_LOGPROBS + 1),
+    "min_tokens": (-1, 17, MAX_TOKENS + 1, None),
     "ignore_eos": (0, 1, "true", None),
+    "include_stop_str_in_output": (0, 1, "true", None),
+    "logit_bias": (
+        5,
+        [5],
+        "5",
+        {-1: 1.0},
+        {1.5: 1.0},
+        {True: 1.0},
+        {MAX_TOKENS + 1: 1.0},
+        {5: 100.01},
+        {5: -101},
+        {5: math.nan},
+        {5: "1"},
+        {5: None},
+        dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 0.0),
+    ),
 }
 WRONG = [
     *itertools.product(NUMBERS, NO_NUMBER),
@@ -72,6 +91,10 @@ class TestParams:
             "logprobs": None,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
+            "min_tokens": 0,
+            "include_stop_str_in_output": False,
+            "prompt_logprobs": None,
+            "logit_bias": None,
         }
 
     @pytest.mark.parametrize(("name", "value"), WRONG)

@@ -77,13 +77,20 @@ def wrap_model(
         )
         return
     forward = engine.runner.forward
-    patch.setattr(
-        engine.runner,
-        "forward",
-        lambda batch: around(
-            batch.token_ids.tolist(), len(batch.sampled_tokens), lambda: forward(batch)
-        ),
-    )
+
+    def wrapped(batch: Any) -> Any:
+        scores: list[Any] = []  # of prompts; from part 04 on
+
+        def real() -> torch.Tensor:
+            logits = forward(batch)
+            if isinstance(logits, tuple):
+                logits, scores[:] = logits
+            return logits
+
+        logits = around(batch.token_ids.tolist(), len(batch.sampled_tokens), real)
+        return (logits, scores) if hasattr(batch, "prompts") else logits
+
+    patch.setattr(engine.runner, "forward", wrapped)
 
 
 def certain_logits(engine: Any, num_rows: int, token_id: int) -> torch.Tensor:
