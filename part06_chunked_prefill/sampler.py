@@ -75,6 +75,6 @@ def with_logprobs(logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> Sa
         return Sampled(token_ids, batch.num_logprobs)
     most = max(batch.num_logprobs[row] for row in asked)
     logprobs = logits[asked].float().log_softmax(dim=-1)
-    own = logprobs.gather(1, token_ids[asked].unsqueeze(1))
+    own = logprobs.gather(1, token_ids[asked].clamp(min=0).unsqueeze(1))
     values, ids = logprobs.topk(most)
     return Sampled(token_ids, batch.num_logprobs, torch.cat([own, values], dim=1), ids)

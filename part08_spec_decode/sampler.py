@@ -95,6 +95,6 @@ def with_logprobs(
         return sampled
     most = max(batch.num_logprobs[row] for row in asked)
     logprobs = logits[asked].float().log_softmax(dim=-1)
-    own = logprobs.gather(1, token_ids[asked].unsqueeze(1))
+    own = logprobs.gather(1, token_ids[asked].clamp(min=0).unsqueeze(1))
     values, ids = logprobs.topk(most)
     return replace(sampled, logprobs=torch.cat([own, values], dim=1), top_token_ids=ids)

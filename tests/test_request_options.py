@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from safetensors.torch import save_file
 
 from common.checkpoint import resolve
@@ -97,7 +96,7 @@ def test_nothing_ends_before_min_tokens(engine: Any, least: int) -> None:
     got = tokens(engine, dataclasses.replace(ends, min_tokens=least))
     others = dict.fromkeys([*engine.eos_token_ids, 300], -100)
     expected = tokens(engine, dataclasses.replace(GREEDY, max_tokens=least, logit_bias=others))
-    assert got == (expected + [eos])[:12]
+    assert got == [*expected, eos][:12]
 
 
 def test_minus_one_is_no_seed() -> None:
