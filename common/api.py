@@ -313,8 +313,11 @@ class TextOffsets:
     a stream has the same offsets as a whole answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+    def __init__(
+        self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int] = ()
+    ) -> None:
+        """prompt_token_ids: what the completion continues."""
+        self._detokenizer = tokenizer.detokenizer(prompt_token_ids) if tokenizer else None
         self._length = 0
 
     def push(self, token_id: int) -> int:
@@ -360,7 +363,7 @@ class Job:
                 choice["message"] = {"role": "assistant", "content": completion.text}
             else:
                 choice["text"] = completion.text
-            offsets = TextOffsets(self.tokenizer)
+            offsets = self._new_offsets(index)
             choice["logprobs"] = None
             if completion.logprobs is not None:
                 make = partial(self._logprobs, completion.logprobs, offsets, late=True)
@@ -411,8 +414,9 @@ class Job:
         content = {"content": delta.text} if self.chat else delta.text
         logprobs = None
         if delta.logprobs:
-            offsets = self._offsets.setdefault(index, TextOffsets(self.tokenizer))
-            logprobs = self._logprobs(delta.logprobs, offsets)
+            if index not in self._offsets:
+                self._offsets[index] = self._new_offsets(index)
+            logprobs = self._logprobs(delta.logprobs, self._offsets[index])
         return self._chunk(index, content, delta.finish_reason, logprobs)
 
     def usage_chunk(self, completions: Sequence[Any]) -> dict[str, Any]:
@@ -447,6 +451,9 @@ class Job:
             "model": self.model,
         }
 
+    def _new_offsets(self, index: int) -> "TextOffsets":
+        return TextOffsets(self.tokenizer, self.prompts[index // self.params.n])
+
     def _logprobs(
         self, logprobs: list[TokenLogprobs], offsets: "TextOffsets", late: bool = False
     ) -> dict[str, Any]:
@@ -466,11 +473,23 @@ class Job:
         return {**self._token_entry(item.token_id, item.logprob), "top_logprobs": top}
 
     def _top(self, item: TokenLogprobs) -> dict[str, float]:
-        top = {self._token_text(id): value for id, value in item.top}
-        return top | {self._token_text(item.token_id): item.logprob}
+        """The most likely tokens by their names, and the sampled one, whose name is as in `tokens`.
+
+        A name that another token has already (`<0x41>` beside "A") gives way to `token_id:N`.
+        """
+        sampled = self._token_text(item.token_id)
+        top: dict[str, float] = {}
+        for token_id, value in item.top:
+            name = self._token_text(token_id)
+            if token_id == item.token_id:
+                value = item.logprob
+            elif name == sampled or name in top:
+                name = f"token_id:{token_id}"
+            top[name] = value
+        return top | {sampled: item.logprob}
 
     def _token_text(self, token_id: int) -> str:
-        return self.tokenizer.token_text(token_id) if self.tokenizer else f"token_id:{token_id}"
+        return self.tokenizer.token_name(token_id) if self.tokenizer else f"token_id:{token_id}"
 
     def _token_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         token_bytes = self.tokenizer.token_bytes(token_id) if self.tokenizer else None

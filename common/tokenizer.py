@@ -10,17 +10,29 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from common.checkpoint import ModelError, is_random
+from common.detokenizer import HALF, IncrementalDetokenizer
 
 TEMPLATE_SECONDS = 2.0
 MAX_RENDERED = 1 << 24  # characters a chat template may write
-WINDOW = 24  # tokens decoded together at most, and one more
-MAX_CHARACTER = 4  # bytes of the longest character in UTF-8, and so tokens
-HALF = "\ufffd"  # what stands for bytes that are no character, or not yet
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet (Radford et al., 2019): a printable character for each of the 256 bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})
+    return alphabet
+
+
+BYTES = _byte_alphabet()
 
 
 class Tokenizer:
@@ -33,7 +45,7 @@ class Tokenizer:
         self._backend.no_truncation()  # tokenizer.json may ask for either, and nobody would notice
         self._backend.no_padding()
         self._plain_backend: Any = None
-        self._bytes: dict[str, int] = {}
+        self._names: dict[int, str] = {}
         added = tokenizer.added_tokens_decoder
         self.special_ids = {id: str(token) for id, token in added.items() if token.special}
         texts = sorted(self.special_ids.values(), key=len, reverse=True)
@@ -82,8 +94,9 @@ class Tokenizer:
         """Whether `decode` looks at a token: special ones and ids without a token are left out."""
         return token_id not in self.special_ids and self._backend.id_to_token(token_id) is not None
 
-    def detokenizer(self) -> "IncrementalDetokenizer":
-        return IncrementalDetokenizer(self)
+    def detokenizer(self, prompt_token_ids: Sequence[int] = ()) -> IncrementalDetokenizer:
+        """For the text of what continues these tokens."""
+        return IncrementalDetokenizer(self, prompt_token_ids)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """The tokens of a conversation in the model's own format, up to where it is to answer.
@@ -161,29 +174,57 @@ class Tokenizer:
         return text
 
     def token_text(self, token_id: int) -> str:
-        """One token's text, as logprobs report it; special tokens are shown."""
-        return self._backend.decode([token_id], skip_special_tokens=False)
+        """One token's text in the middle of a text, where "▁the" is " the"; special tokens are
+        shown, and bytes that are no character are U+FFFD."""
+        if token_id in self.special_ids:
+            return self.special_ids[token_id]
+        before, text = self._before
+        if before and self.has_text(token_id):
+            both = self.decode([*before, token_id])
+            if both.startswith(text):
+                return both[len(text) :]
+        return self.decode([token_id])
+
+    def token_name(self, token_id: int) -> str:
+        """A token's text as log probabilities show it: bytes that are no text in OpenAI's form,
+        `bytes:\\xf0\\x9f`."""
+        name = self._names.get(token_id)
+        if name is None:
+            data = bytes(self.token_bytes(token_id))
+            try:
+                name = data.decode()
+            except UnicodeDecodeError:
+                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            self._names[token_id] = name
+        return name
 
     def token_bytes(self, token_id: int) -> list[int]:
-        """One token's bytes, which may be a part of a character."""
+        """One token's bytes in the middle of a text, which may be a part of a character."""
         token = self._backend.id_to_token(token_id)
         if token is None:
             return []
         if token_id in self.special_ids:
             return list(token.encode())
-        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+        match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+        if match and '"ByteFallback"' in self._decoder_state:
             return [int(match[1], 16)]
-        if not self._bytes:
-            self._bytes = _byte_alphabet()
-        if '"ByteLevel"' in self._decoder_kind() and all(c in self._bytes for c in token):
-            return [self._bytes[character] for character in token]
+        if '"ByteLevel"' in self._decoder_state and all(c in BYTES for c in token):
+            return [BYTES[character] for character in token]
         return list(self.token_text(token_id).encode())
 
-    def _decoder_kind(self) -> str:
-        if not hasattr(self, "_decoder"):
-            state = self._backend.decoder
-            self._decoder = state.__getstate__().decode() if state is not None else ""
-        return self._decoder
+    @cached_property
+    def _decoder_state(self) -> str:
+        decoder = self._backend.decoder
+        return decoder.__getstate__().decode() if decoder is not None else ""
+
+    @cached_property
+    def _before(self) -> tuple[list[int], str]:
+        """A token to put before another, and its text. None where no letter has a token."""
+        for token_id in _encode(self._backend, "a"):
+            text = self.decode([token_id])
+            if text.strip() and HALF not in text:
+                return [token_id], text
+        return [], ""
 
 
 def _encode(backend: Any, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -199,74 +240,6 @@ def _check_unicode(name: str, text: str) -> None:
     except UnicodeEncodeError as error:
         number = ord(text[error.start])
         raise ValueError(f"{name}: U+{number:04X} is half of a character (a surrogate)") from None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet (Radford et al., 2019): a printable character for each of the 256 bytes."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    return alphabet
-
-
-class IncrementalDetokenizer:
-    """Text from tokens as they come, without ever giving out half a character.
-
-    A sliding window of tokens is decoded together, since a token's text depends on the ones before
-    it. U+FFFD at the end of the text may be a part of a character that the next tokens complete: it
-    waits until they cannot. What comes out, put together, is what decoding all tokens at once
-    gives; with a byte-fallback decoder (SentencePiece) that holds for valid UTF-8 alone, since
-    there one wrong byte changes the text of those before it. The cost a token is constant.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._given = 0  # characters of the window's text that are out
-        self._whole = (0, 0)  # the last two places in the window where a character ended
-
-    def push(self, token_id: int) -> str:
-        """Add a token; return the text that is certain now, often empty."""
-        if not self._tokenizer.has_text(token_id):
-            return ""  # it must not push half a character out of the window
-        self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
-        is_whole = not text.endswith(HALF)
-        if is_whole:
-            self._whole = (self._whole[1], len(self._window))
-        end = max(self._given, self._certain(text))
-        new, self._given = text[self._given : end], end
-        if is_whole and self._whole[0] > 0 and len(self._window) > WINDOW // 2:
-            self._forget(self._whole[0], waiting=0)
-        elif len(self._window) > WINDOW:  # a long run of halves
-            self._forget(len(self._window) - WINDOW // 2, waiting=len(text) - end)
-        return new
-
-    def flush(self) -> str:
-        """The end: what was waiting comes out as it is."""
-        text = self._tokenizer.decode(self._window)
-        new, self._given = text[self._given :], len(text)
-        return new
-
-    def _certain(self, text: str) -> int:
-        """How many characters of the window's text no later token can change."""
-        if not text.endswith(HALF):
-            return len(text)
-        if len(self._window) - self._whole[1] < MAX_CHARACTER:
-            return text.find(HALF, self._given)
-        # So many tokens are not one character: all but the last bytes are wrong for good.
-        waiting = len(text) - len(text.rstrip(HALF))
-        return len(text) - min(waiting, MAX_CHARACTER - 1)
-
-    def _forget(self, start: int, waiting: int) -> None:
-        """Drop the window's first `start` tokens.
-
-        waiting: how many characters at the end of the window's text are not out.
-        """
-        self._window = self._window[start:]
-        self._whole = (0, max(self._whole[1] - start, 0))
-        self._given = max(len(self._tokenizer.decode(self._window)) - waiting, 0)
 
 
 class _Deadline:

@@ -80,7 +80,7 @@ class LLMEngine:
         for prompt, params in requests:
             for choice in range(params.n):
                 request_id = f"generate-{len(outputs)}"
-                outputs[request_id] = OutputProcessor(self.tokenizer, params, len(prompt))
+                outputs[request_id] = OutputProcessor(self.tokenizer, params, prompt)
                 one = replace(params, n=1)
                 self.add_request(request_id, prompt, one, choice, cache_salt, may_draft)
         try:
