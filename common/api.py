@@ -313,9 +313,7 @@ class TextOffsets:
     a stream has the same offsets as a whole answer.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int] = ()) -> None:
         """prompt_token_ids: what the completion continues."""
         self._detokenizer = tokenizer.detokenizer(prompt_token_ids) if tokenizer else None
         self._length = 0

@@ -7,7 +7,6 @@ And a character of several bytes is never given out in halves.
 """
 
 import re
-import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from common.chat_encoding import ChatEncoder, encode
 from common.checkpoint import ModelError, is_random
 from common.detokenizer import HALF, IncrementalDetokenizer
 
 TEMPLATE_SECONDS = 2.0
 MAX_RENDERED = 1 << 24  # characters a chat template may write
+CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -44,12 +45,10 @@ class Tokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()  # tokenizer.json may ask for either, and nobody would notice
         self._backend.no_padding()
-        self._plain_backend: Any = None
         self._names: dict[int, str] = {}
         added = tokenizer.added_tokens_decoder
         self.special_ids = {id: str(token) for id, token in added.items() if token.special}
-        texts = sorted(self.special_ids.values(), key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
+        self._chat = ChatEncoder(self._backend, self.special_ids)
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         self.longest_token = max(map(len, vocabulary))
@@ -84,7 +83,7 @@ class Tokenizer:
         """A raw prompt's tokens: special tokens in the text count, and BOS is put where the model
         wants one. Raises ValueError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
         _check_unicode("prompt", text)
-        return _encode(self._backend, text, add_special_tokens=True)
+        return encode(self._backend, text, add_special_tokens=True)
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of tokens, special tokens left out, invalid bytes as U+FFFD."""
@@ -98,11 +97,18 @@ class Tokenizer:
         """For the text of what continues these tokens."""
         return IncrementalDetokenizer(self, prompt_token_ids)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """The tokens of a conversation in the model's own format, up to where it is to answer.
 
-        messages: `{"role": …, "content": …}` each. Raises ValueError when the model has no chat
-        template or its template refuses the messages.
+        messages: `{"role": …, "content": …}` each. add_generation_prompt: end with what opens an
+        answer. continue_final_message: end right behind the last message's text, which the model is
+        to continue. Raises ValueError when both are true, when the model has no chat template, or
+        when its template refuses the messages or does not keep the text that is to be continued.
 
         Inert in a message is the text of the tokens that the checkpoint calls special: they open
         and close turns. Added tokens that it does not call so (Qwen3's `</think>`, Gemma's `<h1>`
@@ -110,47 +116,44 @@ class Tokenizer:
         clients send those back, and templates look for them. So they are encoded as what they
         look like, as transformers and vLLM do; a user may write `</think>`, and is still the user.
         """
-        contents = "".join(message["content"] for message in messages)
-        _check_unicode("messages", contents)
-        marks: dict[str, str] = {}
-        if self._special_pattern.search(contents):
-            # Each special text in a message becomes a mark that no template and no user has, the
-            # template's own special tokens are cut out, and the rest is encoded as plain text.
-            nonce = secrets.token_hex(8)
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt and continue_final_message must not both be true:"
+                " one begins an answer, the other continues a message"
+            )
+        _check_unicode("messages", "".join(message["content"] for message in messages))
 
-            def mark(match: re.Match[str]) -> str:
-                key = f"\ue000{nonce}.{len(marks)}\ue001"
-                marks[key] = match[0]
-                return key
+        def render(messages: list[dict[str, str]]) -> str:
+            if continue_final_message:
+                return self._render_continued(messages)
+            return self._render(messages, add_generation_prompt)
 
-            messages = [
-                {**m, "content": self._special_pattern.sub(mark, m["content"])} for m in messages
-            ]
-        text = self._render(messages)
-        if not marks:
-            return _encode(self._backend, text)
-        token_ids: list[int] = []
-        ids_of = {text: id for id, text in self.special_ids.items()}
-        pattern = re.compile("\ue000" + nonce + r"\.\d+\ue001")
-        start = 0
-        for match in [*self._special_pattern.finditer(text), None]:
-            piece = text[start : match.start() if match else len(text)]
-            piece = pattern.sub(lambda m: marks[m[0]], piece)
-            token_ids += self._encode_plain(piece)
-            if match:
-                token_ids.append(ids_of[match[0]])
-                start = match.end()
-        return token_ids
+        def render_neutral() -> str:
+            texts = [re.sub(r"\S", "x", message["content"]) for message in messages]
+            pairs = zip(messages, texts, strict=True)
+            try:
+                return render([{**message, "content": text} for message, text in pairs])
+            except ValueError:
+                return ""  # a template that looks at the text: what is in doubt stays text
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """Tokens of text in which nothing is special."""
-        if self._plain_backend is None:
-            backend = type(self._backend).from_str(self._backend.to_str())
-            backend.encode_special_tokens = True
-            self._plain_backend = backend
-        return _encode(self._plain_backend, text)
+        return self._chat.encode(render(messages), render_neutral)
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render_continued(self, messages: list[dict[str, str]]) -> str:
+        """As transformers has it: a mark goes behind the last message's text, and with it all that
+        the template puts there."""
+        if not messages:
+            raise ValueError("continue_final_message: there is no message")
+        *others, last = messages
+        text = self._render([*others, {**last, "content": last["content"] + CONTINUED}], False)
+        end = text.rfind(CONTINUED.strip())
+        if end < 0 or last["content"].strip() not in text:
+            raise ValueError(
+                "continue_final_message: the chat template does not keep the last message's text"
+            )
+        is_trimmed = not text.startswith(CONTINUED, end)
+        return text[:end].rstrip() if is_trimmed else text[:end]
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:
@@ -158,7 +161,7 @@ class Tokenizer:
         try:
             with _Deadline(TEMPLATE_SECONDS):
                 text = self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
         except TimeoutError:
             limit = f"{TEMPLATE_SECONDS:g} s"
@@ -220,18 +223,11 @@ class Tokenizer:
     @cached_property
     def _before(self) -> tuple[list[int], str]:
         """A token to put before another, and its text. None where no letter has a token."""
-        for token_id in _encode(self._backend, "a"):
+        for token_id in encode(self._backend, "a"):
             text = self.decode([token_id])
             if text.strip() and HALF not in text:
                 return [token_id], text
         return [], ""
-
-
-def _encode(backend: Any, text: str, add_special_tokens: bool = False) -> list[int]:
-    """As a batch of one: `encode` would hold the interpreter, and with it the server, for as long
-    as it takes (half a second for 1 MB)."""
-    [encoding] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-    return encoding.ids
 
 
 def _check_unicode(name: str, text: str) -> None:
