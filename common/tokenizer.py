@@ -16,8 +16,9 @@ from types import FrameType
 from typing import Any
 
 from common.chat_encoding import ChatEncoder, encode
-from common.checkpoint import ModelError, is_random
+from common.checkpoint import is_random
 from common.detokenizer import HALF, IncrementalDetokenizer
+from common.tokenizer_files import load_tokenizer
 
 TEMPLATE_SECONDS = 2.0
 MAX_RENDERED = 1 << 24  # characters a chat template may write
@@ -39,17 +40,18 @@ BYTES = _byte_alphabet()
 class Tokenizer:
     """A checkpoint's tokenizer. Encoding and decoding are safe from several threads."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer`: a transformers tokenizer backed by the tokenizers library."""
+    def __init__(self, tokenizer: Any, backend: Any = None) -> None:
+        """tokenizer: transformers', for the chat template. backend: the tokenizers library's, which
+        encodes and decodes; by default the one inside."""
         self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
+        self._backend = tokenizer.backend_tokenizer if backend is None else backend
         self._backend.no_truncation()  # tokenizer.json may ask for either, and nobody would notice
         self._backend.no_padding()
         self._names: dict[int, str] = {}
-        added = tokenizer.added_tokens_decoder
+        added = self._backend.get_added_tokens_decoder()
         self.special_ids = {id: str(token) for id, token in added.items() if token.special}
         self._chat = ChatEncoder(self._backend, self.special_ids)
-        vocabulary = tokenizer.get_vocab()
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.longest_token = max(map(len, vocabulary))
 
@@ -59,25 +61,9 @@ class Tokenizer:
 
         Raises ModelError.
         """
-        from transformers import AutoTokenizer
-        from transformers.utils import chat_template_utils
-
-        from common.template_sandbox import BoundedSandbox
-
         if is_random(folder):
             return None
-        # The library compiles templates in the sandbox of this name, and takes no other.
-        chat_template_utils.ImmutableSandboxedEnvironment = BoundedSandbox
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ModelError(f"{folder} has no usable tokenizer: {reason}") from error
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise ModelError(f"{folder} has no tokenizer.json, the fast tokenizer's file")
-        return cls(tokenizer)
+        return cls(*load_tokenizer(folder))
 
     def encode(self, text: str) -> list[int]:
         """A raw prompt's tokens: special tokens in the text count, and BOS is put where the model
