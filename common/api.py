@@ -36,6 +36,7 @@ MAX_MESSAGES = 4096
 MAX_KEYS = 16  # of an object inside a request
 MAX_SALT = 256  # characters
 MAX_LOGPROBS_TOTAL = 1 << 19  # in one answer: some 50 MB of JSON
+LEAST_LOGPROB = -9999.0  # what is shown for less, as in OpenAI's and vLLM's answers
 NO_DEFAULTS: Mapping[str, Any] = {}
 
 
@@ -410,6 +411,11 @@ def to_json(answer: dict[str, Any]) -> str:
     )
 
 
+def _finite(logprob: float) -> float:
+    """As JSON can carry it: a token that a model rules out has -infinity."""
+    return max(logprob, LEAST_LOGPROB)
+
+
 class TextOffsets:
     """Where each token's text begins in a completion's text.
 
@@ -419,7 +425,8 @@ class TextOffsets:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int] = ()) -> None:
-        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+        """prompt_token_ids: what the completion continues."""
+        self._detokenizer = tokenizer.detokenizer(prompt_token_ids) if tokenizer else None
         self._length = 0
 
     def push(self, token_id: int) -> int:
@@ -539,8 +546,9 @@ class Job:
         content = {"content": delta.text} if self.chat else self._shown(delta.text)
         logprobs = None
         if delta.logprobs:
-            offsets = self._offsets.setdefault(index, TextOffsets(self.tokenizer))
-            logprobs = self._logprobs(delta.logprobs, offsets)
+            if index not in self._offsets:
+                self._offsets[index] = self._new_offsets(index)
+            logprobs = self._logprobs(delta.logprobs, self._offsets[index])
         return self._chunk(index, content, delta.finish_reason, logprobs)
 
     def usage_chunk(self, completions: Sequence[Any]) -> dict[str, Any]:
@@ -583,9 +591,8 @@ class Job:
         scores: the prompt's, without its first token, which nothing comes before.
         """
         prompt = self.prompts[self._prompt_of(index)]
-        offsets = TextOffsets(self.tokenizer, prompt)
         logprobs = [] if self.is_prompt_alone else logprobs
-        shown = self._logprobs(logprobs, offsets, late=True)
+        shown = self._logprobs(logprobs, self._new_offsets(index), late=True)
         if self.echoes is None:
             return shown
         most = self.params.logprobs or 0
@@ -607,9 +614,16 @@ class Job:
         ranked = {id: (value, rank) for rank, (id, value) in enumerate(top, start=1)}
         ranked.setdefault(item.token_id, (item.logprob, item.rank))
         return {
-            str(id): {"logprob": value, "rank": rank, "decoded_token": self._token_text(id)}
+            str(id): {
+                "logprob": _finite(value),
+                "rank": rank,
+                "decoded_token": self._token_text(id),
+            }
             for id, (value, rank) in ranked.items()
         }
+
+    def _new_offsets(self, index: int) -> "TextOffsets":
+        return TextOffsets(self.tokenizer, self.prompts[self._prompt_of(index)])
 
     def _logprobs(
         self, logprobs: list[TokenLogprobs], offsets: "TextOffsets", late: bool = False
@@ -620,7 +634,7 @@ class Job:
             return {"content": [make(self._entry, item) for item in logprobs]}
         return {
             "tokens": [self._token_text(item.token_id) for item in logprobs],
-            "token_logprobs": [item.logprob for item in logprobs],
+            "token_logprobs": [_finite(item.logprob) for item in logprobs],
             "top_logprobs": [make(self._top, item) for item in logprobs],
             "text_offset": [offsets.push(item.token_id) for item in logprobs],
         }
@@ -630,12 +644,25 @@ class Job:
         return {**self._token_entry(item.token_id, item.logprob), "top_logprobs": top}
 
     def _top(self, item: TokenLogprobs) -> dict[str, float]:
-        top = {self._token_text(id): value for id, value in item.top}
-        return top | {self._token_text(item.token_id): item.logprob}
+        """The most likely tokens by their names, and the sampled one, whose name is as in `tokens`.
+
+        A name that another token has already (`<0x41>` beside "A") gives way to `token_id:N`.
+        """
+        sampled = self._token_text(item.token_id)
+        top: dict[str, float] = {}
+        for token_id, value in item.top:
+            name = self._token_text(token_id)
+            if token_id == item.token_id:
+                value = item.logprob
+            elif name == sampled or name in top:
+                name = f"token_id:{token_id}"
+            top[name] = _finite(value)
+        return top | {sampled: _finite(item.logprob)}
 
     def _token_text(self, token_id: int) -> str:
-        return self.tokenizer.token_text(token_id) if self.tokenizer else f"token_id:{token_id}"
+        return self.tokenizer.token_name(token_id) if self.tokenizer else f"token_id:{token_id}"
 
     def _token_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         token_bytes = self.tokenizer.token_bytes(token_id) if self.tokenizer else None
-        return {"token": self._token_text(token_id), "logprob": logprob, "bytes": token_bytes}
+        name = self._token_text(token_id)
+        return {"token": name, "logprob": _finite(logprob), "bytes": token_bytes}

@@ -5,6 +5,7 @@ finds stop strings even where they straddle tokens, and holds back what may yet 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -89,17 +90,21 @@ class Delta:
 class OutputProcessor:
     """Follows one completion, token by token.
 
+    prompt_token_ids: what the completion continues; its text depends on the prompt's end.
     With no tokenizer (`random:*` models) the text stays empty.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, params: SamplingParams, num_prompt_tokens: int = 0
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
     ) -> None:
-        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+        self._detokenizer = tokenizer.detokenizer(prompt_token_ids) if tokenizer else None
         self.params = params
         self._held = ""  # text that may be the start of a stop string
         self._text: list[str] = []
-        self.num_prompt_tokens = num_prompt_tokens
+        self.num_prompt_tokens = len(prompt_token_ids)
         self.num_cached_tokens = 0
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.token_ids: list[int] = []

@@ -6,19 +6,25 @@ sum, a power, a format and a `~` is computed first, and numbers are limited that
 pads. Not everything is seen (`replace` may grow a text a thousandfold, and a list that holds
 itself twice, forty times over, is small until it is written): a checkpoint that is not trusted
 belongs into a container with a limit of memory.
+
+What a template writes is a `TracedText`: it says of each character whether the template's author
+wrote it or a message brought it in.
 """
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import Template, nodes
 from jinja2.compiler import CodeGenerator, Frame
-from jinja2.runtime import Context, str_join
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from common.traced_text import TracedText, given, own
+
 LIMIT = 1 << 24  # characters or items of one result, and a number that may be a width
+ROLES = ("system", "developer", "user", "assistant", "tool")
 PADDING = ("batch", "center", "format", "indent", "tojson")  # filters
 WIDTH_IN_BRACES = r"\{[^{}]+\{"
 BIT = 256  # characters that a bit of an integer counts for: a product of long ones takes long
@@ -33,15 +39,63 @@ class _Generator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
+        self.write(self._source(node.as_const(frame.eval_ctx)))
+
+    def _output_const_repr(self, group: Iterable[Any]) -> str:
+        return self._source("".join(group))
+
+    def _source(self, value: Any) -> str:
+        """Python's source of a constant; a text is in the environment's table, marked as own."""
+        if isinstance(value, list):
+            return f"[{', '.join(map(self._source, value))}]"
+        if isinstance(value, tuple):
+            return f"({''.join(self._source(item) + ', ' for item in value)})"
+        if isinstance(value, dict):
+            items = (f"{self._source(k)}: {self._source(v)}" for k, v in value.items())
+            return f"{{{', '.join(items)}}}"
+        if not isinstance(value, str) or hasattr(value, "__html__"):
+            return repr(value)
+        texts = self.environment.own_texts  # type: ignore[attr-defined]
+        texts.append(own(value))
+        return f"environment.own_texts[{len(texts) - 1}]"
+
+
+class _Template(Template):
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        """Special tokens and known roles count as the template's own, all else as given."""
+        variables = dict(*args, **kwargs)
+        for name, value in variables.items():
+            if name.endswith("_token") and isinstance(value, str):
+                variables[name] = own(value)
+            elif name == "messages":
+                variables[name] = [_traced_message(message) for message in value]
+            else:
+                variables[name] = given(value)
+        return super().render(variables)
+
+
+def _traced_message(message: dict[str, Any]) -> dict[str, Any]:
+    traced = given(message)
+    if message.get("role") in ROLES:
+        traced["role"] = own(message["role"])
+    return traced
+
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
     """Raises OverflowError where a template would build too much at once."""
 
     code_generator_class = _Generator
+    template_class = _Template
     intercepted_binops = frozenset(("*", "**", "+", "%"))
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own_texts: list[TracedText] = []  # the constants of its templates
 
     def from_string(self, *args: Any, **kwargs: Any) -> Any:
         self.filters |= {name: _bounded(name, self.filters[name]) for name in PADDING}
+        self.filters["join"] = _joined(self.filters["join"])
         return super().from_string(*args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -68,7 +122,11 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
     def join_texts(self, parts: tuple[Any, ...]) -> str:
         _check(sum(_size(part) for part in parts))
-        return str_join(parts)
+        return self.concat(map(str, parts))
+
+    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+        """What a template, a macro or a block has written, put together."""
+        return own("").join(parts)
 
 
 def _check(size: int) -> None:
@@ -99,6 +157,17 @@ def _bounded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         return call(*args, **kwargs)
 
     return bounded
+
+
+def _joined(join: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter `join`, also traced where the text between is jinja's default."""
+
+    @functools.wraps(join)
+    def joined(eval_ctx: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
+        is_plain = type(d) is str
+        return join(eval_ctx, value, TracedText(d) if is_plain else d, attribute)
+
+    return joined
 
 
 def _size(value: Any) -> int:

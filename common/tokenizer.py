@@ -7,38 +7,51 @@ And a character of several bytes is never given out in halves.
 """
 
 import re
-import secrets
 import sys
 import time
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.checkpoint import ModelError, is_random
+from common.chat_encoding import ChatEncoder, encode
+from common.checkpoint import is_random
+from common.detokenizer import HALF, IncrementalDetokenizer
+from common.tokenizer_files import load_tokenizer
 
 TEMPLATE_SECONDS = 2.0
 MAX_RENDERED = 1 << 24  # characters a chat template may write
-WINDOW = 24  # tokens decoded together at most, and one more
-MAX_CHARACTER = 4  # bytes of the longest character in UTF-8, and so tokens
-HALF = "\ufffd"  # what stands for bytes that are no character, or not yet
+CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet (Radford et al., 2019): a printable character for each of the 256 bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})
+    return alphabet
+
+
+BYTES = _byte_alphabet()
 
 
 class Tokenizer:
     """A checkpoint's tokenizer. Encoding and decoding are safe from several threads."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer`: a transformers tokenizer backed by the tokenizers library."""
+    def __init__(self, tokenizer: Any, backend: Any = None) -> None:
+        """tokenizer: transformers', for the chat template. backend: the tokenizers library's, which
+        encodes and decodes; by default the one inside."""
         self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
+        self._backend = tokenizer.backend_tokenizer if backend is None else backend
         self._backend.no_truncation()  # tokenizer.json may ask for either, and nobody would notice
         self._backend.no_padding()
-        self._plain_backend: Any = None
-        self._bytes: dict[str, int] = {}
-        added = tokenizer.added_tokens_decoder
+        self._names: dict[int, str] = {}
+        added = self._backend.get_added_tokens_decoder()
         self.special_ids = {id: str(token) for id, token in added.items() if token.special}
-        texts = sorted(self.special_ids.values(), key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
-        vocabulary = tokenizer.get_vocab()
+        self._chat = ChatEncoder(self._backend, self.special_ids)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.longest_token = max(map(len, vocabulary))
 
@@ -48,31 +61,15 @@ class Tokenizer:
 
         Raises ModelError.
         """
-        from transformers import AutoTokenizer
-        from transformers.utils import chat_template_utils
-
-        from common.template_sandbox import BoundedSandbox
-
         if is_random(folder):
             return None
-        # The library compiles templates in the sandbox of this name, and takes no other.
-        chat_template_utils.ImmutableSandboxedEnvironment = BoundedSandbox
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ModelError(f"{folder} has no usable tokenizer: {reason}") from error
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise ModelError(f"{folder} has no tokenizer.json, the fast tokenizer's file")
-        return cls(tokenizer)
+        return cls(*load_tokenizer(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """A raw prompt's tokens: special tokens in the text count, and BOS is put where the model
         wants one. Raises ValueError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
         _check_unicode("prompt", text)
-        return _encode(self._backend, text, add_special_tokens=add_special_tokens)
+        return encode(self._backend, text, add_special_tokens)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of tokens, special tokens left out or shown, invalid bytes as U+FFFD."""
@@ -82,8 +79,9 @@ class Tokenizer:
         """Whether `decode` looks at a token: special ones and ids without a token are left out."""
         return token_id not in self.special_ids and self._backend.id_to_token(token_id) is not None
 
-    def detokenizer(self) -> "IncrementalDetokenizer":
-        return IncrementalDetokenizer(self)
+    def detokenizer(self, prompt_token_ids: Sequence[int] = ()) -> IncrementalDetokenizer:
+        """For the text of what continues these tokens."""
+        return IncrementalDetokenizer(self, prompt_token_ids)
 
     def encode_chat(
         self,
@@ -93,8 +91,10 @@ class Tokenizer:
     ) -> list[int]:
         """The tokens of a conversation in the model's own format, up to where it is to answer.
 
-        messages: `{"role": …, "content": …}` each. Raises ValueError when the model has no chat
-        template or its template refuses the messages.
+        messages: `{"role": …, "content": …}` each. add_generation_prompt: end with what opens an
+        answer. continue_final_message: end right behind the last message's text, which the model is
+        to continue. Raises ValueError when both are true, when the model has no chat template, or
+        when its template refuses the messages or does not keep the text that is to be continued.
 
         Inert in a message is the text of the tokens that the checkpoint calls special: they open
         and close turns. Added tokens that it does not call so (Qwen3's `</think>`, Gemma's `<h1>`
@@ -102,52 +102,44 @@ class Tokenizer:
         clients send those back, and templates look for them. So they are encoded as what they
         look like, as transformers and vLLM do; a user may write `</think>`, and is still the user.
         """
-        contents = "".join(message["content"] for message in messages)
-        _check_unicode("messages", contents)
-        marks: dict[str, str] = {}
-        if self._special_pattern.search(contents):
-            # Each special text in a message becomes a mark that no template and no user has, the
-            # template's own special tokens are cut out, and the rest is encoded as plain text.
-            nonce = secrets.token_hex(8)
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt and continue_final_message must not both be true:"
+                " one begins an answer, the other continues a message"
+            )
+        _check_unicode("messages", "".join(message["content"] for message in messages))
 
-            def mark(match: re.Match[str]) -> str:
-                key = f"\ue000{nonce}.{len(marks)}\ue001"
-                marks[key] = match[0]
-                return key
+        def render(messages: list[dict[str, str]]) -> str:
+            if continue_final_message:
+                return self._render_continued(messages)
+            return self._render(messages, add_generation_prompt)
 
-            messages = [
-                {**m, "content": self._special_pattern.sub(mark, m["content"])} for m in messages
-            ]
-        text = self._render(messages, add_generation_prompt, continue_final_message)
-        if not marks:
-            return _encode(self._backend, text)
-        token_ids: list[int] = []
-        ids_of = {text: id for id, text in self.special_ids.items()}
-        pattern = re.compile("\ue000" + nonce + r"\.\d+\ue001")
-        start = 0
-        for match in [*self._special_pattern.finditer(text), None]:
-            piece = text[start : match.start() if match else len(text)]
-            piece = pattern.sub(lambda m: marks[m[0]], piece)
-            token_ids += self._encode_plain(piece)
-            if match:
-                token_ids.append(ids_of[match[0]])
-                start = match.end()
-        return token_ids
+        def render_neutral() -> str:
+            texts = [re.sub(r"\S", "x", message["content"]) for message in messages]
+            pairs = zip(messages, texts, strict=True)
+            try:
+                return render([{**message, "content": text} for message, text in pairs])
+            except ValueError:
+                return ""  # a template that looks at the text: what is in doubt stays text
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """Tokens of text in which nothing is special."""
-        if self._plain_backend is None:
-            backend = type(self._backend).from_str(self._backend.to_str())
-            backend.encode_special_tokens = True
-            self._plain_backend = backend
-        return _encode(self._plain_backend, text)
+        return self._chat.encode(render(messages), render_neutral)
 
-    def _render(
-        self,
-        messages: list[dict[str, str]],
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-    ) -> str:
+    def _render_continued(self, messages: list[dict[str, str]]) -> str:
+        """As transformers has it: a mark goes behind the last message's text, and with it all that
+        the template puts there."""
+        if not messages:
+            raise ValueError("continue_final_message: there is no message")
+        *others, last = messages
+        text = self._render([*others, {**last, "content": last["content"] + CONTINUED}], False)
+        end = text.rfind(CONTINUED.strip())
+        if end < 0 or last["content"].strip() not in text:
+            raise ValueError(
+                "continue_final_message: the chat template does not keep the last message's text"
+            )
+        is_trimmed = not text.startswith(CONTINUED, end)
+        return text[:end].rstrip() if is_trimmed else text[:end]
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:
@@ -155,10 +147,7 @@ class Tokenizer:
         try:
             with _Deadline(TEMPLATE_SECONDS):
                 text = self._tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
         except TimeoutError:
             limit = f"{TEMPLATE_SECONDS:g} s"
@@ -174,36 +163,57 @@ class Tokenizer:
         return text
 
     def token_text(self, token_id: int) -> str:
-        """One token's text, as logprobs report it; special tokens are shown."""
-        return self._backend.decode([token_id], skip_special_tokens=False)
+        """One token's text in the middle of a text, where "▁the" is " the"; special tokens are
+        shown, and bytes that are no character are U+FFFD."""
+        if token_id in self.special_ids:
+            return self.special_ids[token_id]
+        before, text = self._before
+        if before and self.has_text(token_id):
+            both = self.decode([*before, token_id])
+            if both.startswith(text):
+                return both[len(text) :]
+        return self.decode([token_id])
+
+    def token_name(self, token_id: int) -> str:
+        """A token's text as log probabilities show it: bytes that are no text in OpenAI's form,
+        `bytes:\\xf0\\x9f`."""
+        name = self._names.get(token_id)
+        if name is None:
+            data = bytes(self.token_bytes(token_id))
+            try:
+                name = data.decode()
+            except UnicodeDecodeError:
+                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            self._names[token_id] = name
+        return name
 
     def token_bytes(self, token_id: int) -> list[int]:
-        """One token's bytes, which may be a part of a character."""
+        """One token's bytes in the middle of a text, which may be a part of a character."""
         token = self._backend.id_to_token(token_id)
         if token is None:
             return []
         if token_id in self.special_ids:
             return list(token.encode())
-        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+        match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+        if match and '"ByteFallback"' in self._decoder_state:
             return [int(match[1], 16)]
-        if not self._bytes:
-            self._bytes = _byte_alphabet()
-        if '"ByteLevel"' in self._decoder_kind() and all(c in self._bytes for c in token):
-            return [self._bytes[character] for character in token]
+        if '"ByteLevel"' in self._decoder_state and all(c in BYTES for c in token):
+            return [BYTES[character] for character in token]
         return list(self.token_text(token_id).encode())
 
-    def _decoder_kind(self) -> str:
-        if not hasattr(self, "_decoder"):
-            state = self._backend.decoder
-            self._decoder = state.__getstate__().decode() if state is not None else ""
-        return self._decoder
+    @cached_property
+    def _decoder_state(self) -> str:
+        decoder = self._backend.decoder
+        return decoder.__getstate__().decode() if decoder is not None else ""
 
-
-def _encode(backend: Any, text: str, add_special_tokens: bool = False) -> list[int]:
-    """As a batch of one: `encode` would hold the interpreter, and with it the server, for as long
-    as it takes (half a second for 1 MB)."""
-    [encoding] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-    return encoding.ids
+    @cached_property
+    def _before(self) -> tuple[list[int], str]:
+        """A token to put before another, and its text. None where no letter has a token."""
+        for token_id in encode(self._backend, "a"):
+            text = self.decode([token_id])
+            if text.strip() and HALF not in text:
+                return [token_id], text
+        return [], ""
 
 
 def _check_unicode(name: str, text: str) -> None:
@@ -212,74 +222,6 @@ def _check_unicode(name: str, text: str) -> None:
     except UnicodeEncodeError as error:
         number = ord(text[error.start])
         raise ValueError(f"{name}: U+{number:04X} is half of a character (a surrogate)") from None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet (Radford et al., 2019): a printable character for each of the 256 bytes."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    return alphabet
-
-
-class IncrementalDetokenizer:
-    """Text from tokens as they come, without ever giving out half a character.
-
-    A sliding window of tokens is decoded together, since a token's text depends on the ones before
-    it. U+FFFD at the end of the text may be a part of a character that the next tokens complete: it
-    waits until they cannot. What comes out, put together, is what decoding all tokens at once
-    gives; with a byte-fallback decoder (SentencePiece) that holds for valid UTF-8 alone, since
-    there one wrong byte changes the text of those before it. The cost a token is constant.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._given = 0  # characters of the window's text that are out
-        self._whole = (0, 0)  # the last two places in the window where a character ended
-
-    def push(self, token_id: int) -> str:
-        """Add a token; return the text that is certain now, often empty."""
-        if not self._tokenizer.has_text(token_id):
-            return ""  # it must not push half a character out of the window
-        self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
-        is_whole = not text.endswith(HALF)
-        if is_whole:
-            self._whole = (self._whole[1], len(self._window))
-        end = max(self._given, self._certain(text))
-        new, self._given = text[self._given : end], end
-        if is_whole and self._whole[0] > 0 and len(self._window) > WINDOW // 2:
-            self._forget(self._whole[0], waiting=0)
-        elif len(self._window) > WINDOW:  # a long run of halves
-            self._forget(len(self._window) - WINDOW // 2, waiting=len(text) - end)
-        return new
-
-    def flush(self) -> str:
-        """The end: what was waiting comes out as it is."""
-        text = self._tokenizer.decode(self._window)
-        new, self._given = text[self._given :], len(text)
-        return new
-
-    def _certain(self, text: str) -> int:
-        """How many characters of the window's text no later token can change."""
-        if not text.endswith(HALF):
-            return len(text)
-        if len(self._window) - self._whole[1] < MAX_CHARACTER:
-            return text.find(HALF, self._given)
-        # So many tokens are not one character: all but the last bytes are wrong for good.
-        waiting = len(text) - len(text.rstrip(HALF))
-        return len(text) - min(waiting, MAX_CHARACTER - 1)
-
-    def _forget(self, start: int, waiting: int) -> None:
-        """Drop the window's first `start` tokens.
-
-        waiting: how many characters at the end of the window's text are not out.
-        """
-        self._window = self._window[start:]
-        self._whole = (0, max(self._whole[1] - start, 0))
-        self._given = max(len(self._tokenizer.decode(self._window)) - waiting, 0)
 
 
 class _Deadline:

@@ -50,7 +50,7 @@ class LLMEngine:
     @torch.inference_mode()
     def complete(self, prompt: list[int], params: SamplingParams) -> OutputProcessor:
         """Prefill, then decode until something ends the output."""
-        output = OutputProcessor(self.tokenizer, params, len(prompt))
+        output = OutputProcessor(self.tokenizer, params, prompt)
         seed = self.seeds.getrandbits(64) if params.seed is None else params.seed
         endings = params.ending_token_ids(self.eos_token_ids)
         logits, cache = self.prefill(prompt)

@@ -88,7 +88,7 @@ class AsyncEngine:
         Dropping the iterator aborts what is unfinished.
         """
         inbox: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
-        outputs = [OutputProcessor(self.engine.tokenizer, params, len(p)) for p in prompts]
+        outputs = [OutputProcessor(self.engine.tokenizer, params, p) for p in prompts]
         request_ids = [f"request-{next(self._ids)}" for _ in prompts]
         try:
             for index, (request_id, prompt) in enumerate(zip(request_ids, prompts, strict=True)):

@@ -59,7 +59,7 @@ class LLMEngine:
         outputs: dict[str, OutputProcessor] = {}
         for prompt, params in requests:
             request_id = f"generate-{len(outputs)}"
-            outputs[request_id] = OutputProcessor(self.tokenizer, params, len(prompt))
+            outputs[request_id] = OutputProcessor(self.tokenizer, params, prompt)
             self.add_request(request_id, prompt, params)
         try:
             with tqdm(total=len(requests), desc="Completions", disable=not progress) as bar:

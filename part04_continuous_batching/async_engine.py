@@ -92,7 +92,7 @@ class AsyncEngine:
         """
         inbox: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
         children = [(prompt, choice) for prompt in prompts for choice in range(params.n)]
-        outputs = [OutputProcessor(self.engine.tokenizer, params, len(p)) for p, _ in children]
+        outputs = [OutputProcessor(self.engine.tokenizer, params, p) for p, _ in children]
         request_ids = [f"request-{next(self._ids)}" for _ in children]
         self.metrics.on_request(request_ids, prompts, params)
         try:

@@ -79,7 +79,7 @@ class LLMEngine:
         for prompt, params in requests:
             for choice in range(params.n):
                 request_id = f"generate-{len(outputs)}"
-                outputs[request_id] = OutputProcessor(self.tokenizer, params, len(prompt))
+                outputs[request_id] = OutputProcessor(self.tokenizer, params, prompt)
                 self.add_request(request_id, prompt, params.for_choice(choice), choice, cache_salt)
         try:
             with tqdm(total=len(outputs), desc="Completions", disable=not progress) as bar:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.detokenizer import IncrementalDetokenizer
 from common.output import Delta, OutputProcessor, TokenLogprobs
 from common.sampling import SamplingParams
-from common.tokenizer import IncrementalDetokenizer
 
 
 class FakeTokenizer:
@@ -23,8 +23,8 @@ class FakeTokenizer:
     def has_text(self, token_id: int) -> bool:
         return True
 
-    def detokenizer(self) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(self)  # type: ignore[arg-type]
+    def detokenizer(self, prompt_token_ids: Any = ()) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self, prompt_token_ids)
 
 
 def processor(pieces: list[bytes], **params: Any) -> OutputProcessor:
@@ -229,7 +229,7 @@ class TestLogprobs:
 
 class TestWithoutTokenizer:
     def test_text_is_empty_and_tokens_count(self) -> None:
-        output = OutputProcessor(None, SamplingParams(stop="a", logprobs=0), num_prompt_tokens=7)
+        output = OutputProcessor(None, SamplingParams(stop="a", logprobs=0), list(range(7)))
         first = output.process([5, 6], None, [TokenLogprobs(5, -1.0), TokenLogprobs(6, -1.0)])
         last = output.process([1], "stop", [TokenLogprobs(1, -2.0)])
         assert (first.text, first.token_ids, last.text, last.token_ids) == ("", [5, 6], "", [1])

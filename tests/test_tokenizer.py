@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from common import tokenizer as tokenizer_module
 from common.api import Message
 from common.checkpoint import ModelError, resolve
+from common.detokenizer import WINDOW
 from common.template_sandbox import BoundedSandbox
 from common.testing.threads import longest_wait
-from common.tokenizer import WINDOW, Tokenizer
+from common.tokenizer import Tokenizer
 
 FOLDER = resolve("smollm2-135m")
 TOKENIZER = Tokenizer.load(FOLDER)
