@@ -21,12 +21,20 @@ import torch
 from common.config_json import check_config, check_sizes
 from common.embedded import HUB_NAME, INSTALL, ModelError, cache_dir, embedded_model
 from common.presets import PRESETS
+from common.weight_files import (
+    MAX_JSON_BYTES,
+    Header,
+    check_file,
+    read_headers,
+    read_json,
+    read_tensors,
+    weight_files,
+)
+from common.weights import NotRead, model_weights, names_in_model, report_unused
 
 BUILT_IN = "smollm2-135m"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 RANDOM_MARK = "random_weights.json"
 READ_WHOLE = (".json", ".jinja", ".model", ".txt")  # read into memory, with the limit below
-MAX_JSON_BYTES = 64 << 20
 # Tokens. Tables grow with it; of the models run here the longest see a million.
 MAX_CONTEXT = 1 << 20
 
@@ -107,72 +115,6 @@ def is_random(folder: Path) -> bool:
     return folder.parent == cache_dir() / "random" and (folder / RANDOM_MARK).is_file()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model's folder. Raises ModelError naming the file."""
-    _check_file(path.parent, path.name)
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _check_file(folder: Path, name: str, parent: Path | None = None) -> None:
-    """A file of a model: a plain name, a regular file, and inside the folder once links are followed.
-
-    parent: where in the folder it lies, when not at its top.
-
-    The hub's cache keeps its files as links into a `blobs` folder beside `snapshots`; that is the
-    one place outside the folder that a link may lead to.
-    """
-    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-        raise ModelError(f"{folder} names the file {name!r}, which is not a plain file name")
-    path = (parent or folder) / name
-    target = path.resolve()
-    roots = [folder.resolve()]
-    if roots[0].parent.name == "snapshots":
-        roots.append(roots[0].parent.parent / "blobs")
-    if not any(target.is_relative_to(root) for root in roots):
-        raise ModelError(f"{path} leads outside the model's folder")
-    if not target.exists():
-        raise ModelError(f"{path} is missing")
-    if not target.is_file():
-        raise ModelError(f"{path} is not a regular file")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, from its index where there is one.
-
-    Raises ModelError for missing weights, pickled weights, and names that leave the folder.
-    """
-    if (folder / "model.safetensors.index.json").exists():
-        weight_map = read_json(folder / "model.safetensors.index.json").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{folder}/model.safetensors.index.json has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-    elif (folder / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    else:
-        pickled = [file.name for file in folder.iterdir() if file.suffix in PICKLED]
-        if pickled:
-            raise ModelError(
-                f"{folder} has pickled weights ({pickled[0]}), which can run code when loaded;"
-                " convert them to safetensors"
-            )
-        raise ModelError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
-    for name in names:
-        if not name.endswith(".safetensors"):
-            raise ModelError(f"{folder} names {name!r} as weights, which is not safetensors")
-        _check_file(folder, name)
-    return [folder / name for name in names]
-
-
 def check_folder(folder: Path) -> Path:
     """Check what can be checked without loading: config, file names, safetensors headers."""
     from safetensors import SafetensorError, safe_open
@@ -185,7 +127,7 @@ def check_folder(folder: Path) -> Path:
     templates = folder / "additional_chat_templates"
     for file in [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else [])]:
         if file.suffix in READ_WHOLE and not file.is_dir():
-            _check_file(folder, file.name, file.parent)
+            check_file(folder, file.name, file.parent)
             if file.stat().st_size > MAX_JSON_BYTES:
                 raise ModelError(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB")
     for path in weight_files(folder):
@@ -246,25 +188,20 @@ def eos_token_ids(folder: Path, config: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def iter_weights(folder: Path, device: str | torch.device = "cpu") -> Iterator[tuple[str, Any]]:
-    """(name, tensor) of every weight, one at a time, under the names of the checkpoint.
+def iter_weights(
+    folder: Path, device: str | torch.device = "cpu"
+) -> Iterator[tuple[str, torch.Tensor | NotRead]]:
+    """(name, tensor) of every weight, one at a time, under the names that a whole model has.
 
     On the CPU a tensor from a file is a view of the mapped file: no copy is made and its memory is
-    the page cache's. Raises ModelError, before the first tensor for those that are not numbers.
+    the page cache's. What is not of floating-point numbers is not read: `take_tensor` refuses it
+    where a model asks for it. Raises ModelError.
     """
-    from safetensors import SafetensorError, safe_open
-
     if is_random(folder):
         yield from _random_weights(folder, torch.device(device))
         return
-    _read_shapes(folder)
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} cannot be read: {error}") from error
+    is_tied = getattr(load_config(folder), "tie_word_embeddings", False)
+    yield from model_weights(read_headers(folder), is_tied, device)
 
 
 def _random_weights(folder: Path, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
@@ -303,11 +240,11 @@ def load_transformers_model(
     """The model as transformers has it, in evaluation mode: parts 01 and 02 run it, all tests
     compare with it.
 
-    On the CPU in the file's own dtype the weights stay views of the mapped file. Raises ModelError,
+    transformers gets the tensors and not the folder, so that one choice of files holds for all. On
+    the CPU in the file's own dtype the weights stay views of the mapped file. Raises ModelError,
     also where transformers would only warn: for weights that are missing, which it makes up, and for
     integers, which it takes as they are.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     config = load_config(folder)  # a clear error first
@@ -317,26 +254,19 @@ def load_transformers_model(
     logging.set_verbosity_error()  # no table of missing weights: they are an error below
     try:
         if is_random(folder):
+            empty, unused = _empty_model(config), []
             state = dict(iter_weights(folder, device))
-            model_class = type(_empty_model(config))
-            model, info = model_class.from_pretrained(
-                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-            )
         else:
-            _check_weights(folder, config)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+            headers = read_headers(folder)
+            empty, unused = _fitting_model(folder, headers, config)
+            state = dict(read_tensors(headers))
+        model, info = type(empty).from_pretrained(
+            None, config=empty.config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+        missing = sorted(info["missing_keys"])
         if missing:
             raise ModelError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}")
-        if unused:
-            print(f"{folder}: {len(unused)} weights not used, such as {unused[0]}", file=sys.stderr)
+        report_unused([*info["unexpected_keys"], *unused])
         return model.to(device).eval()
     except ModelError:
         raise
@@ -350,47 +280,31 @@ def load_transformers_model(
             logging.enable_progress_bar()
 
 
-def _read_shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of every weight, from the files' headers alone.
+def _fitting_model(folder: Path, headers: dict[str, Header], config: Any) -> tuple[Any, list[str]]:
+    """transformers' model of a config, without memory, once the files' headers are seen to fit it.
 
-    Raises ModelError where one is of integers: a quantised file would be taken as if it were not.
+    Also returns the names of what is neither a weight of this model nor of numbers. Raises
+    ModelError: transformers would fill what does not fit with random numbers, as many as a wrong
+    config wants.
     """
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    header = file.get_slice(name)
-                    dtype, shapes[name] = header.get_dtype(), header.get_shape()
-                    if dtype not in ("F16", "BF16", "F32", "F64"):
-                        raise ModelError(
-                            f"{path} has {name} as {dtype}, not floating-point numbers"
-                        )
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} cannot be read: {error}") from error
-    return shapes
-
-
-def _check_weights(folder: Path, config: Any) -> None:
-    """Compare the files' headers with what the config asks for, before memory is taken for either.
-
-    Raises ModelError: transformers would fill what does not fit with random numbers, as many as a
-    wrong config wants.
-    """
-    shapes = _read_shapes(folder)
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if num_layers > len(shapes):
-        raise ModelError(f"{folder} lacks weights: {len(shapes)} of them for {num_layers} layers")
-    needed = 0
-    for name, tensor in _empty_model(config).state_dict().items():
-        if shapes.get(name, list(tensor.shape)) != list(tensor.shape):
-            raise ModelError(f"{folder} has {name} as {shapes[name]}, not {list(tensor.shape)}")
-        needed += tensor.numel()
-    found = sum(map(math.prod, shapes.values()))
-    if needed > 2 * found:  # twice: a tied weight counts two times in `needed`
-        raise ModelError(f"{folder} lacks weights: it has {found} numbers of {needed}")
+    if num_layers > len(headers):
+        raise ModelError(f"{folder} lacks weights: {len(headers)} of them for {num_layers} layers")
+    empty = _empty_model(config)
+    needed = {name: list(tensor.shape) for name, tensor in empty.state_dict().items()}
+    names = names_in_model(headers, empty.base_model_prefix, needed.__contains__)
+    for name in filter(names.__contains__, needed):
+        header = headers[names[name]]
+        if not header.is_number:
+            raise ModelError(f"{folder} has {name} as {header.dtype}, not floating-point numbers")
+        if list(header.shape) != needed[name]:
+            raise ModelError(f"{folder} has {name} as {list(header.shape)}, not {needed[name]}")
+    total = sum(map(math.prod, needed.values()))
+    found = sum(math.prod(header.shape) for header in headers.values())
+    if total > 2 * found:  # twice: a tied weight counts two times in `total`
+        raise ModelError(f"{folder} lacks weights: it has {found} numbers of {total}")
+    others = names.keys() - needed.keys()
+    return empty, [name for name in others if not headers[names[name]].is_number]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 
 from common.checkpoint import ModelError
 from common.kernels import AttentionMetadata, Ops
+from common.weights import collect, report_unused, take_tensor
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -101,20 +102,16 @@ def rotary_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
 
 
 class Weights:
-    """A checkpoint's tensors by name; each is taken once, and none may be left."""
+    """A checkpoint's tensors by name; each is taken once."""
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
-        self.tensors = {name: tensor.to(dtype) for name, tensor in tensors}
-        self.num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        self.tensors = collect(tensors, dtype)
+        self.num_bytes = 0  # of those taken
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """The tensor of that name. Raises ModelError unless it is there, and of that shape."""
-        if name not in self.tensors:
-            raise ModelError(f"the checkpoint lacks {name}")
-        tensor = self.tensors.pop(name)
-        if tensor.shape != shape:
-            found = list(tensor.shape)
-            raise ModelError(f"the checkpoint has {name} as {found}, not {list(shape)}")
+        tensor = take_tensor(self.tensors, name, shape)
+        self.num_bytes += tensor.nbytes
         return tensor
 
     def linear(
@@ -129,11 +126,6 @@ class Weights:
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
         biases = [self.take(f"{name}.bias", size) for name, size in sizes if has_bias]
         return ops.prepare_weight(weight, torch.cat(biases) if has_bias else None)
-
-    def check_empty(self) -> None:
-        """Raises ModelError when a tensor was not used: the model is another than it seems."""
-        if self.tensors:
-            raise ModelError(f"the checkpoint has {next(iter(self.tensors))}, which has no place")
 
 
 class Attention:
@@ -215,18 +207,17 @@ class CausalLM:
         """Take the weights of a checkpoint. Raises ModelError when they are not this model's."""
         self.config, self.ops = config, ops
         weights = Weights(tensors, dtype)
-        self.num_bytes = weights.num_bytes
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embedding = weights.linear(ops, "model.", hidden, embed_tokens=vocab)
         self.norm = weights.take("model.norm.weight", hidden)
-        if config.tie_word_embeddings:
-            weights.tensors.pop("lm_head.weight", None)
+        if config.tie_word_embeddings and "lm_head.weight" not in weights.tensors:
             self.lm_head = self.embedding
         else:
             self.lm_head = weights.linear(ops, "", hidden, lm_head=vocab)
         layers = range(config.num_layers)
         self.layers = [DecoderLayer(config, ops, layer, weights) for layer in layers]
-        weights.check_empty()
+        self.num_bytes = weights.num_bytes
+        report_unused(weights.tensors)
         self.rotary = rotary_table(config, device)
 
     def forward(

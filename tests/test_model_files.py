@@ -330,6 +330,7 @@ def test_pickled_weights_are_refused(make: Callable[..., Path], tmp_path: Path, 
 def test_pickled_weights_are_refused_when_asked(make: Callable[..., Path], tmp_path: Path) -> None:
     """The index names them, one as it is and one under a safetensors name."""
     folder = make()
+    (folder / "model.safetensors").unlink()  # or the index is not read
     canary = tmp_path / "ran"
     for name, word in (("weights.bin", "not safetensors"), ("w.safetensors", "not a whole")):
         (folder / name).write_bytes(pickle.dumps(Canary(canary)))
@@ -343,6 +344,8 @@ def test_pickled_weights_are_refused_when_asked(make: Callable[..., Path], tmp_p
 
 
 def write_index(folder: Path, name: Any) -> None:
+    """An index that counts: it is read only where there is no whole file."""
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
     index = {"weight_map": {"model.norm.weight": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -354,6 +357,7 @@ def write_index(folder: Path, name: Any) -> None:
         "/etc/model.safetensors",
         "a/../model.safetensors",
         "sub/model.safetensors",
+        "sub/../shard.safetensors",
         "..\\model.safetensors",
         "\0.safetensors",
         "nosuchfile.safetensors",
@@ -362,7 +366,7 @@ def write_index(folder: Path, name: Any) -> None:
         "/dev/random",
         None,
         5,
-        ["model.safetensors"],
+        ["shard.safetensors"],
     ],
 )
 def test_shard_names_stay_in_the_folder(make: Callable[..., Path], name: Any) -> None:
@@ -375,6 +379,7 @@ def test_shard_names_stay_in_the_folder(make: Callable[..., Path], name: Any) ->
 @pytest.mark.parametrize("weight_map", [None, {}, [], "model.safetensors"])
 def test_index_without_shards(make: Callable[..., Path], weight_map: Any) -> None:
     folder = make()
+    (folder / "model.safetensors").unlink()
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": weight_map}))
     refuse(lambda: resolve(str(folder)), "weight_map")

@@ -265,11 +265,8 @@ WRONG_TENSORS: list[tuple[str, Tensors, list[str]]] = [
     ("qwen2", dict.fromkeys(qwen2_biases(0)), ["lacks", "_proj.bias"]),
 ]
 
-# What only our loader refuses: tensors that transformers leaves out, and models that it knows.
+# What only our loader refuses: models that transformers knows.
 UNSUPPORTED: list[tuple[str, dict[str, Any], Tensors, list[str]]] = [
-    ("llama", {"num_hidden_layers": 2}, {}, ["model.layers.2", "no place"]),
-    ("llama", {}, {f"{ATTENTION}.o_proj.bias": torch.ones(64)}, ["o_proj.bias", "no place"]),
-    ("llama", {}, {f"{ATTENTION}.q_norm.weight": torch.ones(16)}, ["q_norm.weight", "no place"]),
     ("llama", rope(partial_rotary_factor=0.5), {}, ["partial_rotary_factor is 0.5"]),
     ("llama", rope(rope_type="linear", factor=2.0), {}, ["rope_type is 'linear'"]),
     ("qwen3", {"layer_types": ["linear_attention"] * 3}, {}, ["layer_types is 'linear_attention'"]),
