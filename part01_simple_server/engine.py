@@ -55,10 +55,9 @@ class LLMEngine:
         endings = params.ending_token_ids(self.eos_token_ids)
         logits, cache = self.prefill(prompt)
         while True:
-            sequence = [params], [seed], [len(prompt)], [output.token_ids], [endings]
-            [token_id], logprobs = sample(logits, SamplingBatch.build(logits, *sequence))
-            reason = self.finish_reason(token_id, output, endings)
-            output.process([token_id], reason, logprobs)
+            row = [params], [seed], [len(prompt)], [output.token_ids], [endings]
+            [token_id], logprobs = sample(logits, SamplingBatch.build(logits, *row))
+            output.process([token_id], self.finish_reason(token_id, output), logprobs)
             if output.finished:
                 return output
             if not self.config.kv_cache:
@@ -80,13 +79,11 @@ class LLMEngine:
         output = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
-    def finish_reason(
-        self, token_id: int, output: OutputProcessor, endings: frozenset[int]
-    ) -> str | None:
+    def finish_reason(self, token_id: int, output: OutputProcessor) -> str | None:
         """Why `output` ends with this new token: `stop`, `length` or `error`; None: it goes on."""
         if token_id == NO_TOKEN:
             return "error"
-        if token_id in endings:
+        if token_id in output.params.ending_token_ids(self.eos_token_ids):
             return "stop"
         num_tokens = len(output.token_ids) + 1
         at_limit = output.num_prompt_tokens + num_tokens >= self.max_model_len
