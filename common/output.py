@@ -54,7 +54,8 @@ class Completion:
 
     finish_reason: `stop` (EOS, a stop token or string), `length`, `abort` or `error`.
     index: the place in the list that `generate` returns.
-    prompt_logprobs: of the prompt's tokens but the first, where they are asked for.
+    prompt_logprobs: of the prompt's tokens but the first, where they are asked for; on the first of a
+        prompt's n completions.
     error: what went wrong, where it is known.
     """
 

@@ -27,6 +27,7 @@ SCORING = [part for part in PARTS if part >= 4]
 MODES: list[tuple[int, dict[str, Any]]] = [(part, {}) for part in PARTS] + [
     (8, {"speculative": "ngram"}),
     (8, {"speculative": "self", "draft_layers": 1}),
+    (8, {"speculative": "draft", "draft_model": MODEL}),
 ]
 IDS = [f"part{part:02d} {' '.join(map(str, flags.values()))}".strip() for part, flags in MODES]
 
@@ -54,6 +55,15 @@ def test_a_bias_chooses_and_forbids(engine: Any, base: SamplingParams) -> None:
     forbidden = dataclasses.replace(base, logit_bias=dict.fromkeys(plain, -100))
     assert not set(tokens(engine, forbidden)) & set(plain)
     assert tokens(engine, base) == plain, "nothing stays behind"
+
+
+def test_forbidden_tokens_are_not_drawn_without_a_seed_either(engine: Any) -> None:
+    """Where drafts are accepted by rejection, too: 60 tokens of a flat distribution, half forbidden."""
+    forbidden = dict.fromkeys(range(0, 512, 2), -100)
+    params = SamplingParams(temperature=5.0, max_tokens=30, ignore_eos=True, logit_bias=forbidden)
+    got = engine.generate([PROMPT] * 2, params, progress=False)
+    drawn = {token_id for completion in got for token_id in completion.token_ids}
+    assert len(drawn) > 20 and not drawn & forbidden.keys()
 
 
 def test_a_bias_is_added_to_the_logit(engine: Any) -> None:
