@@ -14,6 +14,7 @@ from common.sampling import SamplingParams
 
 FIELDS = ("temperature", "top_p", "top_k", "min_p")
 FILE = "generation_config.json"
+USES = ("auto", "none")  # of the file: as defaults, or not at all
 NEUTRAL = {"repetition_penalty": 1.0}  # of sampling fields that are not supported
 
 logger = logging.getLogger(__name__)

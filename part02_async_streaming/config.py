@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from common.cli import option, validate
 from common.device import DTYPES
+from common.generation_config import USES
 
 
 @dataclass(frozen=True)
@@ -12,11 +13,7 @@ class EngineConfig:
     model: str = option("smollm2-135m", "built-in name, folder, hub name or random:<preset>")
     max_model_len: int | None = option(None, "tokens a sequence may have (model's own)", minimum=2)
     seed: int | None = option(None, "makes requests that bring no seed repeat from run to run")
-    generation_config: str = option(
-        "auto",
-        "auto: sampling defaults from generation_config.json; none",
-        choices=("auto", "none"),
-    )
+    generation_config: str = option("auto", "sampling defaults: the model's, or none", choices=USES)
     # device
     device: str = option("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is one")
     dtype: str = option("auto", "auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)

@@ -120,8 +120,9 @@ class AsyncEngine:
     def _close(self, request_id: str, abort: bool) -> None:
         """Forget a request; abort it in the engine if it is still under way there."""
         self.metrics.on_close(request_id)
-        if self.streams.pop(request_id, None) and abort:
+        if abort and request_id in self.streams:
             self.inbox.put(AbortRequest(request_id))
+        self.streams.pop(request_id, None)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """On the event loop: hand outputs to their streams; what nobody waits for is dropped."""

@@ -144,7 +144,12 @@ LEGAL = {
     "logprobs": {"zero", "null"},
     "presence_penalty": PENALTY,
     "frequency_penalty": PENALTY,
-    "stream_options": {"null"},
+    "stream_options": {"object", "null"},
+    "min_tokens": {"zero", "null"},
+    "include_stop_str_in_output": {"true", "null"},
+    "logit_bias": {"object", "null"},
+    "echo": {"true", "null"},
+    "user": {"string", "empty string", "number as text", "half a character", "null"},
     "model": {"null"},
     "prompt": set[str](),
 }
@@ -346,8 +351,9 @@ def test_urls_are_never_fetched(client: httpx.Client) -> None:
         for part in (image, audio, {"type": "file", "file": {"file_data": url}}):
             body = {"messages": [{"role": "user", "content": [part]}]}
             check_error(*_status_and_text(post(client, CHAT, body)), "messages[0].content")
-        for name in ("image_url", "webhook", "callback_url", "model", "lora_path", "user"):
+        for name in ("image_url", "webhook", "callback_url", "model", "lora_path"):
             check_error(*_status_and_text(post(client, COMPLETIONS, BASE | {name: url})))
+        assert post(client, COMPLETIONS, BASE | {"user": url}).status_code == 200
         listener.settimeout(0.2)
         with pytest.raises(TimeoutError):
             listener.accept()

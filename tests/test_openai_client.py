@@ -128,7 +128,7 @@ def test_n_completions(server: tuple[int, str], client: openai.OpenAI) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"n": 1000}, "n"),
         ({"messages": []}, "messages"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"extra_body": {"nonsense": 1}}, "nonsense"),
     ],
 )

@@ -13,10 +13,10 @@ MODEL = "random:tiny-qwen3"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=True)
 
 
-def test_fits_in_150_lines() -> None:
+def test_fits_in_160_lines() -> None:
     """All of its Python, without blanks, comments and docstrings."""
     lines = {path.name: count_code_lines(path) for path in folder_of(1).glob("*.py")}
-    assert sum(lines.values()) <= 150, lines
+    assert sum(lines.values()) <= 160, lines
 
 
 def test_no_kv_cache_gives_the_same_tokens() -> None:

@@ -204,9 +204,9 @@ def test_a_text_that_repeats_itself_takes_few_steps(monkeypatch: pytest.MonkeyPa
     """A model that counts to seven and begins again: after the first time each draft stays."""
     engine = engine_with("ngram", num_speculative_tokens=5)
 
-    def count(batch: Any) -> torch.Tensor:
+    def count(batch: Any) -> tuple[torch.Tensor, list[Any]]:
         last = batch.token_ids[batch.sampled_tokens]
-        return 50.0 * torch.nn.functional.one_hot((last + 1) % 7, engine.vocab_size).float()
+        return 50.0 * torch.nn.functional.one_hot((last + 1) % 7, engine.vocab_size).float(), []
 
     monkeypatch.setattr(engine.runner, "forward", count)
     start = engine.trace.last_record.step if engine.trace.last_record else -1
