@@ -302,6 +302,18 @@ def renamed(state: State, kind: str) -> State:
 
 NAMES = ["as they are", "bare", "twice", "mixed", "both", "inner"]
 
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_names(
+    new_folder: Callable[[], Path], states: dict[str, State], family: str, tied: bool, names: str
+) -> None:
+    state = renamed(states[family], names)
+    folder = write(new_folder(), family, state, tie_word_embeddings=tied)
+    assert (check_same(folder) is None) == (names == "inner")
+
+
 EXTRAS: State = {
     f"{LAYER}.rotary_emb.inv_freq": torch.ones(4),
     f"{LAYER}.rotary_emb.cos_cached": torch.ones(1, 1, 64, 8),
