@@ -233,23 +233,49 @@ def test_equal_heads_are_there_once(
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == is_shared
 
 
+@pytest.mark.parametrize(
+    ("head", "is_equal", "pieces"),
+    [
+        ("equal in half", True, 17),
+        ("other", False, 1),
+        ("one row other", False, 17),
+        ("equal", True, 0),
+        ("equal but for its zeros", True, 17),
+    ],
+)
 def test_comparing_heads_takes_pieces(
-    new_folder: Callable[[], Path], states: dict[str, State], monkeypatch: pytest.MonkeyPatch
+    new_folder: Callable[[], Path],
+    states: dict[str, State],
+    monkeypatch: pytest.MonkeyPatch,
+    head: str,
+    is_equal: bool,
+    pieces: int,
 ) -> None:
-    """No more than a piece is converted; and the first that differs is the last that is looked at."""
+    """Of 4,192 numbers no more than 256 are converted at a time, and none after one that differs."""
     from common import weights
 
     sizes = []
-    monkeypatch.setattr(weights, "PIECE", 256)
     equal = torch.equal
-    monkeypatch.setattr(torch, "equal", lambda *pair: sizes.append(pair[0].numel()) or equal(*pair))
-    for head, pieces in (("equal in half", -(-VOCAB * HIDDEN // 256)), ("other", 1)):
-        sizes.clear()
-        folder = write(
-            new_folder(), "llama", HEADS[head](states["llama"]), tie_word_embeddings=True
-        )
-        dict(iter_weights(folder))
-        assert len(sizes) == pieces and max(sizes) == 256
+
+    def count(first: torch.Tensor, second: torch.Tensor) -> bool:
+        if first.is_floating_point():
+            sizes.append(first.numel())
+        return equal(first, second)
+
+    state = states["llama"] | {EMBEDDING: states["llama"][EMBEDDING].clone()}
+    state[EMBEDDING][7] = 0.0
+    if head == "equal but for its zeros":
+        state[HEAD] = state[EMBEDDING].clone()
+        state[HEAD][7] = -0.0
+    else:
+        state = HEADS[head](state)
+    folder = write(new_folder(), "llama", state, tie_word_embeddings=True)
+    monkeypatch.setattr(weights, "PIECE", 256)
+    monkeypatch.setattr(torch, "equal", count)
+    assert (HEAD not in dict(iter_weights(folder))) == is_equal
+    assert len(sizes) == pieces and all(size <= 256 for size in sizes)
+    monkeypatch.undo()
+    check_same(folder)
 
 
 # Names, and tensors without a place.
@@ -275,6 +301,18 @@ def renamed(state: State, kind: str) -> State:
 
 
 NAMES = ["as they are", "bare", "twice", "mixed", "both", "inner"]
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_names(
+    new_folder: Callable[[], Path], states: dict[str, State], family: str, tied: bool, names: str
+) -> None:
+    state = renamed(states[family], names)
+    folder = write(new_folder(), family, state, tie_word_embeddings=tied)
+    assert (check_same(folder) is None) == (names == "inner")
+
 
 EXTRAS: State = {
     f"{LAYER}.rotary_emb.inv_freq": torch.ones(4),
@@ -312,7 +350,7 @@ def test_tensors_without_a_place(
         assert lines == []
     else:
         assert len(lines) == 1 + len(OWN_PARTS) and len(set(lines)) == 1, lines
-        assert "has 1 tensors" in lines[0] and repr(extra) in lines[0]
+        assert "warning: 1 of" in lines[0] and repr(extra) in lines[0]
 
 
 def test_a_warning_names_a_few_and_is_one_line(
@@ -324,7 +362,7 @@ def test_a_warning_names_a_few_and_is_one_line(
     check_same(write(new_folder(), "llama", states["llama"] | extras))
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
     assert len(lines) == 1 + len(OWN_PARTS) and len(set(lines)) == 1
-    assert "has 52 tensors" in lines[0] and "and 49 more" in lines[0] and "\x1b" not in lines[0]
+    assert "warning: 52 of" in lines[0] and "and 49 more" in lines[0] and "\x1b" not in lines[0]
     assert len(lines[0]) < 500
 
 
