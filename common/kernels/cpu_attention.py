@@ -128,7 +128,7 @@ def heads_at_once(num_queries, group, num_kv_heads):
     return num_kv_heads if num_queries * group <= MAX_FEW_ROWS else 1
 
 
-@kernel
+@kernel(floats=("factor",))
 def attention(
     query,
     out,
