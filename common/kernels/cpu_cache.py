@@ -79,11 +79,13 @@ def cache_folder() -> Path:
         file=sys.stderr,
         flush=True,
     )
-    base = Path(tempfile.mkdtemp(prefix="fifteen-engines-"))
+    try:
+        base = Path(tempfile.mkdtemp(prefix="fifteen-engines-"))
+        (base / generation()).mkdir()
+    except OSError:
+        return Path(os.devnull) / generation()  # nothing is kept, not even for this process
     atexit.register(shutil.rmtree, base, ignore_errors=True)
-    folder = base / generation()
-    folder.mkdir()
-    return folder
+    return base / generation()
 
 
 def mark_complete() -> None:
@@ -142,6 +144,7 @@ class KernelCache:
                     file.write(dumps(result._reduce()))
                     file.flush()
                     os.fsync(file.fileno())
+                Path(temporary).chmod(0o644)  # others may read a folder that is shared
                 os.replace(temporary, self.path)
             except OSError:
                 Path(temporary).unlink()

@@ -1,12 +1,12 @@
 """Compiling the CPU kernels: once for a user, in processes side by side, and saying how far it is.
 
-numba compiles under one lock, so threads would take turns. Each process here takes one kernel after
-another, the dearest first; what it has compiled reaches the others through the cache alone.
-`python -m common.kernels.cpu_compile` is such a process. It reads names of kernels from its standard
-input, and writes each to its standard output when it is done.
+`python -m common.kernels.cpu_compile` does it ahead of time; otherwise the first `CpuOps` does.
 
-These processes run nothing of what they compile, and so may leave out what only running needs (see
-`skip_helpers`): that halves the work.
+numba compiles under one lock, so threads would take turns. Each process here takes one kernel after
+another, the dearest first, and what it has compiled reaches the others through the cache alone. With
+`--child` this module is such a process: it reads names of kernels from its standard input, and
+writes each to its standard output when it is done. It runs nothing of what it compiles, and so may
+leave out what only running needs (see `skip_helpers`): that halves the work.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from common.kernels import cpu_attention, cpu_elementwise, cpu_linear, cpu_sampl
 from common.kernels.cpu_cache import cache_folder, mark_complete
 from common.kernels.cpu_jit import KERNELS
 
-# Names of what numba puts around the body of a parallel loop.
-WRAPPERS = ("__numba_parfor_gufunc", "<numba.np.ufunc.wrappers", "parallelgufuncwrapper")
+# Names of what numba puts around the body of a parallel loop, and of the body.
+WRAPPERS = ("__numba_parfor_gufunc", "<numba.np.ufunc.wrappers", "parallelgufuncwrapper", "work")
 DEAREST = ("attention", "sample", "linear")  # half of the time goes into the first
 
 
@@ -101,7 +101,7 @@ class Progress:
             "PYTHONPATH": os.pathsep.join(paths),
             "NUMBA_CACHE_DIR": str(cache_folder().parent),
         }
-        command = [sys.executable, "-m", __name__]
+        command = [sys.executable, "-m", "common.kernels.cpu_compile", "--child"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:
             with subprocess.Popen(command, env=environment, **pipes) as child:
@@ -133,8 +133,8 @@ def skip_helpers(kernels: set[str]) -> None:
 
     numba links a helper's code into each caller, optimises it there again, and at every level makes
     machine code of all that lies below: eight times over for attention's inner loops. Only the
-    outermost level is kept. Likewise the functions that numba wraps around a parallel loop are
-    optimised where they are linked in. The kernels' own code comes out the same.
+    outermost level's is used. And what merely wraps a parallel loop, or is all that a kernel calls,
+    is optimised where it is linked in. Kernels run as fast (measured one by one).
 
     A numba whose insides have changed is left as it is, and takes its time.
     """
@@ -164,7 +164,7 @@ def skip_helpers(kernels: set[str]) -> None:
     codegen.JITCPUCodegen.set_env = set_environment_of_kernels
 
 
-def main() -> None:
+def compile_what_is_asked_for() -> None:
     """Compile the kernels that standard input names. Ends with it, as when its parent has died."""
     skip_helpers(set(KERNELS))
     for line in sys.stdin:
@@ -174,4 +174,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
-        main()
+        compile_what_is_asked_for() if sys.argv[1:] == ["--child"] else compile_missing()

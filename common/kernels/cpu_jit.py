@@ -54,7 +54,13 @@ def helper(function: Callable | None = None, *, exact: bool = False) -> Callable
     """Compile a function that kernels call; its code becomes part of theirs."""
     if function is None:
         return lambda function: helper(function, exact=exact)
-    return numba.njit(function, fastmath=not exact, error_model="numpy")
+    return numba.njit(
+        function,
+        fastmath=not exact,
+        error_model="numpy",
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+    )
 
 
 def _pointer(element: types.Type) -> Callable:
