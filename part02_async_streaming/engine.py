@@ -22,6 +22,7 @@ from common.prompts import ParamsForPrompts, Prompts, check_prompt, prepare_prom
 from common.sampling import NO_TOKEN, SamplingBatch, SamplingParams
 from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
+from common.transformers_names import cache_argument
 
 from .config import EngineConfig
 from .sampler import sample
@@ -153,7 +154,8 @@ class LLMEngine:
 
     def run_model(self, token_ids: list[int], cache: DynamicCache) -> torch.Tensor:
         input_ids = torch.tensor([token_ids], device=self.device)
-        output = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        kv_cache = {cache_argument(self.model): cache}
+        output = self.model(input_ids, **kv_cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     @phase

@@ -7,17 +7,12 @@ its tensors: float32, contiguous, shapes that fit.
 An object serves one thread at a time; the number of threads is set for the thread that calls.
 """
 
-import contextlib
 import math
-import platform
-import sys
 import threading
-import time
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import llvmlite.binding as llvm
 import numba
 import torch
 from torch import Tensor
@@ -25,7 +20,7 @@ from torch import Tensor
 from common.device import usable_cores
 from common.kernels import AttentionMetadata, Ops, cpu_elementwise
 from common.kernels.cpu_attention import attention
-from common.kernels.cpu_jit import CACHE_FOLDER
+from common.kernels.cpu_compile import compile_missing
 from common.kernels.cpu_linear import linear
 from common.kernels.cpu_sampler import sample
 from common.kernels.cpu_vector import LANES, PANEL
@@ -39,7 +34,6 @@ PARALLEL_SILU = 12_000
 PARALLEL_ROTARY = 30_000
 
 _compile_lock = threading.Lock()
-_is_compiled_here = False  # whether this process has compiled, or loaded, every kernel
 _num_threads_of: dict[int, int] = {}  # thread id: what numba was last told there
 
 
@@ -325,15 +319,8 @@ class CpuOps(Ops):
     def warm_up(self) -> None:
         """Compile every kernel, or load it from the cache, so that no request waits for it."""
         with _compile_lock:
-            is_cached = is_compiled()
-            if not is_cached:
-                print("Compiling CPU kernels (once, about 45 s) …", file=sys.stderr, flush=True)
-            start = time.perf_counter()
+            compile_missing()
             self._run_each()
-            if not is_cached:
-                seconds = time.perf_counter() - start
-                print(f"CPU kernels compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
-                mark_compiled()
 
     def _run_each(self) -> None:
         """Every kernel once, on a token."""
@@ -348,21 +335,3 @@ class CpuOps(Ops):
         self.attention(query, kv_cache, 0, metadata, 1.0)
         column = torch.zeros(1)
         self.sample(x, column, token, column, column, token, token)
-
-
-def _marker() -> str:
-    versions = (numba.__version__, platform.python_version(), numba.config.CPU_NAME)
-    return "compiled-" + "-".join(map(str, (*versions, llvm.get_host_cpu_name())))
-
-
-def is_compiled() -> bool:
-    """Whether the cache holds every kernel, for this CPU and these versions."""
-    return _is_compiled_here or (CACHE_FOLDER is not None and (CACHE_FOLDER / _marker()).exists())
-
-
-def mark_compiled() -> None:
-    global _is_compiled_here
-    _is_compiled_here = True
-    if CACHE_FOLDER is not None:
-        with contextlib.suppress(OSError):
-            (CACHE_FOLDER / _marker()).touch()

@@ -13,7 +13,7 @@ Few rows wait for memory and many for arithmetic, so each has inner loops of its
 import numpy as np
 from numba import prange
 
-from common.kernels.cpu_attention_few import LOWEST, attend_few
+from common.kernels.cpu_attention_few import LOWEST, MAX_FEW_ROWS, attend_few
 from common.kernels.cpu_attention_many import attend_many
 from common.kernels.cpu_elementwise import exp32
 from common.kernels.cpu_jit import float32_array, helper, int32_array, kernel, next_index
@@ -22,7 +22,6 @@ from common.kernels.cpu_vector import PANEL, scale
 ROWS = 12 * PANEL  # most rows of a piece of work: 384 with AVX-512
 ROW_PIECES = 6  # pieces of work for each thread, where there are rows for so many
 SPLIT_PIECES = 2  # the same where the context has to be split for it
-MAX_FEW_ROWS = 8  # rows of a KV head that count as few
 MIN_SPLIT = 32  # keys that are worth a piece of work of their own
 MIN_PARALLEL = 60_000  # multiplications that are worth a second core
 
@@ -128,7 +127,7 @@ def heads_at_once(num_queries, group, num_kv_heads):
     return num_kv_heads if num_queries * group <= MAX_FEW_ROWS else 1
 
 
-@kernel
+@kernel(floats=("factor",))
 def attention(
     query,
     out,

@@ -14,12 +14,14 @@ from common.kernels.cpu_vector import (
     MAX_ROWS,
     PANEL,
     dots,
-    half_panel_tile,
     highest,
-    panel_tile,
+    make_tile,
     prefetch_lines,
 )
 
+MAX_FEW_ROWS = 8  # rows of a KV head that count as few
+TILE_ROWS = min(MAX_ROWS, MAX_FEW_ROWS)
+panel_tile, half_panel_tile = make_tile(2, TILE_ROWS), make_tile(1, TILE_ROWS)
 KEYS = 128  # keys of a tile
 MASKED = np.float32(-1e30)
 LOWEST = np.float32(-1e20)  # above MASKED: rows that have seen nothing yet give masked keys nothing
@@ -105,8 +107,8 @@ def add_values(scores, heads, rows, head_dim, layout, table, begin, count, end, 
         if token + KEYS < end:
             ahead = key_address(layout, table, token + KEYS)
         for head in range(heads):
-            for row in range(head * rows, (head + 1) * rows, MAX_ROWS):
-                num_rows = min(MAX_ROWS, (head + 1) * rows - row)
+            for row in range(head * rows, (head + 1) * rows, TILE_ROWS):
+                num_rows = min(TILE_ROWS, (head + 1) * rows - row)
                 weights = scores.ctypes.data + (row * KEYS + done) * 4
                 column = 0
                 while column < head_dim:

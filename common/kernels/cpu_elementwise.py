@@ -59,7 +59,7 @@ def norm_rows(x, residual, weight, out, eps, begin, end):
             out[row, i] = residual[row, i] * factor * weight[i]
 
 
-@kernel
+@kernel(floats=("eps",))
 def norm(x, residual, weight, out, eps, num_rows, size, num_threads):
     xs = float32_array(x, (num_rows, size))
     residuals = float32_array(residual, (num_rows, size))
@@ -150,7 +150,7 @@ def rotary_rows(
                 cache[place + value_offset + head * head_dim + i] = value[i]
 
 
-@kernel
+@kernel(floats=("eps",))
 def rotary_and_store(
     qkv,
     cos_sin,

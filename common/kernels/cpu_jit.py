@@ -1,21 +1,16 @@
-"""How the CPU kernels are compiled, cached and given their memory.
+"""How the CPU kernels are compiled, and given their memory.
 
 Kernels take addresses and sizes, all plain numbers: marshalling a tensor as an array costs about a
 microsecond, an address a tenth of it, and a decode step makes some 270 calls. So there is one
-signature a kernel, and it is compiled once for good: the code is kept beside the package, or in the
-user's cache where that folder is read-only, under a hash of the kernels' sources (numba itself
-looks at one file only, and would keep a kernel whose helpers in other files have changed).
+signature a kernel, known before the first call, and it is compiled once for good (see `cpu_cache`).
 
 Kernels hold the interpreter's lock: they are short, and a lock let go 270 times a step is waited
 for 270 times when another Python thread is busy.
 """
 
-import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 # How often an idle worker of GNU's OpenMP looks for work before it sleeps: some 70 microseconds, so
 # that workers stay awake within a step. Asleep at once, a parallel region costs 90 microseconds
@@ -28,65 +23,44 @@ import numba
 from numba import carray, types
 from numba.extending import intrinsic
 
-SOURCES = Path(__file__).parent
+from common.kernels.cpu_cache import KernelCache
+
 FEATURES = llvm.get_host_cpu_features() if not numba.config.CPU_NAME else {}
+KERNELS: dict[str, Any] = {}  # name: numba's dispatcher, in the order of definition
 
 
-def source_hash() -> str:
-    """Changes whenever the source of a CPU kernel does."""
-    digest = hashlib.sha256()
-    for path in sorted(SOURCES.glob("cpu*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def find_cache_folder() -> Path | None:
-    """The first folder that can be written: $NUMBA_CACHE_DIR, the package's, the user's; or None."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    candidates = [SOURCES / "__pycache__", user / "fifteen-engines"]
-    if numba.config.CACHE_DIR:
-        candidates.insert(0, Path(numba.config.CACHE_DIR))
-    for folder in candidates:
-        folder = folder / f"kernels-{source_hash()}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError:
-            continue
-        return folder
-    return None
-
-
-CACHE_FOLDER = find_cache_folder()
-
-
-@contextmanager
-def _caching_in(folder: Path | None) -> Iterator[None]:
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder or "")
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = before
-
-
-def kernel(function: Callable | None = None, *, exact: bool = False) -> Callable:
+def kernel(
+    function: Callable | None = None, *, exact: bool = False, floats: tuple[str, ...] = ()
+) -> Callable:
     """Compile a function that Python calls; it may hold parallel loops, and is cached on disk.
 
     exact: keep to IEEE arithmetic (infinities, NaN, order of operations).
+    floats: the parameters that are floats; all others are integers.
     """
     if function is None:
-        return lambda function: kernel(function, exact=exact)
+        return lambda function: kernel(function, exact=exact, floats=floats)
     options = {"parallel": True, "fastmath": not exact, "error_model": "numpy"}
-    with _caching_in(CACHE_FOLDER):
-        return numba.njit(function, cache=CACHE_FOLDER is not None, **options)
+    dispatcher = numba.njit(function, **options)
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    assert set(floats) <= set(names), f"{function.__name__}: {floats} of {names}"
+    signature = tuple(types.float64 if name in floats else types.int64 for name in names)
+    dispatcher._cache = KernelCache(function.__name__, signature)
+    assert function.__name__ not in KERNELS, f"two kernels are called {function.__name__}"
+    KERNELS[function.__name__] = dispatcher
+    return dispatcher
 
 
 def helper(function: Callable | None = None, *, exact: bool = False) -> Callable:
     """Compile a function that kernels call; its code becomes part of theirs."""
     if function is None:
         return lambda function: helper(function, exact=exact)
-    return numba.njit(function, fastmath=not exact, error_model="numpy")
+    return numba.njit(
+        function,
+        fastmath=not exact,
+        error_model="numpy",
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+    )
 
 
 def _pointer(element: types.Type) -> Callable:

@@ -8,6 +8,7 @@ Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008
 """
 
 import platform
+from collections.abc import Callable
 
 from llvmlite import ir
 from numba import types
@@ -118,7 +119,9 @@ def emit_tile(builder: ir.IRBuilder, rows: int, vectors: int, args: list[ir.Valu
         store(builder, total, address)
 
 
-def make_tile(vectors: int):
+def make_tile(vectors: int, max_rows: int = MAX_ROWS) -> Callable:
+    """A tile of so many vectors' columns, with code for each number of rows up to max_rows."""
+
     @intrinsic
     def tile(
         typing_context,
@@ -139,7 +142,7 @@ def make_tile(vectors: int):
         def codegen(context, builder, signature, args):
             end = builder.append_basic_block("tile.end")
             switch = builder.switch(args[0], end)
-            for count in range(1, MAX_ROWS + 1):
+            for count in range(1, max_rows + 1):
                 block = builder.append_basic_block(f"tile.{count}")
                 switch.add_case(INT(count), block)
                 builder.position_at_end(block)
