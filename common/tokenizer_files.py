@@ -105,7 +105,7 @@ def _compare(folder: Path, backend: Any, library: Any) -> None:
         ids = backend.encode(probe).ids
         if rebuilt.encode(probe).ids != ids or rebuilt.decode(ids) != backend.decode(ids):
             logger.warning(
-                "%s: tokenizer.json and transformers' %s give different tokens, as for %r;"
+                "%s: tokenizer.json and transformers' %s differ, as in the tokens or the text of %r;"
                 " those of tokenizer.json are taken",
                 folder,
                 type(library).__name__,
