@@ -12,6 +12,7 @@ output's.)
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 WINDOW = 24  # tokens decoded together at most, and one more
@@ -75,18 +76,20 @@ class IncrementalDetokenizer:
     def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The last tokens of a prompt that have text, from the start of a character on.
 
-        Where the first one is inside a character there are up to three more. The cost does not
-        depend on the length of the prompt, but for tokens without text at its end.
+        There are up to three more than `CONTEXT`, where a character begins before. The prompt may
+        end inside one too, and then a byte-fallback decoder shows none of the run of bytes: so the
+        start is looked for without the last tokens. The cost does not depend on the length of the
+        prompt, but for tokens without text at its end.
         """
-        context: list[int] = []
-        for token_id in reversed(prompt_token_ids):
-            if not self._tokenizer.has_text(token_id):
-                continue
-            context.insert(0, token_id)
-            if len(context) >= CONTEXT:
-                begins_whole = not self._tokenizer.decode(context).startswith(HALF)
-                if begins_whole or len(context) == CONTEXT + MAX_CHARACTER - 1:
-                    break
+        with_text = filter(self._tokenizer.has_text, reversed(prompt_token_ids))
+        context = list(islice(with_text, CONTEXT + MAX_CHARACTER - 1))[::-1]
+        if len(context) < CONTEXT + MAX_CHARACTER - 1:
+            return context  # all there is
+        for num_left_out in range(MAX_CHARACTER):
+            for start in reversed(range(MAX_CHARACTER)):
+                text = self._tokenizer.decode(context[start : len(context) - num_left_out])
+                if HALF not in (text[:1], text[-1:]):
+                    return context[start:]
         return context
 
     def _without_prompt(self, new: str) -> str:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jinja2 import Template, nodes
+from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -61,7 +61,9 @@ class _Generator(CodeGenerator):
         return f"environment.own_texts[{len(texts) - 1}]"
 
 
-class _Template(Template):
+class _Template(ImmutableSandboxedEnvironment.template_class):  # type: ignore[misc, name-defined]
+    """A template that the sandbox has compiled."""
+
     def render(self, *args: Any, **kwargs: Any) -> str:
         """Special tokens and known roles count as the template's own, all else as given."""
         variables = dict(*args, **kwargs)

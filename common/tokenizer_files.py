@@ -30,6 +30,15 @@ PROBES = (
 )
 
 
+def use_own_sandbox() -> None:
+    """The library compiles chat templates in the sandbox of this name, and takes no other."""
+    from transformers.utils import chat_template_utils
+
+    from common.template_sandbox import BoundedSandbox
+
+    chat_template_utils.ImmutableSandboxedEnvironment = BoundedSandbox
+
+
 def load_tokenizer(folder: Path) -> tuple[Any, Any]:
     """transformers' tokenizer, for the chat template, and the one of `tokenizers` from the file.
 
@@ -37,12 +46,7 @@ def load_tokenizer(folder: Path) -> tuple[Any, Any]:
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.utils import chat_template_utils
 
-    from common.template_sandbox import BoundedSandbox
-
-    # The library compiles templates in the sandbox of this name, and takes no other.
-    chat_template_utils.ImmutableSandboxedEnvironment = BoundedSandbox
     options = {"trust_remote_code": False, "local_files_only": True}
     path = folder / "tokenizer.json"
     try:
@@ -101,7 +105,7 @@ def _compare(folder: Path, backend: Any, library: Any) -> None:
         ids = backend.encode(probe).ids
         if rebuilt.encode(probe).ids != ids or rebuilt.decode(ids) != backend.decode(ids):
             logger.warning(
-                "%s: tokenizer.json and transformers' %s give different tokens, as for %r;"
+                "%s: tokenizer.json and transformers' %s differ, as in the tokens or the text of %r;"
                 " those of tokenizer.json are taken",
                 folder,
                 type(library).__name__,
