@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import reprlib
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from importlib import metadata
@@ -128,6 +129,8 @@ class Frontend:
         self.tokenizer: Tokenizer | None = engine.tokenizer
         self.max_model_len: int = engine.max_model_len
         self.vocab_size: int = engine.vocab_size
+        if self.tokenizer is not None:  # while the rest starts, and not while requests wait
+            threading.Thread(target=self.tokenizer.prepare, daemon=True).start()
         self.sampling_defaults: dict[str, Any] = getattr(engine, "sampling_defaults", {})
         self.streaming, self.max_n, self.health = streaming, max_n, health
         self.cache_salt, self.speculative = cache_salt, speculative

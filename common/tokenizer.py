@@ -86,6 +86,10 @@ class Tokenizer:
         """For the text of what continues these tokens."""
         return IncrementalDetokenizer(self, prompt_token_ids)
 
+    def prepare(self) -> None:
+        """Make now what is else made with the first chat that needs it."""
+        self._chat.prepare()
+
     def encode_chat(
         self,
         messages: list[dict[str, str]],
