@@ -236,7 +236,7 @@ class _Request(BaseModel):
 def _token_id(key: str) -> int:
     """A key of logit_bias. Raises ValueError."""
     if not re.fullmatch(r"[0-9]{1,9}", key):
-        raise ValueError(f"logit_bias must map token ids to numbers, not {shown(key)}")
+        raise ValueError(f"logit_bias must be a map of token ids to numbers, not {shown(key)}")
     return int(key)
 
 

@@ -144,7 +144,7 @@ class SamplingParams:
             return None
         if not isinstance(self.logit_bias, Mapping):
             raise ValueError(
-                f"logit_bias must map token ids to numbers, not {shown(self.logit_bias)}"
+                f"logit_bias must be a map of token ids to numbers, not {shown(self.logit_bias)}"
             )
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise ValueError(

@@ -91,8 +91,11 @@ def test_nothing_runs_the_bytes_of_others() -> None:
         for path in folder.rglob("*.py")
     ]
     assert len(sources) > 20
-    found = {str(path): banned(path.read_text()) for path in sources}
-    assert {path: names for path, names in found.items() if names} == {}
+    found = {str(path.relative_to(ROOT)): banned(path.read_text()) for path in sources}
+    found = {path: sorted(set(names)) for path, names in found.items() if names}
+    # numba's form for compiled kernels: machine code, in a folder of the user's own, written by this
+    # code alone. Whoever can write there runs code with or without pickle.
+    assert found == {"common/kernels/cpu_cache.py": ["pickle", "pickle.loads"]}
 
 
 @pytest.mark.parametrize(
