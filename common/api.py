@@ -235,7 +235,7 @@ class _Request(BaseModel):
 
 def _token_id(key: str) -> int:
     """A key of logit_bias. Raises ValueError."""
-    if not re.fullmatch(r"[0-9]{1,9}", key):
+    if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key):  # one way to write each
         raise ValueError(f"logit_bias must be a map of token ids to numbers, not {shown(key)}")
     return int(key)
 
@@ -272,6 +272,8 @@ class CompletionRequest(_Request):
 
     def sampling_params(self, defaults: Mapping[str, Any] = NO_DEFAULTS) -> SamplingParams:
         max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        if self.is_prompt_alone and self.min_tokens:
+            raise field_error(f"min_tokens is {shown(self.min_tokens)}, more than max_tokens, 0")
         wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
         return self._sampling_params(
             defaults,
@@ -375,15 +377,17 @@ def check_logprobs(
     num_tokens = sum(params.max_tokens or limit - len(prompt) for prompt in prompts)
     total = 0 if params.logprobs is None else params.n * num_tokens * (1 + params.logprobs)
     if params.prompt_logprobs is not None:
-        num_scored = sum(map(len, prompts)) * (1 + params.prompt_logprobs)
+        # Each choice shows them.
+        num_scored = params.n * sum(map(len, prompts)) * (1 + params.prompt_logprobs)
         if num_scored > MAX_LOGPROBS_TOTAL:
             raise ApiError(
                 400,
-                f"prompt_logprobs ({params.prompt_logprobs}) for {len(prompts)} prompts would be"
-                f" {num_scored} log probabilities; one request may ask for {MAX_LOGPROBS_TOTAL}",
+                f"prompt_logprobs ({params.prompt_logprobs}) for {len(prompts)} prompts with n"
+                f" ({params.n}) would be {num_scored} log probabilities; one request may ask for"
+                f" {MAX_LOGPROBS_TOTAL}",
                 param="prompt_logprobs",
             )
-        total += num_scored * params.n  # each choice shows them
+        total += num_scored
     if params.logprobs is not None and total > MAX_LOGPROBS_TOTAL:
         name = "top_logprobs" if chat else "logprobs"
         asked = "not given" if params.max_tokens is None else params.max_tokens
@@ -424,16 +428,24 @@ class TextOffsets:
     a stream has the same offsets as a whole answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int] = ()) -> None:
-        """prompt_token_ids: what the completion continues."""
+    def __init__(
+        self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int] = (), echo: str = ""
+    ) -> None:
+        """prompt_token_ids: what the completion continues. echo: the text of the tokens that come,
+        where it is of a prompt: special tokens that were written in it have a place."""
+        self._tokenizer, self._echo = tokenizer, echo
         self._detokenizer = tokenizer.detokenizer(prompt_token_ids) if tokenizer else None
         self._length = 0
 
     def push(self, token_id: int) -> int:
         """The offset of the next token."""
         begin = self._length
-        if self._detokenizer is not None:
-            self._length += len(self._detokenizer.push(token_id))
+        if self._detokenizer is None:
+            return begin
+        self._length += len(self._detokenizer.push(token_id))
+        special = self._tokenizer.special_ids.get(token_id)
+        if special is not None and self._echo.startswith(special, self._length):
+            self._length += len(special)
         return begin
 
 
@@ -452,7 +464,7 @@ class Job:
     may_draft: bool = True
     echoes: list[str] | None = None  # the prompts' texts, to come back before the completions
     is_prompt_alone: bool = False  # and without them
-    shows_prompt_logprobs: bool = False  # in vLLM's form, beside what echo shows
+    prompt_logprobs: int | None = None  # how many are shown in vLLM's form, beside an echo's
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, "TextOffsets"] = field(default_factory=dict)  # of each choice streamed
@@ -470,7 +482,8 @@ class Job:
             raise failure(failed.error)
         choices = []
         for index, completion in enumerate(completions):
-            choice: dict[str, Any] = {"index": index, "finish_reason": completion.finish_reason}
+            reason = self._reason(completion.finish_reason)
+            choice: dict[str, Any] = {"index": index, "finish_reason": reason}
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": completion.text}
             else:
@@ -480,13 +493,13 @@ class Job:
             if completion.logprobs is not None:
                 make = partial(self._all_logprobs, index, completion.logprobs, scores)
                 choice["logprobs"] = make
-            if self.shows_prompt_logprobs:
+            if self.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = [None, *(partial(self._score, x) for x in scores)]
             choices.append(choice)
         head = self._head("chat.completion" if self.chat else "text_completion")
         answer = {**head, "choices": choices, "usage": self.usage(completions)}
-        if self.chat and self.shows_prompt_logprobs:  # vLLM has them in these two places
-            answer["prompt_logprobs"] = choices[0].pop("prompt_logprobs")
+        if self.chat and self.prompt_logprobs is not None:  # vLLM has them in these two places
+            [answer["prompt_logprobs"], *_] = [choice.pop("prompt_logprobs") for choice in choices]
         return answer
 
     def _prompt_of(self, index: int) -> int:
@@ -498,6 +511,9 @@ class Job:
 
     def _shown(self, text: str) -> str:
         return "" if self.is_prompt_alone else text
+
+    def _reason(self, finish_reason: str | None) -> str | None:
+        return "length" if self.is_prompt_alone and finish_reason else finish_reason
 
     def usage(self, completions: Sequence[Any]) -> dict[str, Any]:
         """Token counts; a prompt counts once, however many choices it has.
@@ -549,7 +565,7 @@ class Job:
             if index not in self._offsets:
                 self._offsets[index] = self._new_offsets(index)
             logprobs = self._logprobs(delta.logprobs, self._offsets[index])
-        return self._chunk(index, content, delta.finish_reason, logprobs)
+        return self._chunk(index, content, self._reason(delta.finish_reason), logprobs)
 
     def usage_chunk(self, completions: Sequence[Any]) -> dict[str, Any]:
         """The chunk before the end of a stream that asked for usage."""
@@ -598,9 +614,10 @@ class Job:
         most = self.params.logprobs or 0
         scores = [replace(item, top=item.top[:most]) for item in scores]
         begin = len(self._echo(index))
-        echoed = self._logprobs(scores, TextOffsets(self.tokenizer, prompt[:1]), late=True)
-        first = len(self.tokenizer.decode(prompt[:1])) if self.tokenizer else 0
-        places = [0, *(min(first + place, begin) for place in echoed["text_offset"])]
+        offsets = TextOffsets(self.tokenizer, echo=self._echo(index))
+        offsets.push(prompt[0])
+        echoed = self._logprobs(scores, offsets, late=True)
+        places = [0, *(min(place, begin) for place in echoed["text_offset"])]
         return {
             "tokens": [self._token_text(prompt[0]), *echoed["tokens"], *shown["tokens"]],
             "token_logprobs": [None, *echoed["token_logprobs"], *shown["token_logprobs"]],
@@ -610,7 +627,7 @@ class Job:
 
     def _score(self, item: TokenLogprobs) -> dict[str, Any]:
         """A prompt token's log probability in vLLM's form: by token id, with its rank."""
-        top = item.top[: self.params.prompt_logprobs]
+        top = item.top[: self.prompt_logprobs]
         ranked = {id: (value, rank) for rank, (id, value) in enumerate(top, start=1)}
         ranked.setdefault(item.token_id, (item.logprob, item.rank))
         return {

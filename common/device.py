@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,7 +32,9 @@ def resolve_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.
     return device, getattr(torch, dtype)
 
 
-def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def to_device(
+    values: Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """A tensor of these numbers on the device; the host does not wait for the copy."""
     on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)

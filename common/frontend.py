@@ -7,10 +7,11 @@ import os
 import reprlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -40,6 +41,8 @@ from common.trace import Trace
 from common.trace_routes import add_trace_routes
 
 T = TypeVar("T")
+
+TOKENIZING_THREADS = 2
 
 
 def installed_version() -> str:
@@ -133,6 +136,7 @@ class Frontend:
             threading.Thread(target=self.tokenizer.prepare, daemon=True).start()
         self.sampling_defaults: dict[str, Any] = getattr(engine, "sampling_defaults", {})
         self.streaming, self.max_n, self.health = streaming, max_n, health
+        self.tokenizing_threads = CapacityLimiter(TOKENIZING_THREADS)
         self.cache_salt, self.speculative = cache_salt, speculative
         self.prompt_logprobs = prompt_logprobs
         name = engine.config.model
@@ -240,6 +244,11 @@ class Frontend:
 
         self.app.add_api_route("/metrics", scrape, methods=["GET"], response_model=None)
 
+    async def tokenizing(self, work: Callable[[], T]) -> T:
+        """Work on texts, in a thread: it takes longer than other clients should wait. Few at a time,
+        since what each of them runs in Python slows the engine's thread down."""
+        return await to_thread.run_sync(work, limiter=self.tokenizing_threads)
+
     async def read(self, request: CompletionRequest | ChatCompletionRequest) -> Job:
         """Check a request and turn it into tokens. Raises ApiError."""
         self.check_model(request.model)
@@ -258,8 +267,7 @@ class Frontend:
             )
         template_options = request.template_options() if chat else {}
         try:
-            # In a thread: tokenizing a long prompt takes longer than other clients should wait.
-            prompts = await run_in_threadpool(
+            prompts = await self.tokenizing(
                 lambda: [self._tokens(text, **template_options) for text in texts]
             )
             room = self.max_model_len - max(map(len, prompts))
@@ -272,7 +280,9 @@ class Frontend:
             raise field_error(str(error)) from None
         check_logprobs(prompts, params, self.max_model_len, chat)
         options = request.stream_options
-        echoes = self._texts(texts) if not chat and request.echo else None
+        echoes = None
+        if not chat and request.echo:
+            echoes = await self.tokenizing(lambda: self._texts(texts))
         return Job(
             chat=chat,
             model=self.model,
@@ -285,13 +295,17 @@ class Frontend:
             may_draft=request.speculative is not False,
             echoes=echoes,
             is_prompt_alone=not chat and request.is_prompt_alone,
-            shows_prompt_logprobs=request.prompt_logprobs is not None,
+            prompt_logprobs=request.prompt_logprobs,
         )
 
     def _texts(self, prompts: list[str | list[int]]) -> list[str]:
         """Prompts as text, those that were sent as token ids too."""
-        decode = self.tokenizer.decode if self.tokenizer else lambda ids: ""
-        return [prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts]
+        if self.tokenizer is None:
+            return [""] * len(prompts)
+        return [
+            prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, False)
+            for prompt in prompts
+        ]
 
     def _tokens(self, prompt: str | list[Any], **template_options: bool) -> list[int]:
         """Text, token ids or messages to token ids. Raises ValueError."""
@@ -333,16 +347,25 @@ async def _answer_exception(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(internal_error().body(), 500, {"Connection": "close"})
 
 
+def _most_exact(errors: Sequence[Any]) -> Any:
+    """The first error; where a value may be of several kinds, the one that goes deepest into it."""
+    place = errors[0]["loc"][:-1]
+    return max(
+        (error for error in errors if error["loc"][: len(place)] == place),
+        key=lambda error: len(error["loc"]),
+    )
+
+
 async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    first = _most_exact(error.errors())
     where = [part for part in first["loc"] if part != "body"]
     if "json" not in request.headers.get("content-type", ""):
         answer = ApiError(400, "the body must be JSON; send Content-Type: application/json")
     elif first["type"] == "json_invalid" or not where:
         reason = first.get("ctx", {}).get("error") or first["msg"]
         answer = ApiError(400, f"the body is not the JSON object that is needed: {reason}")
-    elif where[0] in ("prompt", "stop"):
+    elif where[0] in ("prompt", "stop") and request.url.path.startswith("/v1/"):
         kinds = "a string, a list of token ids, or a list of either"
         kinds = kinds if where[0] == "prompt" else "a string or a list of strings"
         given = "missing" if first["type"] == "missing" else "not that"

@@ -1,7 +1,8 @@
 """Sampling defaults that a checkpoint brings, as `generation_config.json` says them.
 
 A model's makers know at which temperature it works; a request that says nothing of a field gets
-theirs, as in vLLM. What the file says of fields that are not supported here is named in a log line.
+theirs, as in vLLM (which does not look at `do_sample` either). What the file says of fields that are
+not supported here is named in a log line.
 """
 
 import logging

@@ -81,7 +81,11 @@ REQUEST: dict[str, Rule] = NOTES | {
 }
 # What differs between the two ways to ask: special tokens are the template's, or the tokenizer's.
 CHAT: dict[str, Rule] = REQUEST | {"add_special_tokens": (False,)}
-COMPLETION: dict[str, Rule] = REQUEST | {"add_special_tokens": (True,)}
+COMPLETION: dict[str, Rule] = REQUEST | {
+    "add_generation_prompt": (True, False),  # a raw prompt has no template
+    "add_special_tokens": (True,),
+    "continue_final_message": (False,),
+}
 STREAM_OPTIONS: dict[str, Rule] = {
     "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),
@@ -97,6 +101,7 @@ MESSAGE: dict[str, Rule] = {
     "refusal": ("",),
     "tool_call_id": (),
     "tool_calls": ([],),
+    "type": ("text", "message"),
 }
 CONTENT_PART: dict[str, Rule] = {}
 

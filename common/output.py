@@ -200,6 +200,9 @@ class OutputProcessor:
     def completion(self, index: int = 0) -> Completion:
         """The finished completion."""
         assert self.finish_reason is not None, "completion() before the end"
+        scores = self.prompt_logprobs
+        if self.params.prompt_logprobs is not None and self.num_prompt_tokens == 1:
+            scores = []  # the first token has none
         return Completion(
             text="".join(self._text),
             token_ids=self.token_ids,
@@ -211,6 +214,6 @@ class OutputProcessor:
             num_drafts=self.num_drafts,
             num_draft_tokens=self.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=scores,
             error=self.error,
         )

@@ -53,7 +53,11 @@ class PromptPiece:
             value = logits.gather(1, own.unsqueeze(1))
             top, top_ids = logits.topk(self.num_top, dim=1)
             rank = (logits > value).sum(dim=1) + 1
-            parts.append((torch.cat([value, top], dim=1) - total, top_ids, rank))
+            scores = torch.cat([value, top], dim=1) - total
+            scores = scores.where(
+                total.isfinite(), torch.nan
+            )  # infinite logits are no numbers either
+            parts.append((scores, top_ids, rank))
         return PromptScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def added(self, known: list[TokenLogprobs] | None, scores: PromptScores) -> list[TokenLogprobs]:

@@ -6,11 +6,13 @@ in any other, today or after a restart.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.device import to_device
@@ -178,15 +180,26 @@ class SamplingParams:
         """
         return frozenset(self.stop_token_ids) | frozenset(() if self.ignore_eos else eos_token_ids)
 
-    def biases(self, ending_token_ids: Iterable[int], num_output_tokens: int) -> dict[int, float]:
-        """What is added to the logits after so many output tokens, by token id.
+    @cached_property
+    def logit_bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and what is added to their logits: made once, read in every step."""
+        biases = self.logit_bias or {}
+        return np.array(list(biases), np.int64), np.array(list(biases.values()), np.float32)
 
-        Minus infinity for `ending_token_ids` while there are fewer than min_tokens.
+    def biases(
+        self, ending_token_ids: Collection[int], num_output_tokens: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and what is added to their logits after so many output tokens.
+
+        Minus infinity for `ending_token_ids` while there are fewer than min_tokens. An id may be
+        there twice; then both are added.
         """
-        biases = dict(self.logit_bias or {})
+        ids, values = self.logit_bias_arrays
         if num_output_tokens < self.min_tokens:
-            biases |= dict.fromkeys(ending_token_ids, -math.inf)
-        return biases
+            ids = np.append(ids, np.array(list(ending_token_ids), np.int64))
+            never = np.full(len(ending_token_ids), -math.inf, np.float32)
+            values = np.append(values, never)
+        return ids, values
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> float:
@@ -294,23 +307,24 @@ class LogitBiases:
 
     @classmethod
     def build(
-        cls, rows: Iterable[Mapping[int, float]], device: torch.device
+        cls, biases: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device
     ) -> "LogitBiases | None":
         """From `SamplingParams.biases` of each row; None where no row has any."""
-        entries = [(i, *item) for i, biases in enumerate(rows) for item in biases.items()]
-        if not entries:
+        counts = [len(ids) for ids, _ in biases]
+        if not any(counts):
             return None
-        places, token_ids, values = zip(*entries, strict=True)
+        token_ids, values = (np.concatenate(column) for column in zip(*biases, strict=True))
         return cls(
-            to_device(places, torch.int64, device),
+            to_device(np.repeat(np.arange(len(counts)), counts), torch.int64, device),
             to_device(token_ids, torch.int64, device),
             to_device(values, torch.float32, device),
         )
 
     def add_to(self, logits: torch.Tensor) -> torch.Tensor:
         """The sum as float32, [batch, vocab]; `logits` stay as they are."""
-        sums = logits.to(torch.float32, copy=True)
-        sums[self.rows, self.token_ids] += self.values
+        sums = torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+        sums.copy_(logits)
+        sums.view(-1).index_add_(0, self.rows * logits.shape[1] + self.token_ids, self.values)
         return sums
 
 
@@ -349,7 +363,7 @@ class SamplingBatch:
         seeds: Sequence[int],
         num_prompt_tokens: Sequence[int],
         outputs: Sequence[Sequence[int]],
-        ending_token_ids: Sequence[Iterable[int]] | None = None,
+        ending_token_ids: Sequence[Collection[int]] | None = None,
     ) -> "SamplingBatch":
         """One entry a row of logits, [batch, vocab], in each argument.
 
@@ -368,7 +382,7 @@ class SamplingBatch:
             counts = torch.stack(rows).to(device)
         lengths = [n + len(output) for n, output in zip(num_prompt_tokens, outputs, strict=True)]
         rows = zip(params, ending_token_ids or [()] * len(params), outputs, strict=True)
-        biases = (p.biases(ends, len(output)) for p, ends, output in rows)
+        biases = [p.biases(ends, len(output)) for p, ends, output in rows]
         return cls(
             temperature=column([p.temperature for p in params]),
             # A top_k of the whole vocabulary keeps all too, and is spared the sort.

@@ -5,12 +5,19 @@ A client counts tokens with them before it sends a prompt, so a text may be long
 
 from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
-from starlette.concurrency import run_in_threadpool
 
 from common import neutral
-from common.api import MAX_MESSAGES, ApiError, Ids, Message, field_error, template_options
+from common.api import (
+    MAX_MESSAGES,
+    ApiError,
+    Ids,
+    Message,
+    field_error,
+    template_options,
+    to_json,
+)
 from common.sampling import shown
 
 MAX_CHARACTERS = 1 << 20  # of one text
@@ -58,7 +65,8 @@ def add_tokenize_routes(frontend: Any) -> None:
 
     def encode(body: TokenizeRequest) -> list[int]:
         if (body.prompt is None) == (body.messages is None):
-            raise ApiError(400, "prompt or messages is needed, and only one of them")
+            text = "prompt or messages is needed, and only one of them"
+            raise ApiError(400, text, param="prompt")
         is_chat = body.messages is not None
         name = "messages" if is_chat else "prompt"
         messages = [message.as_dict() for message in body.messages or []]
@@ -70,8 +78,8 @@ def add_tokenize_routes(frontend: Any) -> None:
                 param=name,
             )
         asked = body.add_generation_prompt, body.continue_final_message
-        if not is_chat and any(asked):
-            field = "add_generation_prompt" if asked[0] else "continue_final_message"
+        if not is_chat and body.continue_final_message:
+            field = "continue_final_message"
             raise ApiError(400, f"{field} needs messages", param=field)
         if is_chat and body.add_special_tokens:
             raise ApiError(
@@ -86,18 +94,25 @@ def add_tokenize_routes(frontend: Any) -> None:
         except ValueError as error:
             raise field_error(str(error)) from None
 
-    async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    def answer(body: TokenizeRequest) -> str:
+        tokens, texts = encode(body), None
+        if body.return_token_strs:
+            text_of = {token_id: tokenizer().token_text(token_id) for token_id in set(tokens)}
+            texts = [text_of[token_id] for token_id in tokens]
+        return to_json(
+            {
+                "count": len(tokens),
+                "max_model_len": frontend.max_model_len,
+                "tokens": tokens,
+                "token_strs": texts,
+            }
+        )
+
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         frontend.check_model(body.model)
         body.check(neutral.REQUEST)
-        tokens = await run_in_threadpool(encode, body)
-        return {
-            "count": len(tokens),
-            "max_model_len": frontend.max_model_len,
-            "tokens": tokens,
-            "token_strs": [tokenizer().token_text(token_id) for token_id in tokens]
-            if body.return_token_strs
-            else None,
-        }
+        text = await frontend.tokenizing(lambda: answer(body))
+        return Response(text, media_type="application/json")
 
     async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
         frontend.check_model(body.model)
@@ -116,8 +131,8 @@ def add_tokenize_routes(frontend: Any) -> None:
                     f" {frontend.vocab_size - 1}",
                     param="tokens",
                 )
-        text = await run_in_threadpool(tokenizer().decode, body.tokens, False)
+        text = await frontend.tokenizing(lambda: tokenizer().decode(body.tokens, False))
         return {"prompt": text}
 
-    frontend.app.add_api_route("/tokenize", tokenize, methods=["POST"])
+    frontend.app.add_api_route("/tokenize", tokenize, methods=["POST"], response_model=None)
     frontend.app.add_api_route("/detokenize", detokenize, methods=["POST"])

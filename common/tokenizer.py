@@ -21,7 +21,7 @@ from common.checkpoint import is_random
 from common.detokenizer import HALF, IncrementalDetokenizer
 from common.tokenizer_files import load_tokenizer, use_own_sandbox
 
-TEMPLATE_SECONDS = 2.0
+TEMPLATE_SECONDS = 4.0
 MAX_RENDERED = 1 << 24  # characters a chat template may write
 OWN_FILES = (traced_text.__file__, str(Path(__file__).with_name("template_sandbox.py")))
 CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark

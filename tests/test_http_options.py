@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def test_biases_and_least_lengths_arrive(tiny: httpx.Client) -> None:
     [
         ({"logit_bias": {"512": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
         ({"logit_bias": {"1.5": 1}}, "logit_bias"),
         ({"logit_bias": {"٣": 1}}, "logit_bias"),
         ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
@@ -199,10 +201,32 @@ def test_scores_are_not_streamed(tiny: httpx.Client, part: int, fields: dict[str
 
 
 def test_scores_are_bounded(tiny: httpx.Client, part: int) -> None:
+    """Over all prompts, and over all choices, which show them each."""
     if part < 4:
         pytest.skip("this part scores no prompts")
     fields = {"prompt": [[5] * 900] * 64, "max_tokens": 1, "prompt_logprobs": 20}
     assert refused(tiny, **fields)["param"] == "prompt_logprobs"
+    fields |= {"prompt": [5] * 300, "n": 128}
+    assert refused(tiny, **fields)["param"] == "prompt_logprobs"
+
+
+def test_scores_of_both_forms_are_each_as_many_as_asked(tiny: httpx.Client, part: int) -> None:
+    if part < 4:
+        pytest.skip("this part scores no prompts")
+    for first, second in ((3, 1), (1, 3), (0, 2)):
+        fields = GREEDY | {"echo": True, "logprobs": first, "prompt_logprobs": second}
+        [choice] = ask(tiny, **fields)["choices"]
+        check_scores(choice, PROMPT, first)
+        assert all(len(score) in (second, second + 1) for score in choice["prompt_logprobs"][1:])
+
+
+def test_nothing_but_the_prompt_is_not_ended_by_a_token_that_is_not_shown(
+    tiny: httpx.Client, part: int
+) -> None:
+    alone = GREEDY | {"echo": True, "max_tokens": 0, "logit_bias": {"300": 100}}
+    [choice] = ask(tiny, **alone, stop_token_ids=[300])["choices"]
+    assert choice["finish_reason"] == "length"
+    assert refused(tiny, **alone, min_tokens=1)["param"] == "min_tokens"
 
 
 def test_an_echo_is_the_text_that_was_sent(real: httpx.Client) -> None:
@@ -225,6 +249,27 @@ def test_an_echo_is_the_text_that_was_sent(real: httpx.Client) -> None:
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == TEXT
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_offsets_of_an_echo_count_the_special_tokens_that_were_written(real: httpx.Client) -> None:
+    text = "<|im_start|>user\nAn apple<|im_end|>\n"
+    fields = {"max_tokens": 2, "temperature": 0, "echo": True, "logprobs": 0}
+    ids = ask(real, "/tokenize", prompt=text)["tokens"]
+    for prompt in (text, ids):
+        [choice] = ask(real, **fields, prompt=prompt)["choices"]
+        assert choice["text"].startswith(text)
+        shown = choice["logprobs"]
+        pairs = list(zip(shown["tokens"], shown["text_offset"], strict=True))
+        assert all(text.startswith(token, offset) for token, offset in pairs[: len(ids)])
+        assert pairs[0] == ("<|im_start|>", 0) and pairs[1] == ("user", 12)
+        assert shown["text_offset"][len(ids)] == len(text)
+
+
+def test_a_chats_scores_are_in_one_place(real: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "Hi", "type": "text"}]
+    answer = ask(real, CHAT, messages=messages, n=2, prompt_logprobs=0, max_tokens=1)
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+    assert ["prompt_logprobs" in choice for choice in answer["choices"]] == [False, False]
 
 
 def test_scoring_does_not_use_the_prefix_cache_but_fills_it(real: httpx.Client) -> None:
@@ -446,9 +491,10 @@ def test_tokens_of_a_text_and_back(real: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("path", "fields", "name"),
     [
-        ("/tokenize", {}, None),
-        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, None),
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
         ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": ["a"]}, "prompt"),
         ("/tokenize", {"prompt": "x" * (1 << 20) + "x"}, "prompt"),
         ("/tokenize", {"prompt": "\ud800"}, "prompt"),
         ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message"),
@@ -471,6 +517,30 @@ def test_bad_input_to_the_tokenizer_routes(
     assert answer.status_code == 400
     error = check_error(answer.status_code, answer.text)
     assert (error["param"] or "").startswith(name or "")
+
+
+def test_the_part_of_a_message_that_is_wrong_is_named(real: httpx.Client) -> None:
+    part = {"type": "text", "text": "a"}
+    for wrong, name in (
+        (part | {"nosuch": 1}, "messages[0].content[0].nosuch"),
+        ({"type": "image_url", "image_url": {"url": "x"}}, "messages[0].content[0]"),
+        ({"type": "text", "text": 5}, "messages[0].content[0].text"),
+        (5, "messages[0].content[0]"),
+    ):
+        error = refused(real, CHAT, messages=[{"role": "user", "content": [wrong]}])
+        assert error["param"].startswith(name)
+
+
+def test_others_are_served_while_long_texts_are_tokenized(real: httpx.Client) -> None:
+    """A few at a time, in threads; the answer is written there too."""
+    body = {"prompt": "aZ" * 200_000, "return_token_strs": True}
+    with ThreadPoolExecutor(4) as pool:
+        url = f"{real.base_url}/tokenize"
+        long = [pool.submit(httpx.post, url, json=body, timeout=120) for _ in range(4)]
+        assert ask(real, prompt=TEXT, max_tokens=2)["usage"]["completion_tokens"] == 2
+        answers = [future.result() for future in long]
+    assert {answer.status_code for answer in answers} == {200}
+    assert "".join(answers[0].json()["token_strs"]) == body["prompt"]
 
 
 def test_a_model_without_a_tokenizer_says_so(tiny: httpx.Client) -> None:

@@ -269,9 +269,10 @@ def test_parts_that_do_not_score_say_so(part: int) -> None:
         run(engine, PROMPT, dataclasses.replace(GREEDY, prompt_logprobs=0))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("part", SCORING)
 def test_scores_that_are_no_numbers_are_an_error(
-    part: int, monkeypatch: pytest.MonkeyPatch
+    part: int, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(part, MODEL)
     healthy = tokens(engine, GREEDY)
@@ -280,7 +281,7 @@ def test_scores_that_are_no_numbers_are_an_error(
     def broken(hidden: torch.Tensor) -> torch.Tensor:
         found = logits(hidden)
         if len(found) == len(PROMPT) - 1:  # the scored places, and nothing else here
-            found[2, 9] = math.nan
+            found[2, 9] = value
         return found
 
     monkeypatch.setattr(engine.runner.model, "logits", broken)
