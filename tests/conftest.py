@@ -1,6 +1,7 @@
 """Settings for every test: quiet libraries, hypothesis without deadlines on noisy machines, the order of
 files, and a collector of garbage that does not look at them again and again."""
 
+import functools
 import gc
 import os
 
@@ -10,8 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 # step of 30 ms into one of seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import httpx._transports.default as httpx_transport
 import pytest
 from hypothesis import HealthCheck, settings
+
+# httpx reads a bundle of certificates for each call that brings no client of its own: 25 ms, and no
+# test asks a server by https.
+if hasattr(httpx_transport, "create_ssl_context"):
+    httpx_transport.create_ssl_context = functools.cache(httpx_transport.create_ssl_context)
 
 settings.register_profile(
     "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True

@@ -96,9 +96,7 @@ def check_greedy(
     return verdict
 
 
-def greedy_gaps(
-    name: str, prompt: list[int], output: list[int], damage: str | None
-) -> list[float]:
+def greedy_gaps(name: str, prompt: list[int], output: list[int], damage: str | None) -> list[float]:
     """How far each token of an output is below the reference's choice, in logits."""
     key = (name, tuple(prompt), tuple(output), "", damage)
     if key not in KNOWN_GAPS:

@@ -56,8 +56,8 @@ TINY_KV_MEMORY = 16 << 20
 def engine_of(part: int, model: str, **flags: Any) -> Any:
     """An engine of a part, kept for later tests that want the same.
 
-    Of tiny models the last sixteen are kept, of others the last two: one of the embedded model has
-    more than a gigabyte. Tests over all parts should therefore come part by part:
+    Of tiny models the last 96 are kept, of others the last one: of the embedded model it has more
+    than a gigabyte. Tests over all parts should therefore come part by part:
     `pytest.mark.parametrize("part", PARTS, scope="module")`.
     """
     return (tiny_engine if model.startswith("random:tiny-") else large_engine)(part, model, **flags)
@@ -77,7 +77,7 @@ def tiny_engine(part: int, model: str, **flags: Any) -> Any:
     return make_engine(part, model, **flags)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def large_engine(part: int, model: str, **flags: Any) -> Any:
     gc.collect()  # of those that are no longer kept
     return make_engine(part, model, **flags)
