@@ -39,7 +39,7 @@ serve: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check

@@ -1,5 +1,8 @@
-"""Settings for every test: quiet libraries, and hypothesis without deadlines on noisy machines."""
+"""Settings for every test: quiet libraries, hypothesis without deadlines on noisy machines, the order of
+files, and a collector of garbage that does not look at them again and again."""
 
+import functools
+import gc
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -8,13 +11,42 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 # step of 30 ms into one of seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import httpx._transports.default as httpx_transport
 import pytest
 from hypothesis import HealthCheck, settings
+
+# httpx reads a bundle of certificates for each call that brings no client of its own: 25 ms, and no
+# test asks a server by https.
+if hasattr(httpx_transport, "create_ssl_context"):
+    httpx_transport.create_ssl_context = functools.cache(httpx_transport.create_ssl_context)
 
 settings.register_profile(
     "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 settings.load_profile("house")
+
+
+# Files that take longest, the longest first: two workers that take whole files (`--dist loadfile
+# --no-loadscope-reorder`) then end at about the same time.
+LONGEST = (
+    "test_notebooks", "test_lifecycle", "test_contract", "test_openai_client",
+    "test_triton_kernels", "test_http_input", "test_part08", "test_schedules", "test_gpu_check",
+    "test_soak", "test_memory", "test_inspector_replay", "test_inspector", "test_inspector_engine",
+    "test_metrics", "test_bench_speculative", "test_bench", "test_cli", "test_bench_ladder",
+    "test_bench_prefix", "test_model_files_own", "test_part08_units", "test_kernels",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end. Without this each full collection, and some tests ask for
+    dozens, would take up to a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -390,6 +390,7 @@ def test_prefix_of_fake_parts(
 ) -> None:
     monkeypatch.setattr(prefix_variants, "run_job", run_here)
     flags = "prefix --variants 76 77:off 77:hash --quick --model random:tiny-llama --pairs 2"
+    flags += " --quick-limits"
     out = ["--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png")]
     assert main([*flags.split(), *out]) == 0
     result = load_result(tmp_path / "p.json")

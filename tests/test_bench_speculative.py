@@ -285,7 +285,7 @@ def test_speculative_of_fake_parts(
         return run_here(job)
 
     monkeypatch.setattr(speculative_variants, "run_job", run_job)
-    flags = "speculative --variants 76 77 77:ngram --batches 4 1 --pairs 2 --output-len 13"
+    flags = "speculative --variants 76 77 77:ngram --batches 4 1 --pairs 2 --output-len 13 --quick-limits"
     flags += " --model random:tiny-llama --set num_speculative_tokens=4"
     out = ["--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]
     assert main([*flags.split(), *out]) == 0
@@ -335,7 +335,7 @@ def test_other_tokens_are_told(fake_parts: None, monkeypatch: Any, tmp_path: Pat
         return answer
 
     monkeypatch.setattr(speculative_variants, "run_job", run_job)
-    flags = "speculative --variants 76 77 --batches 1 --pairs 5 --output-len 10"
+    flags = "speculative --variants 76 77 --batches 1 --pairs 5 --output-len 10 --quick-limits"
     flags += f" --workloads prose --model random:tiny-llama --json {tmp_path}/s.json"
     flags += f" --plot {tmp_path}/s.svg"
     assert main(flags.split()) == 0
@@ -353,6 +353,7 @@ def test_a_variant_that_fails(fake_parts: None, monkeypatch: Any, capsys: Any) -
 
     monkeypatch.setattr(speculative_variants, "run_job", run_job)
     flags = "speculative --variants 76 77:ngram --batches 2 --pairs 2 --model random:tiny-llama"
+    flags += " --quick-limits"
     assert main(flags.split()) == 1
     output, error = capsys.readouterr()
     assert "| copy | 2 | part 76 |" in output and "| part 77, ngram |" not in output

@@ -4,6 +4,7 @@ A traceback tells a user that the program is broken. What is wrong here is the c
 """
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -168,16 +169,42 @@ def test_help_lists_every_field(
             assert " ".join(field.metadata["help"].split())[:30] in " ".join(text.split()), flag
 
 
-def test_the_folders_name_and_the_packages(part: int, tmp_path: Path) -> None:
-    """`part01.server` from anywhere, `part01_simple_server.server` from the root: as processes."""
-    for module, folder in (
-        (f"part{part:02d}.server", tmp_path),
-        (f"{folder_of(part).name}.server", ROOT),
-    ):
-        command = [sys.executable, "-m", module, "--nosuchflag"]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-        assert (result.returncode, result.stdout) == (2, "")
-        check_one_line(result.stderr, module, "--nosuchflag")
+# Each (module, folder) of its standard input is started as `python -m module` starts it in that folder,
+# in a fork of one process that has imported what takes seconds.
+AS_MODULES = """
+import gc, json, os, runpy, sys
+import common.frontend, common.inspector, common.kernels, common.serving, torch
+
+gc.freeze()
+sys.path.remove("")
+for module, folder in json.load(sys.stdin):
+    print(json.dumps([module, folder]), file=sys.stderr, flush=True)
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        sys.argv = [module, "--nosuchflag"]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        raise SystemExit(0)
+    _, status = os.waitpid(child, 0)
+    print(json.dumps([module, os.waitstatus_to_exitcode(status)]), flush=True)
+"""
+
+
+def test_the_folders_name_and_the_packages(tmp_path: Path) -> None:
+    """`part01.server` from anywhere, `part01_simple_server.server` from the root."""
+    starts = [(f"part{part:02d}.server", str(tmp_path)) for part in PARTS]
+    starts += [(f"{folder_of(part).name}.server", str(ROOT)) for part in PARTS]
+    command = [sys.executable, "-c", AS_MODULES]
+    result = subprocess.run(
+        command, input=json.dumps(starts), capture_output=True, text=True, cwd=tmp_path
+    )
+    ends = [json.loads(line) for line in result.stdout.splitlines()]
+    assert ends == [[module, 2] for module, _ in starts], result.stderr
+    said = result.stderr.splitlines(keepends=True)
+    for start, begin, error in zip(starts, said[::2], said[1::2], strict=True):
+        assert json.loads(begin) == list(start)
+        check_one_line(error, start[0], "--nosuchflag")
 
 
 def test_the_folders_name_starts_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The parts that exist, and engines built from them: what the one suite over all parts runs on."""
 
+import gc
 import importlib
 import re
 from collections.abc import Callable
@@ -47,17 +48,39 @@ def distinct_files(name: str) -> list[int]:
 # until it reaches the engine.
 HTTP_PARTS = sorted({*distinct_files("server.py"), PARTS[-1]})
 
-KV_MEMORY = 256 << 20  # bytes, unless a test asks for other: many engines live at once
+# Bytes, unless a test asks for other: many engines live at once. The tiny models need little.
+KV_MEMORY = 256 << 20
+TINY_KV_MEMORY = 16 << 20
 
 
-@lru_cache(maxsize=16)
 def engine_of(part: int, model: str, **flags: Any) -> Any:
-    """An engine of a part, kept for later tests that want the same."""
+    """An engine of a part, kept for later tests that want the same.
+
+    Of tiny models the last 96 are kept, of others the last one: of the embedded model it has more
+    than a gigabyte. Tests over all parts should therefore come part by part:
+    `pytest.mark.parametrize("part", PARTS, scope="module")`.
+    """
+    return (tiny_engine if model.startswith("random:tiny-") else large_engine)(part, model, **flags)
+
+
+def make_engine(part: int, model: str, **flags: Any) -> Any:
     config_class = module_of(part, "config").EngineConfig
     has_cache = any(field.name == "kv_cache_memory" for field in fields(config_class))
     if has_cache and not flags.keys() & {"num_blocks", "kv_cache_memory"}:
-        flags["kv_cache_memory"] = KV_MEMORY
+        is_tiny = model.startswith("random:tiny-")
+        flags["kv_cache_memory"] = TINY_KV_MEMORY if is_tiny else KV_MEMORY
     return module_of(part, "engine").LLMEngine(config_class(model=model, **flags))
+
+
+@lru_cache(maxsize=96)
+def tiny_engine(part: int, model: str, **flags: Any) -> Any:
+    return make_engine(part, model, **flags)
+
+
+@lru_cache(maxsize=1)
+def large_engine(part: int, model: str, **flags: Any) -> Any:
+    gc.collect()  # of those that are no longer kept
+    return make_engine(part, model, **flags)
 
 
 def wrap_model(
