@@ -38,7 +38,7 @@ serve: $(VENV)/.base
 	$(BIN)/python -m $(PACKAGE).server $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m common.chapters check
+	$(BIN)/python -m common.chapters check --quiet
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: $(VENV)/.dev

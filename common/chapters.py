@@ -152,11 +152,13 @@ def print_stat(
 
 def command_check(arguments: argparse.Namespace, root: Path) -> int:
     errors, warnings = check(root)
-    for line in warnings:
+    for line in [] if arguments.quiet else warnings:
         print(f"warning: {line}")
     for line in errors:
         print(f"error: {line}")
-    print(f"{len(find_parts(root))} parts checked: {len(errors)} errors, {len(warnings)} warnings")
+    hint = " (shown without --quiet)" if arguments.quiet and warnings else ""
+    counts = f"{len(errors)} errors, {len(warnings)} warnings{hint}"
+    print(f"{len(find_parts(root))} parts checked: {counts}")
     return 1 if errors else 0
 
 
@@ -195,6 +197,7 @@ def build_parser() -> Parser:
     command = commands.add_parser("check", help="front matter, imports, tables, packaging, folders", description=(
         "Check what must hold along the chain. Exit status 1 on any error; tables whose results were measured on "
         "other code are warnings."))  # fmt: skip
+    command.add_argument("--quiet", action="store_true", help="count the warnings, show the errors")
     command.set_defaults(run=command_check)
 
     command = commands.add_parser(

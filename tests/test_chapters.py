@@ -499,6 +499,9 @@ def test_stale_tables_are_a_warning(chain: Path, capsys) -> None:
     out = capsys.readouterr().out
     assert "warning: part02_two/README.md: stale table: results/speed.json" in out
     assert f"part01 was {result['code']['part01']}, is {code_hash(1, chain)}" in out
+    assert main(["check", "--quiet"], root=chain) == 0
+    quiet = capsys.readouterr().out
+    assert "0 errors, 1 warnings" in quiet and "stale table" not in quiet
     for text in ("[]", "{", "{}", '{"code": []}'):
         path.write_text(text)
         assert main(["check"], root=chain) == 1
