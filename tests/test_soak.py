@@ -19,7 +19,7 @@ def test_a_short_soak(part: int) -> None:
     leak is seen by test_memory and by the script, which have the time."""
     flags = ("--model", "random:tiny-llama", "--max-waiting", "5000")
     with server_process(part, *flags, *SMALL) as server:
-        run = soak.soak(server.base_url, server.process.pid, seconds=12, load=0.9, seed=part)
+        run = soak.soak(server.base_url, server.process.pid, seconds=8, load=0.9, seed=part)
         result = asyncio.run(run)
     assert soak.complaints(result, growth=WARM_UP) == []
     assert result["done"]["left"] > 3 and result["done"]["whole"] > 10
