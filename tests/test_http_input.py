@@ -29,7 +29,14 @@ from common.checkpoint import resolve
 from common.guard import MAX_SIGNS
 from common.serving import ServerConfig
 from common.testing.http import INTERNALS, SECRET_PROMPT, check_error, raw_request, routes, send
-from common.testing.parts import HTTP_PARTS, PARTS, engine_of, module_of, wrap_model
+from common.testing.parts import (
+    HTTP_PARTS,
+    PARTS,
+    engine_of,
+    http_parts,
+    module_of,
+    wrap_model,
+)
 from common.testing.server import RunningServer, server_process, serving_thread
 from common.tokenizer import Tokenizer
 
@@ -46,7 +53,7 @@ VICTIM: dict[str, Any] = {
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module", params=HTTP_PARTS, ids=lambda part: f"part{part:02d}")
+@pytest.fixture(scope="module", params=http_parts(), ids=lambda part: f"part{part:02d}")
 def part(request: pytest.FixtureRequest) -> int:
     return request.param
 

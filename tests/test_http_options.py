@@ -14,6 +14,7 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from common import neutral
 from common.api import ApiError, ChatCompletionRequest
@@ -23,7 +24,7 @@ from common.output import OutputProcessor
 from common.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from common.serving import ServerConfig
 from common.testing.http import check_error
-from common.testing.oracle import reference_logits
+from common.testing.oracle import reference_logits, reference_model
 from common.testing.parts import HTTP_PARTS, PARTS, engine_of, module_of
 from common.testing.server import serving_thread
 
@@ -415,13 +416,15 @@ def test_fields_that_ask_for_something_are_refused(name: str, value: Any) -> Non
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model with sampling defaults of its own."""
-    source, folder = resolve(EMBEDDED), tmp_path_factory.mktemp("model")
-    for file in source.iterdir():
-        if file.suffix == ".safetensors":
-            (folder / file.name).hardlink_to(file)
-        else:
-            shutil.copy(file, folder)
+    """A tiny model with sampling defaults of its own."""
+    folder = tmp_path_factory.mktemp("model")
+    model = reference_model(TINY)
+    config = json.dumps(model.config.to_dict())
+    (folder / "config.json").write_text(config)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve(EMBEDDED) / file, folder)
     write_defaults(folder, temperature=0.0, top_k=7, repetition_penalty=1.05, do_sample=True)
     return folder
 
@@ -450,18 +453,19 @@ def test_defaults_that_no_request_could_ask_for_are_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("use", ["auto", "none"])
 def test_defaults_hold_where_a_request_says_nothing(folder: Path, use: str) -> None:
     """Greedy by default, so two answers are one; and what a request says goes first."""
-    flags = {"generation_config": use, "max_model_len": 512}
+    flags = {"generation_config": use}
     clients = client_of(PARTS[-1], str(folder), **flags)
     client = next(clients)
-    fields = {"prompt": "Once upon a time", "max_tokens": 16}
-    silent = {ask(client, **fields)["choices"][0]["text"] for _ in range(3)}
-    assert len(silent) == (1 if use == "auto" else 3)
-    loud = {ask(client, **fields, temperature=1.0, top_k=0)["choices"][0]["text"] for _ in range(3)}
-    assert len(loud) == 3
+    fields = {"prompt": PROMPT, "max_tokens": 16, "ignore_eos": True, "logprobs": 0}
+    answers = [ask(client, **fields)["choices"][0] for _ in range(3)]
+    assert len({str(tokens_of(choice)) for choice in answers}) == (1 if use == "auto" else 3)
+    fields |= {"temperature": 1.0, "top_k": 0}
+    answers = [ask(client, **fields)["choices"][0] for _ in range(3)]
+    assert len({str(tokens_of(choice)) for choice in answers}) == 3
     next(clients, None)
     engine = engine_of(PARTS[-1], str(folder), threads=1, **flags)
-    texts = {engine.generate("Once upon a time", progress=False)[0].text for _ in range(3)}
-    assert len(texts) == (1 if use == "auto" else 3)
+    found = {str(engine.generate(PROMPT, progress=False)[0].token_ids) for _ in range(3)}
+    assert len(found) == (1 if use == "auto" else 3)
 
 
 # Routes

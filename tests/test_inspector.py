@@ -25,7 +25,7 @@ from sse_starlette import EventSourceResponse
 
 from common import inspector
 from common.testing.browser import ENTER, ESCAPE, SHIFT, TAB, Page, chromium
-from common.testing.parts import HTTP_PARTS
+from common.testing.parts import http_parts
 from common.testing.server import running_server
 
 STATIC = inspector.STATIC
@@ -811,7 +811,7 @@ def test_an_answer_looks_the_same_however_it_was_cut(page: ChatPage) -> None:
 
 
 @browser
-@pytest.mark.parametrize("part", [part for part in HTTP_PARTS if part > 1])
+@pytest.mark.parametrize("part", http_parts(3, first=2))
 def test_the_real_server_talks_to_the_page(page: ChatPage, part: int) -> None:
     """A real model streams into the page, which counts what the server counts; Stop ends the work
     in the engine, as its trace shows."""

@@ -18,11 +18,10 @@ from common.testing.engine_page import (
     serving,
     static_batch,
 )
-from common.testing.parts import HTTP_PARTS
+from common.testing.parts import http_parts
 from common.testing.server import running_server, serving_thread
 from common.trace import Trace
 
-STREAMING = [part for part in HTTP_PARTS if part > 1]
 browser = pytest.mark.browser
 
 
@@ -389,7 +388,7 @@ def test_many_steps_make_few_pictures(serve: Callable[..., EnginePage]) -> None:
 
 
 @browser
-@pytest.mark.parametrize("part", STREAMING)
+@pytest.mark.parametrize("part", http_parts(3, first=2))
 def test_the_real_engine_is_watched_and_its_trace_replayed(
     driver: Any, tmp_path: Path, part: int
 ) -> None:

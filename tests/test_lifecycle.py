@@ -37,6 +37,7 @@ from common.testing.parts import (
     PARTS,
     certain_logits,
     engine_of,
+    http_parts,
     module_of,
     wrap_model,
 )
@@ -522,7 +523,7 @@ TEXT = "Grüße, 日本語 🙂🙃 und 👩‍👩‍👧‍👦 naïve café.\
 @pytest.mark.parametrize(
     "stop", [None, "STOP", "日本", "🙃", "語 🙂", "\n", ["nowhere", "café.\nS"], "G", "‍👧"]
 )
-@pytest.mark.parametrize("part", HTTP_PARTS)
+@pytest.mark.parametrize("part", http_parts(4))
 def test_text_is_the_same_streamed_and_whole(
     make_rig: Callable[..., Rig], part: int, stop: Any
 ) -> None:
@@ -619,7 +620,7 @@ def test_requests_leave_nothing(make_rig: Callable[..., Rig], part: int) -> None
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("part", HTTP_PARTS)
+@pytest.mark.parametrize("part", http_parts(4))
 def test_sigterm_lets_running_requests_finish(part: int) -> None:
     """Then the process ends with 0, and its port is free for the next one at once."""
     body = BASE | {"max_tokens": 400}

@@ -12,7 +12,7 @@ from common.testing.parts import PARTS
 from common.testing.server import server_process
 
 BATCHING = [part for part in PARTS if part > 3]
-FIRST, ALL = 200, 2000  # requests
+FIRST, ALL = 200, 1400  # requests
 CLIENTS = 16
 
 
@@ -56,7 +56,7 @@ async def send(url: str, count: int, seed: int) -> None:
     [*(pytest.param(part, marks=pytest.mark.long) for part in BATCHING[:-1]), BATCHING[-1]],
 )
 def test_memory_is_steady(part: int) -> None:
-    """2,000 requests: within 5% of the memory after the first 200, and no file left open."""
+    """1,400 requests: within 5% of the memory after the first 200, and no file left open."""
     pool = ["--num-blocks", "60", "--block-size", "4", "--max-num-seqs", "8"]
     with server_process(part, "--model", "random:tiny-llama", "--threads", "1", *pool) as server:
         pid = server.process.pid

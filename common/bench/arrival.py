@@ -137,7 +137,7 @@ def draw(tokens_of: dict[int, list[list[float]]], path: Path) -> None:
         axes.axvline(0, color="#7F7F7F", lw=1)
         axes.set_yticks([])
     panels[-1][0].set_xlabel("seconds since the long prompt came in")
-    figure.tight_layout()
+    figure.set_layout_engine("tight")
     figure.savefig(path, dpi=110)
 
 

@@ -49,6 +49,19 @@ def distinct_files(name: str) -> list[int]:
 HTTP_PARTS = sorted({*distinct_files("server.py"), PARTS[-1]})
 
 # Bytes, unless a test asks for other: many engines live at once. The tiny models need little.
+
+
+def http_parts(*more: int, first: int = 1) -> list[Any]:
+    """HTTP_PARTS from `first` on as pytest's parameters. In the short form run part 01, the first
+    that can stream, the latest, and `more`; the others in the long one: what these tests look at is
+    in common, and a part's server is a few lines."""
+    import pytest
+
+    parts = [part for part in HTTP_PARTS if part >= first]
+    short = {1, 2, parts[-1], *more}
+    return [pytest.param(part, marks=[] if part in short else pytest.mark.long) for part in parts]
+
+
 KV_MEMORY = 256 << 20
 TINY_KV_MEMORY = 16 << 20
 
