@@ -9,7 +9,7 @@ import operator
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -27,7 +27,8 @@ from pydantic import (
 )
 
 from common import neutral
-from common.output import Completion, Delta, TokenLogprobs
+from common.output import Completion, Delta, OutputProcessor, TokenLogprobs
+from common.requests import Request, fan_out
 from common.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, shown
 from common.tokenizer import Tokenizer
 
@@ -449,6 +450,10 @@ class TextOffsets:
         return begin
 
 
+# Completions side by side: (index, its output so far, what is new), as tokens are born.
+Completing = AsyncIterator[tuple[int, OutputProcessor, Delta]]
+
+
 @dataclass
 class Job:
     """One HTTP request, checked: what to run, and how to answer."""
@@ -472,6 +477,11 @@ class Job:
     @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.params.n
+
+    def requests(self) -> list[Request]:
+        """What an engine is asked for: a request for each choice, prompt by prompt."""
+        prompts = [(prompt, self.params) for prompt in self.prompts]
+        return fan_out(prompts, self.cache_salt, self.may_draft)
 
     def response(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The whole answer, for `to_json`: log probabilities are functions that make them.
@@ -566,6 +576,27 @@ class Job:
                 self._offsets[index] = self._new_offsets(index)
             logprobs = self._logprobs(delta.logprobs, self._offsets[index])
         return self._chunk(index, content, self._reason(delta.finish_reason), logprobs)
+
+    async def collect(self, stream: Completing) -> dict[str, Any]:
+        """The whole answer, when a stream of completions has ended. Raises ApiError."""
+        outputs: dict[int, OutputProcessor] = {}
+        async for index, output, _ in stream:
+            outputs[index] = output
+        return self.response([outputs[index].completion(index) for index in sorted(outputs)])
+
+    async def chunks(self, stream: Completing) -> AsyncIterator[dict[str, Any]]:
+        """A stream of completions in OpenAI's wire format. Raises ApiError."""
+        outputs: dict[int, OutputProcessor] = {}
+        for chunk in self.opening_chunks():
+            yield chunk
+        async for index, output, delta in stream:
+            outputs[index] = output
+            if delta.finish_reason == "error":
+                raise failure(delta.error)
+            if self.has_news(delta):
+                yield self.chunk(index, delta)
+        if self.include_usage:
+            yield self.usage_chunk([outputs[index] for index in sorted(outputs)])
 
     def usage_chunk(self, completions: Sequence[Any]) -> dict[str, Any]:
         """The chunk before the end of a stream that asked for usage."""

@@ -176,6 +176,25 @@ def context_length(config: Any, wanted: int | None = None) -> int:
     return wanted or limit
 
 
+def resolve_draft_model(name: str, max_model_len: int, vocab_size: int) -> Path:
+    """The folder of a smaller model that drafts for one with this context and vocabulary.
+
+    Raises ValueError unless it can.
+    """
+    folder = resolve(name)
+    config = load_config(folder)
+    try:
+        context_length(config, max_model_len)
+    except ValueError as error:
+        raise ValueError(f"draft_model cannot follow the model that far: {error}") from error
+    if config.vocab_size != vocab_size:
+        raise ValueError(
+            f"draft_model has a vocabulary of {config.vocab_size} tokens, the model one of"
+            f" {vocab_size}: its tokens would mean something else"
+        )
+    return folder
+
+
 def eos_token_ids(folder: Path, config: Any) -> frozenset[int]:
     """Every token that ends a sequence, from the config and from generation_config.json."""
     found: set[int] = set()

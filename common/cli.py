@@ -20,15 +20,19 @@ Config = TypeVar("Config")
 def option(
     default: Any,
     help: str,
-    *,
-    choices: Sequence[Any] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
+    *,
+    choices: Sequence[Any] | None = None,
     aliases: Sequence[str] = (),
+    needs: tuple[str, Sequence[Any]] | None = None,
+    excludes: str | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
-    `minimum` and `maximum` are inclusive. `aliases` are further flags, such as `--tp`.
+    `minimum` and `maximum` are inclusive. `aliases` are further flags, such as `--tp`. `needs` is
+    another field and the values of it without which this one would have no effect: giving it then
+    is an error. So is giving it together with the field that it `excludes`.
     """
     metadata = {
         "help": help,
@@ -36,6 +40,8 @@ def option(
         "minimum": minimum,
         "maximum": maximum,
         "aliases": tuple(aliases),
+        "needs": needs,
+        "excludes": excludes,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -74,6 +80,22 @@ def validate(config: Any) -> None:
             raise ValueError(f"{field.name} must be at least {minimum}, not {value!r}")
         if maximum is not None and value > maximum:
             raise ValueError(f"{field.name} must be at most {maximum}, not {value!r}")
+        check_other_fields(config, field, value)
+
+
+def check_other_fields(config: Any, field: dataclasses.Field[Any], value: Any) -> None:
+    """Raises ValueError where a field that is given needs another, or excludes it."""
+    if value == field.default:
+        return
+    other, values = field.metadata.get("needs") or (None, ())
+    if other is not None and getattr(config, other) not in values:
+        raise ValueError(
+            f"{field.name} is {value}: it needs {other} to be {' or '.join(map(str, values))},"
+            f" not {getattr(config, other)}"
+        )
+    other = field.metadata.get("excludes")
+    if other is not None and getattr(config, other) is not None:
+        raise ValueError(f"{field.name} and {other} are both given: one decides the other")
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:

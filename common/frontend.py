@@ -33,7 +33,7 @@ from common.api import (
 from common.exposition import make_registry, render
 from common.guard import ClientGone, Guard, split_list
 from common.metrics import EngineMetrics
-from common.prompts import check_prompt
+from common.requests import check_prompt
 from common.serving import ServerConfig
 from common.tokenize_routes import add_tokenize_routes
 from common.tokenizer import Tokenizer

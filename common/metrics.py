@@ -13,6 +13,7 @@ event loop. So nothing is locked, and a token costs about half a microsecond. `e
 them in Prometheus's format.
 """
 
+import itertools
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.output import Delta
-from common.sampling import SamplingParams
+from common.requests import Request
 from common.trace import StepRecord
 
 # fmt: off
@@ -216,18 +217,17 @@ class EngineMetrics:
         self._unscheduled: dict[str, _Request] = {}
         self._last_step = -1
 
-    def on_request(
-        self, request_ids: Sequence[str], prompts: Sequence[list[int]], params: SamplingParams
-    ) -> None:
-        """Requests are about to go to the engine: an id for each choice, prompt by prompt."""
+    def on_requests(self, requests: Sequence[Request]) -> None:
+        """Requests are about to go to the engine: all choices of a prompt one after the other."""
         now = time.perf_counter()
-        num_choices = len(request_ids) // len(prompts)
-        for index, token_ids in enumerate(prompts):
-            max_tokens = params.max_tokens or self.max_model_len - len(token_ids)
-            prompt = _Prompt(len(token_ids), max_tokens, num_choices)
-            for request_id in request_ids[index * num_choices : (index + 1) * num_choices]:
-                request = _Request(prompt, now)
-                self._requests[request_id] = self._unscheduled[request_id] = request
+        starts = [i for i, request in enumerate(requests) if request.choice == 0]
+        for start, end in itertools.pairwise([*starts, len(requests)]):
+            first = requests[start]
+            num_tokens = len(first.prompt_token_ids)
+            prompt = _Prompt(num_tokens, first.limit(self.max_model_len) - num_tokens, end - start)
+            for request in requests[start:end]:
+                entry = _Request(prompt, now)
+                self._requests[request.request_id] = self._unscheduled[request.request_id] = entry
 
     def on_step(self, record: StepRecord | None) -> None:
         """In the engine's thread, before a step's outputs are handed over: what the step ran."""

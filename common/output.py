@@ -7,8 +7,11 @@ finds stop strings even where they straddle tokens, and holds back what may yet 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
+from common.requests import Request
 from common.sampling import NO_TOKEN, SamplingParams
 from common.tokenizer import Tokenizer
 
@@ -46,6 +49,31 @@ class DraftCounts(NamedTuple):
 
 
 NO_DRAFTS = DraftCounts()
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step of an engine adds to a request.
+
+    token_ids: after them NO_TOKEN where no token could be drawn, with the reason `error`.
+    finish_reason: `stop`, `length`, `abort` or `error` on the last output of a request, else None.
+        With `stop` the last token ended the output.
+    prompt_logprobs: where asked for, of all tokens of the prompt but the first.
+    num_cached_tokens: how many of its prompt's tokens were not computed but found.
+    draft_counts: what became of its drafts so far. Of new tokens the drafts come first.
+    """
+
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    finish_reason: str | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+    draft_counts: DraftCounts = NO_DRAFTS
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
 
 @dataclass
@@ -118,35 +146,25 @@ class OutputProcessor:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def process(
-        self,
-        token_ids: list[int],
-        finish_reason: str | None = None,
-        logprobs: list[TokenLogprobs] | None = None,
-        num_cached_tokens: int = 0,
-        draft_counts: DraftCounts = NO_DRAFTS,
-        prompt_logprobs: list[TokenLogprobs] | None = None,
-    ) -> Delta:
+    def process(self, new: RequestOutput) -> Delta:
         """Take an engine's new tokens. Once finished, more tokens are dropped.
 
-        finish_reason: the engine's, when these are its last tokens. With `stop` the last token
-        ended the output: it counts, and its text is left out unless the request wants it. When a
-        stop string appears the completion finishes here and the caller aborts the request in the
-        engine. With `error` the last token may be NO_TOKEN, which says that no token could be drawn.
-        draft_counts: the engine's. Of new tokens those that stayed come first; what lies beyond a
-        stop string has not stayed.
-        prompt_logprobs: all of them, from the first token on. NaN among them is an error.
+        With `stop` the last token counts, and its text is left out unless the request wants it. When
+        a stop string appears the completion finishes here and the caller aborts the request in the
+        engine. Drafts that stayed beyond a stop string have not stayed. NaN among the scores of the
+        prompt is an error.
         """
         if self.finished:
             return Delta("", [])
-        if prompt_logprobs is not None and self.prompt_logprobs is None:
-            self.prompt_logprobs = prompt_logprobs
-            if any(math.isnan(item.logprob) for item in prompt_logprobs):
+        token_ids, finish_reason = new.token_ids, new.finish_reason
+        if new.prompt_logprobs is not None and self.prompt_logprobs is None:
+            self.prompt_logprobs = new.prompt_logprobs
+            if any(math.isnan(item.logprob) for item in new.prompt_logprobs):
                 token_ids, finish_reason = [NO_TOKEN], "error"
         if token_ids[-1:] == [NO_TOKEN]:
             token_ids, self.error = token_ids[:-1], NOT_FINITE
-        self.num_cached_tokens = num_cached_tokens
-        self.num_drafts, self.num_draft_tokens, num_accepted_tokens = draft_counts
+        self.num_cached_tokens = new.num_cached_tokens
+        self.num_drafts, self.num_draft_tokens, num_accepted_tokens = new.draft_counts
         text = ""
         taken = 0
         for i, token_id in enumerate(token_ids):
@@ -165,7 +183,7 @@ class OutputProcessor:
             if not self.finished:
                 text, self._held = text + self._held, ""
                 self.finish_reason = finish_reason
-        new_logprobs = (logprobs or [])[:taken] if self.params.logprobs is not None else []
+        new_logprobs = new.logprobs[:taken] if self.params.logprobs is not None else []
         self.logprobs += new_logprobs
         self._text.append(text)
         return Delta(text, token_ids[:taken], new_logprobs, self.finish_reason, self.error)
@@ -217,3 +235,34 @@ class OutputProcessor:
             prompt_logprobs=scores,
             error=self.error,
         )
+
+
+def run_to_completion(
+    engine: Any, requests: Sequence[Request], progress: bool = True
+) -> list[Completion]:
+    """What `generate` does once the requests are made: step an engine until all have ended.
+
+    progress: show a bar. Whatever happens, nothing is left behind in the engine. Raises ValueError
+    when it has requests already: their outputs would be lost.
+    """
+    if engine.has_unfinished():
+        raise ValueError("generate needs an engine that has no requests of add_request")
+    outputs: dict[str, OutputProcessor] = {}
+    for request in requests:
+        output = OutputProcessor(engine.tokenizer, request.params, request.prompt_token_ids)
+        outputs[request.request_id] = output
+    try:
+        for request in requests:
+            engine.add_request(request)
+        with tqdm(total=len(outputs), desc="Completions", disable=not progress) as bar:
+            while not all(output.finished for output in outputs.values()):
+                for new in engine.step():
+                    output = outputs[new.request_id]
+                    was_finished = output.finished
+                    output.process(new)
+                    if output.finished and not was_finished:
+                        engine.abort(new.request_id)  # ended by a stop string, perhaps
+                        bar.update()
+    finally:
+        engine.drop_requests()
+    return [output.completion(index) for index, output in enumerate(outputs.values())]

@@ -6,7 +6,7 @@ time. A position whose keys and values come out of a cache is not computed, so i
 score: requests that ask take nothing from the prefix cache.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ ROWS = 128  # positions whose logits are held at once
 class PromptScores:
     """Log probabilities of some tokens of a prompt, on the device that computed them."""
 
+    piece: "PromptPiece"
     logprobs: Tensor  # [num_tokens, 1 + num_top] float32: the token's own, then the most likely
     top_token_ids: Tensor  # [num_tokens, num_top] int64
     ranks: Tensor  # [num_tokens] int64: 1 for the most likely token
@@ -30,13 +31,28 @@ class PromptScores:
     def to(self, device: torch.device, non_blocking: bool = False) -> "PromptScores":
         """A copy on another device."""
         tensors = self.logprobs, self.top_token_ids, self.ranks
-        return PromptScores(*(x.to(device, non_blocking=non_blocking) for x in tensors))
+        return PromptScores(self.piece, *(x.to(device, non_blocking=non_blocking) for x in tensors))
+
+    def added_to(self, known: list[TokenLogprobs] | None) -> list[TokenLogprobs]:
+        """What is known of the prompt's tokens from the second on, with these scores behind it.
+
+        After a preemption the same tokens are scored again: those that are known stay.
+        """
+        known = known or []
+        columns = self.logprobs, self.top_token_ids, self.ranks
+        rows = zip(self.piece.token_ids, *(column.tolist() for column in columns), strict=True)
+        found = [
+            TokenLogprobs(token_id, own, tuple(zip(ids, top, strict=True)), rank)
+            for token_id, (own, *top), ids, rank in rows
+        ]
+        return known + found[1 + len(known) - self.piece.first :]
 
 
 @dataclass(frozen=True)
 class PromptPiece:
     """Tokens of one prompt that a batch can score: those after its positions in the batch."""
 
+    sequence: int  # which of the batch's sequences they belong to
     place: int  # in the batch, of the position before the first of them
     first: int  # where in the prompt the first of them is
     token_ids: list[int]
@@ -58,36 +74,31 @@ class PromptPiece:
                 total.isfinite(), torch.nan
             )  # infinite logits are no numbers either
             parts.append((scores, top_ids, rank))
-        return PromptScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-    def added(self, known: list[TokenLogprobs] | None, scores: PromptScores) -> list[TokenLogprobs]:
-        """What is known of the prompt's tokens from the second on, with these scores behind it.
-
-        After a preemption the same tokens are scored again: those that are known stay.
-        """
-        known = known or []
-        columns = scores.logprobs, scores.top_token_ids, scores.ranks
-        rows = zip(self.token_ids, *(column.tolist() for column in columns), strict=True)
-        found = [
-            TokenLogprobs(token_id, own, tuple(zip(ids, top, strict=True)), rank)
-            for token_id, (own, *top), ids, rank in rows
-        ]
-        return known + found[1 + len(known) - self.first :]
+        return PromptScores(self, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def prompt_pieces(
     sequences: Iterable[Any], starts: Iterable[int], counts: Iterable[int]
-) -> list[tuple[Any, PromptPiece]]:
-    """What a batch is to score, with the sequence that asked.
+) -> list[PromptPiece]:
+    """What a batch is to score.
 
     sequences: anything with `prompt_token_ids` and `params`, in the batch one after the other, each
     with so many tokens from its own start on.
     """
     pieces, place = [], 0
-    for sequence, start, count in zip(sequences, starts, counts, strict=True):
+    for i, (sequence, start, count) in enumerate(zip(sequences, starts, counts, strict=True)):
         num_top, prompt = sequence.params.prompt_logprobs, sequence.prompt_token_ids
         if num_top is not None and start + 1 < len(prompt):
             token_ids = prompt[start + 1 : start + count + 1]
-            pieces.append((sequence, PromptPiece(place, int(start) + 1, token_ids, num_top)))
+            pieces.append(PromptPiece(i, place, int(start) + 1, token_ids, num_top))
         place += int(count)
     return pieces
+
+
+def add_prompt_logprobs(sequences: Iterable[Any], scores: Sequence[PromptScores]) -> None:
+    """Give each sequence of a batch what was found about its prompt."""
+    if scores:
+        by_place = list(sequences)
+        for found in scores:
+            sequence = by_place[found.piece.sequence]
+            sequence.prompt_logprobs = found.added_to(sequence.prompt_logprobs)

@@ -364,11 +364,13 @@ class SamplingBatch:
         num_prompt_tokens: Sequence[int],
         outputs: Sequence[Sequence[int]],
         ending_token_ids: Sequence[Collection[int]] | None = None,
+        choices: Sequence[int] | None = None,
     ) -> "SamplingBatch":
         """One entry a row of logits, [batch, vocab], in each argument.
 
         outputs: the tokens a row has generated so far. They are counted only when some row has
-        penalties. ending_token_ids: those that end a row's output; none unless given.
+        penalties. ending_token_ids: those that end a row's output; none unless given. choices: which
+        of n completions each row is; the first unless given.
         """
         device, vocab = logits.device, logits.shape[1]
 
@@ -395,5 +397,6 @@ class SamplingBatch:
             positions=column(lengths, torch.int64),
             output_counts=counts,
             num_logprobs=[p.logprobs for p in params],
+            choices=None if choices is None else column(choices, torch.int64),
             biases=LogitBiases.build(biases, device),
         )

@@ -202,6 +202,12 @@ class Trace:
         """Note that a request ended."""
         self._next.finished[request_id] = reason
 
+    def outputs(self, outputs: Iterable[Any]) -> None:
+        """Note the requests that end with these `RequestOutput`s."""
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.finished(output.request_id, output.finish_reason)
+
     def device(self, step: int, begin: float, end: float) -> None:
         """Note when the device worked on a step that was launched before, in seconds."""
         self._next.device.append((step, begin, end))

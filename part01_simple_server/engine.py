@@ -13,9 +13,9 @@ from transformers import DynamicCache
 from common.checkpoint import context_length, eos_token_ids, load_transformers_model, resolve
 from common.device import resolve_device, usable_cores
 from common.generation_config import sampling_defaults
-from common.output import Completion, OutputProcessor
-from common.prompts import ParamsForPrompts, Prompts, prepare_prompts
-from common.sampling import NO_TOKEN, SamplingBatch, SamplingParams
+from common.output import Completion, OutputProcessor, RequestOutput
+from common.requests import ParamsForPrompts, Prompts, Request, make_requests
+from common.sampling import NO_TOKEN, SamplingBatch
 from common.tokenizer import Tokenizer
 from common.transformers_names import cache_argument
 
@@ -44,13 +44,14 @@ class LLMEngine:
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None, progress: bool = True
     ) -> list[Completion]:
         """Complete each prompt, text or token ids. Raises ValueError before any work is done."""
-        requests = prepare_prompts(self, prompts, sampling_params)
+        requests = make_requests(self, prompts, sampling_params)
         bar = tqdm(requests, desc="Completions", disable=not progress)
-        return [self.complete(*request).completion(index) for index, request in enumerate(bar)]
+        return [self.complete(request).completion(index) for index, request in enumerate(bar)]
 
     @torch.inference_mode()
-    def complete(self, prompt: list[int], params: SamplingParams) -> OutputProcessor:
+    def complete(self, request: Request) -> OutputProcessor:
         """Prefill, then decode until something ends the output."""
+        prompt, params = request.prompt_token_ids, request.params
         output = OutputProcessor(self.tokenizer, params, prompt)
         seed = self.seeds.getrandbits(64) if params.seed is None else params.seed
         endings = params.ending_token_ids(self.eos_token_ids)
@@ -58,7 +59,8 @@ class LLMEngine:
         while True:
             row = [params], [seed], [len(prompt)], [output.token_ids], [endings]
             [token_id], logprobs = sample(logits, SamplingBatch.build(logits, *row))
-            output.process([token_id], self.finish_reason(token_id, output), logprobs)
+            reason = self.finish_reason(request, [*output.token_ids, token_id])
+            output.process(RequestOutput(request.request_id, [token_id], logprobs, reason))
             if output.finished:
                 return output
             if not self.config.kv_cache:
@@ -81,12 +83,11 @@ class LLMEngine:
         output = self.model(input_ids, **kv_cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
-    def finish_reason(self, token_id: int, output: OutputProcessor) -> str | None:
-        """Why `output` ends with this new token: `stop`, `length` or `error`; None: it goes on."""
-        if token_id == NO_TOKEN:
+    def finish_reason(self, request: Request, token_ids: list[int]) -> str | None:
+        """Why output ends with its last token: `stop`, `length` or `error`; None: it goes on."""
+        if token_ids[-1] == NO_TOKEN:
             return "error"
-        if token_id in output.params.ending_token_ids(self.eos_token_ids):
+        if token_ids[-1] in request.params.ending_token_ids(self.eos_token_ids):
             return "stop"
-        num_tokens = len(output.token_ids) + 1
-        at_limit = output.num_prompt_tokens + num_tokens >= self.max_model_len
-        return "length" if at_limit or num_tokens == output.params.max_tokens else None
+        num_tokens = len(request.prompt_token_ids) + len(token_ids)
+        return "length" if num_tokens == request.limit(self.max_model_len) else None

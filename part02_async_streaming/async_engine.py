@@ -8,7 +8,6 @@ requests when it is dropped, and so a client that goes away costs at most one mo
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import queue
 import sys
@@ -19,11 +18,10 @@ from typing import Any
 
 import torch
 
-from common.output import Delta, OutputProcessor
-from common.sampling import SamplingParams
+from common.output import Delta, OutputProcessor, RequestOutput
+from common.requests import Request
 
 from .engine import LLMEngine
-from .sequence import RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +30,6 @@ logger = logging.getLogger(__name__)
 # longer. The same holds for the event loop beside any thread that is busy in Python.
 SWITCH_INTERVAL = 0.0002  # seconds
 JOIN_SECONDS = 20.0  # for a step to end; one that hangs must not keep the process alive
-
-
-@dataclass(frozen=True)
-class AddRequest:
-    request_id: str
-    prompt_token_ids: list[int]
-    sampling_params: SamplingParams
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,6 @@ class AsyncEngine:
         self.streams: dict[str, tuple[int, asyncio.Queue[tuple[int, RequestOutput]]]] = {}
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.stopped = False
-        self._ids = itertools.count()
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -80,32 +70,32 @@ class AsyncEngine:
         return "the engine has stopped" if self.stopped else None
 
     async def generate(
-        self, prompts: list[list[int]], params: SamplingParams
+        self, requests: list[Request]
     ) -> AsyncIterator[tuple[int, OutputProcessor, Delta]]:
-        """Complete prompts side by side; yields (index of the prompt, its output so far, what is
-        new) as tokens are born.
+        """Run requests side by side; yields (index of the request, its output so far, what is new)
+        as tokens are born.
 
         Dropping the iterator aborts what is unfinished.
         """
         inbox: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
-        outputs = [OutputProcessor(self.engine.tokenizer, params, p) for p in prompts]
-        request_ids = [f"request-{next(self._ids)}" for _ in prompts]
+        tokenizer = self.engine.tokenizer
+        outputs = [OutputProcessor(tokenizer, r.params, r.prompt_token_ids) for r in requests]
         try:
-            for index, (request_id, prompt) in enumerate(zip(request_ids, prompts, strict=True)):
-                self.streams[request_id] = (index, inbox)
-                self.inbox.put(AddRequest(request_id, prompt, params))
+            for index, request in enumerate(requests):
+                self.streams[request.request_id] = (index, inbox)
+                self.inbox.put(request)
             if self.problem():
                 self._fail_streams()
             while not all(output.finished for output in outputs):
                 index, new = await inbox.get()
                 output = outputs[index]
-                delta = output.process(new.token_ids, new.finish_reason, new.logprobs)
+                delta = output.process(new)
                 if output.finished:
-                    self._close(request_ids[index], abort=not new.finished)
+                    self._close(new.request_id, abort=not new.finished)
                 yield index, output, delta
         finally:
-            for request_id in request_ids:
-                self._close(request_id, abort=True)
+            for request in requests:
+                self._close(request.request_id, abort=True)
 
     def _close(self, request_id: str, abort: bool) -> None:
         """Forget a request; abort it in the engine if it is still under way there."""
@@ -122,7 +112,7 @@ class AsyncEngine:
 
     def _fail_streams(self) -> None:
         """On the event loop: the engine is gone; every stream ends with `error`."""
-        self._deliver([RequestOutput(id, [], finish_reason="error") for id in self.streams])
+        self._deliver([RequestOutput(id, finish_reason="error") for id in self.streams])
 
     def _run(self) -> None:
         """The engine's thread: take what is in the inbox, wait when idle, step."""
@@ -151,17 +141,15 @@ class AsyncEngine:
                 messages.append(self.inbox.get_nowait())
         return messages
 
-    def _handle(self, message: AddRequest | AbortRequest) -> None:
+    def _handle(self, message: Request | AbortRequest) -> None:
         if isinstance(message, AbortRequest):
             self.engine.abort(message.request_id)
             return
         try:
-            self.engine.add_request(
-                message.request_id, message.prompt_token_ids, message.sampling_params
-            )
+            self.engine.add_request(message)
         except Exception:
             logger.exception("request %s was not taken", message.request_id)
-            failed = RequestOutput(message.request_id, [], finish_reason="error")
+            failed = RequestOutput(message.request_id, finish_reason="error")
             self.loop.call_soon_threadsafe(self._deliver, [failed])
 
     def _step(self) -> list[RequestOutput]:

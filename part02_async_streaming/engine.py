@@ -11,22 +11,21 @@ from collections import deque
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from common.checkpoint import context_length, eos_token_ids, load_transformers_model, resolve
 from common.device import resolve_device, usable_cores
 from common.generation_config import sampling_defaults
-from common.output import Completion, OutputProcessor, TokenLogprobs
-from common.prompts import ParamsForPrompts, Prompts, check_prompt, prepare_prompts
-from common.sampling import NO_TOKEN, SamplingBatch, SamplingParams
+from common.output import Completion, RequestOutput, TokenLogprobs, run_to_completion
+from common.requests import ParamsForPrompts, Prompts, Request, check_request, make_requests
+from common.sampling import NO_TOKEN, SamplingBatch
 from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
 from common.transformers_names import cache_argument
 
 from .config import EngineConfig
 from .sampler import sample
-from .sequence import RequestOutput, Sequence
+from .sequence import Sequence
 
 
 class LLMEngine:
@@ -45,75 +44,53 @@ class LLMEngine:
         self.vocab_size = self.model.config.vocab_size
         self.max_model_len = context_length(self.model.config, config.max_model_len)
         self.seeds = random.Random(config.seed)  # for requests that bring none
+        self.sequences: dict[str, Sequence] = {}  # by request id, until they finish
+        self.outbox: list[RequestOutput] = []  # what the next step returns
         self.waiting: deque[Sequence] = deque()
         self.running: Sequence | None = None
-        self.aborted: list[RequestOutput] = []  # last outputs that the next step returns
         self.trace = Trace()
 
     def generate(
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None, progress: bool = True
     ) -> list[Completion]:
         """Complete each prompt, text or token ids. Raises ValueError before any work is done."""
-        requests = prepare_prompts(self, prompts, sampling_params)
-        if self.has_unfinished():
-            raise ValueError("generate needs an engine that has no requests of add_request")
-        outputs: dict[str, OutputProcessor] = {}
-        for prompt, params in requests:
-            request_id = f"generate-{len(outputs)}"
-            outputs[request_id] = OutputProcessor(self.tokenizer, params, prompt)
-            self.add_request(request_id, prompt, params)
-        try:
-            with tqdm(total=len(requests), desc="Completions", disable=not progress) as bar:
-                while not all(output.finished for output in outputs.values()):
-                    for step_output in self.step():
-                        output = outputs[step_output.request_id]
-                        was_finished = output.finished
-                        output.process(
-                            step_output.token_ids, step_output.finish_reason, step_output.logprobs
-                        )
-                        if output.finished and not was_finished:
-                            self.abort(step_output.request_id)  # ended by a stop string, perhaps
-                            bar.update()
-        finally:
-            for request_id in outputs:
-                self.abort(request_id)
-            self.aborted.clear()
-        return [output.completion(index) for index, output in enumerate(outputs.values())]
+        requests = make_requests(self, prompts, sampling_params)
+        return run_to_completion(self, requests, progress)
 
-    def add_request(
-        self, request_id: str, prompt_token_ids: list[int], sampling_params: SamplingParams
-    ) -> None:
+    def add_request(self, request: Request) -> None:
         """Put a request at the end of the queue. Raises ValueError when it cannot be run."""
-        if any(sequence.request_id == request_id for sequence in self.unfinished()):
-            raise ValueError(f"request_id {request_id!r} is in use")
-        check_prompt(prompt_token_ids, sampling_params, self.max_model_len, self.vocab_size)
-        seed = sampling_params.seed
-        seed = self.seeds.getrandbits(64) if seed is None else seed
-        endings = sampling_params.ending_token_ids(self.eos_token_ids)
-        self.trace.arrived(request_id, len(prompt_token_ids))
-        self.waiting.append(Sequence(request_id, prompt_token_ids, sampling_params, seed, endings))
+        if request.request_id in self.sequences:
+            raise ValueError(f"request_id {request.request_id!r} is in use")
+        check_request(request, self.max_model_len, self.vocab_size, prompt_logprobs=False)
+        seed = request.params.seed
+        sequence = Sequence(
+            request,
+            seed=self.seeds.getrandbits(64) if seed is None else seed,
+            ending_token_ids=request.params.ending_token_ids(self.eos_token_ids),
+            limit=request.limit(self.max_model_len),
+        )
+        self.sequences[request.request_id] = sequence
+        self.waiting.append(sequence)
+        self.trace.arrived(request.request_id, sequence.num_tokens)
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """End a request; the next step returns its last output. Unknown ids are finished ones."""
-        for sequence in self.unfinished():
-            if sequence.request_id == request_id:
-                self.remove(sequence)
-                self.aborted.append(RequestOutput(request_id, [], finish_reason=reason))
+        if request_id in self.sequences:
+            sequence = self.sequences[request_id]
+            self.finish(sequence)
+            self.emit(sequence, [], [], reason)
 
     def step(self) -> list[RequestOutput]:
         """Run the first request for one token. Returns what is new, at times nothing."""
-        outputs = []
         with self.trace.step():
             sequence = self.schedule()
             if sequence is not None:
                 token_ids = self.prepare(sequence)
                 logits = self.forward(sequence, token_ids)
                 token_id, logprobs = self.sample(sequence, logits)
-                outputs.append(self.postprocess(sequence, token_id, logprobs))
-            outputs, self.aborted = [*self.aborted, *outputs], []
-            for output in outputs:
-                if output.finish_reason is not None:
-                    self.trace.finished(output.request_id, output.finish_reason)
+                self.postprocess(sequence, token_id, logprobs)
+            outputs, self.outbox = self.outbox, []
+            self.trace.outputs(outputs)
         return outputs
 
     @phase
@@ -177,13 +154,30 @@ class LLMEngine:
     @phase
     def postprocess(
         self, sequence: Sequence, token_id: int, logprobs: list[TokenLogprobs | None]
-    ) -> RequestOutput:
+    ) -> None:
         """Append the token; let the sequence go when it ends with it."""
         sequence.output_token_ids.append(token_id)
         reason = self.finish_reason(sequence)
         if reason is not None:
-            self.remove(sequence)
-        return RequestOutput(sequence.request_id, [token_id], logprobs, finish_reason=reason)
+            self.finish(sequence)
+        self.emit(sequence, [token_id], logprobs, reason)
+
+    def emit(
+        self,
+        sequence: Sequence,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs | None],
+        finish_reason: str | None,
+    ) -> None:
+        """Put what is new of a sequence into the outbox."""
+        self.outbox.append(
+            RequestOutput(
+                sequence.request_id,
+                token_ids,
+                logprobs,
+                finish_reason,
+            )
+        )
 
     def finish_reason(self, sequence: Sequence) -> str | None:
         """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""
@@ -192,20 +186,16 @@ class LLMEngine:
             return "error"
         if token_id in sequence.ending_token_ids:
             return "stop"
-        at_limit = sequence.num_tokens >= self.max_model_len
-        is_last = len(sequence.output_token_ids) == sequence.params.max_tokens
-        return "length" if at_limit or is_last else None
+        return "length" if sequence.num_tokens == sequence.limit else None
 
-    def unfinished(self) -> list[Sequence]:
-        return [*([self.running] if self.running else []), *self.waiting]
-
-    def remove(self, sequence: Sequence) -> None:
+    def finish(self, sequence: Sequence) -> None:
         """Forget a sequence and its KV cache."""
         if sequence is self.running:
             self.running = None
         else:
             self.waiting.remove(sequence)
         sequence.cache = None
+        del self.sequences[sequence.request_id]
 
     def fail_step(self) -> None:
         """After an exception in `step`: end the sequence it ran with `error`. The engine goes on."""
@@ -214,7 +204,7 @@ class LLMEngine:
 
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do or to return."""
-        return self.running is not None or bool(self.waiting) or bool(self.aborted)
+        return bool(self.sequences) or bool(self.outbox)
 
     def stats(self) -> dict[str, Any]:
         """Counts, and what is held in memory, in bytes."""
@@ -230,8 +220,10 @@ class LLMEngine:
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps."""
-        ids = [sequence.request_id for sequence in self.unfinished()]
-        assert len(ids) == len(set(ids)), f"a request is queued twice: {ids}"
+        known = [*([self.running] if self.running else []), *self.waiting]
+        assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
+        for sequence in known:
+            assert self.sequences[sequence.request_id] is sequence, sequence.request_id
         for sequence in self.waiting:
             assert sequence.cache is None, f"{sequence.request_id} waits and has a cache"
         if self.running is not None and self.running.cache is not None:
@@ -239,8 +231,12 @@ class LLMEngine:
             total = self.running.num_tokens
             assert cached == total - 1, f"{cached} tokens cached of {total}, not all but the last"
 
+    def drop_requests(self) -> None:
+        """End every request, and what the next step would return."""
+        for request_id in list(self.sequences):
+            self.abort(request_id)
+        self.outbox.clear()
+
     def shutdown(self) -> None:
         """Drop every request. The engine is not to be used after."""
-        self.waiting.clear()
-        self.running = None
-        self.aborted.clear()
+        self.drop_requests()

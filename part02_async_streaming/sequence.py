@@ -1,46 +1,40 @@
-"""A request as the engine sees it, and what a step says about it. Tokens only: text is not here."""
+"""A request as the engine sees it: tokens and progress. Text is not here."""
 
 from dataclasses import dataclass, field
 
 from transformers import DynamicCache
 
-from common.output import TokenLogprobs
+from common.requests import Request
 from common.sampling import SamplingParams
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One request's tokens and progress."""
 
-    # set by the request
-    request_id: str
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    seed: int
-    ending_token_ids: frozenset[int] = frozenset()  # each of them ends the output
+    # set when it is added
+    request: Request
+    seed: int  # the request's, or a random one
+    ending_token_ids: frozenset[int]  # each of them ends the output
+    limit: int  # tokens that it may have, prompt and output together
 
     # set by the engine, step by step
     output_token_ids: list[int] = field(default_factory=list)
     cache: DynamicCache | None = None  # keys and values; None before the prefill
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """What one step adds to a request.
-
-    token_ids: after them NO_TOKEN where no token could be drawn, with the reason `error`.
-    finish_reason: `stop`, `length`, `abort` or `error` on the last output of a request, else None.
-    """
-
-    request_id: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
+    def request_id(self) -> str:
+        return self.request.request_id
 
     @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
+    def prompt_token_ids(self) -> list[int]:
+        return self.request.prompt_token_ids
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)

@@ -12,19 +12,18 @@ from collections import deque
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from common.checkpoint import eos_token_ids, load_config, resolve
 from common.generation_config import sampling_defaults
-from common.output import Completion, OutputProcessor, TokenLogprobs
-from common.prompts import ParamsForPrompts, Prompts, check_prompt, prepare_prompts
-from common.sampling import NO_TOKEN, SamplingParams
+from common.output import Completion, RequestOutput, TokenLogprobs, run_to_completion
+from common.requests import ParamsForPrompts, Prompts, Request, check_request, make_requests
+from common.sampling import NO_TOKEN
 from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
 
 from .config import EngineConfig
 from .model_runner import Batch, ModelRunner
-from .sequence import RequestOutput, Sequence
+from .sequence import Sequence
 
 
 class LLMEngine:
@@ -41,81 +40,53 @@ class LLMEngine:
         self.vocab_size = self.runner.model.config.vocab_size
         self.kv, self.max_model_len = self.runner.kv, self.runner.max_model_len
         self.seeds = random.Random(config.seed)  # for requests that bring none
+        self.sequences: dict[str, Sequence] = {}  # by request id, until they finish
+        self.outbox: list[RequestOutput] = []  # what the next step returns
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the batch, with those of it that have finished
-        self.aborted: list[RequestOutput] = []  # last outputs that the next step returns
         self.trace = Trace(num_blocks=self.kv.num_blocks, block_size=self.kv.block_size)
 
     def generate(
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None, progress: bool = True
     ) -> list[Completion]:
         """Complete each prompt, text or token ids. Raises ValueError before any work is done."""
-        requests = prepare_prompts(self, prompts, sampling_params)
-        if self.has_unfinished():
-            raise ValueError("generate needs an engine that has no requests of add_request")
-        outputs: dict[str, OutputProcessor] = {}
-        for prompt, params in requests:
-            request_id = f"generate-{len(outputs)}"
-            outputs[request_id] = OutputProcessor(self.tokenizer, params, prompt)
-            self.add_request(request_id, prompt, params)
-        try:
-            with tqdm(total=len(requests), desc="Completions", disable=not progress) as bar:
-                while not all(output.finished for output in outputs.values()):
-                    for step_output in self.step():
-                        output = outputs[step_output.request_id]
-                        was_finished = output.finished
-                        output.process(
-                            step_output.token_ids, step_output.finish_reason, step_output.logprobs
-                        )
-                        if output.finished and not was_finished:
-                            self.abort(step_output.request_id)  # ended by a stop string, perhaps
-                            bar.update()
-        finally:
-            for request_id in outputs:
-                self.abort(request_id)
-            self.aborted.clear()
-        return [output.completion(index) for index, output in enumerate(outputs.values())]
+        requests = make_requests(self, prompts, sampling_params)
+        return run_to_completion(self, requests, progress)
 
-    def add_request(
-        self, request_id: str, prompt_token_ids: list[int], sampling_params: SamplingParams
-    ) -> None:
+    def add_request(self, request: Request) -> None:
         """Put a request at the end of the queue. Raises ValueError when it cannot be run."""
-        if any(sequence.request_id == request_id for sequence in self.unfinished()):
-            raise ValueError(f"request_id {request_id!r} is in use")
-        check_prompt(prompt_token_ids, sampling_params, self.max_model_len, self.vocab_size)
-        seed = sampling_params.seed
-        seed = self.seeds.getrandbits(64) if seed is None else seed
-        endings = sampling_params.ending_token_ids(self.eos_token_ids)
-        self.trace.arrived(request_id, len(prompt_token_ids))
-        self.waiting.append(Sequence(request_id, prompt_token_ids, sampling_params, seed, endings))
-
-    def blocks_needed(self, sequence: Sequence) -> int:
-        """Blocks that hold a sequence to its very end."""
-        limit = self.max_model_len - len(sequence.prompt_token_ids)
-        longest = sequence.params.max_tokens or limit
-        return self.kv.blocks_for(len(sequence.prompt_token_ids) + min(longest, limit))
+        if request.request_id in self.sequences:
+            raise ValueError(f"request_id {request.request_id!r} is in use")
+        check_request(request, self.max_model_len, self.vocab_size, prompt_logprobs=False)
+        seed = request.params.seed
+        sequence = Sequence(
+            request,
+            seed=self.seeds.getrandbits(64) if seed is None else seed,
+            ending_token_ids=request.params.ending_token_ids(self.eos_token_ids),
+            limit=request.limit(self.max_model_len),
+        )
+        self.sequences[request.request_id] = sequence
+        self.waiting.append(sequence)
+        self.trace.arrived(request.request_id, sequence.num_tokens)
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """End a request; the next step returns its last output. Unknown ids are finished ones."""
-        for sequence in self.unfinished():
-            if sequence.request_id == request_id:
-                self.finish(sequence, reason)
-                self.aborted.append(RequestOutput(request_id, [], finish_reason=reason))
+        if request_id in self.sequences:
+            sequence = self.sequences[request_id]
+            self.finish(sequence)
+            self.emit(sequence, [], [], reason)
 
     def step(self) -> list[RequestOutput]:
         """Run the batch for one token each. Returns what is new, at times nothing."""
-        outputs = []
         with self.trace.step():
             scheduled = self.schedule()
             if scheduled:
                 batch = self.prepare(scheduled)
                 logits = self.forward(batch)
                 token_ids, logprobs = self.sample(scheduled, logits)
-                outputs += self.postprocess(scheduled, token_ids, logprobs)
-            outputs, self.aborted = [*self.aborted, *outputs], []
-            for output in outputs:
-                if output.finish_reason is not None:
-                    self.trace.finished(output.request_id, output.finish_reason)
+                self.postprocess(scheduled, token_ids, logprobs)
+            outputs, self.outbox = self.outbox, []
+            self.trace.outputs(outputs)
         return outputs
 
     @phase
@@ -123,27 +94,23 @@ class LLMEngine:
         """The sequences to run, each with its number of new tokens.
 
         A new batch is formed when the last one is done: from the head of the queue, as many as
-        there are blocks for.
+        there are blocks for, each to its very end.
         """
         while not self.running and self.waiting:
             while self.waiting and len(self.running) < self.config.max_num_seqs:
-                needed = self.blocks_needed(self.waiting[0])
+                needed = self.kv.blocks_for(self.waiting[0].limit)
                 if not self.kv.pool.can_allocate(needed):
                     break
                 sequence = self.waiting.popleft()
                 sequence.block_table = self.kv.pool.allocate(needed)
                 self.trace.allocated(sequence.request_id, sequence.block_table)
                 self.running.append(sequence)
-        # A finished sequence computes one token again and again: what a static batch wastes.
-        return {
-            sequence: sequence.num_tokens - sequence.num_computed_tokens
-            if sequence.finish_reason is None
-            else 1
-            for sequence in self.running
-        }
+        # A finished sequence computes its last token again and again: what a static batch wastes.
+        return {s: s.num_tokens - s.num_computed_tokens for s in self.running}
 
     @phase
     def prepare(self, scheduled: dict[Sequence, int]) -> Batch:
+        """The step's input, as tensors."""
         for sequence, count in scheduled.items():
             self.trace.scheduled(sequence.request_id, count)
         return self.runner.prepare(scheduled)
@@ -166,21 +133,38 @@ class LLMEngine:
         scheduled: dict[Sequence, int],
         token_ids: list[int],
         logprobs: list[TokenLogprobs | None],
-    ) -> list[RequestOutput]:
-        """Append the tokens; end the sequences that end with theirs."""
-        outputs = []
+    ) -> None:
+        """Append the tokens; let the sequences go that end with theirs."""
         for sequence, token_id, logprob in zip(scheduled, token_ids, logprobs, strict=True):
-            if sequence.finish_reason is not None:
+            if not self.is_alive(sequence):
                 continue
             sequence.num_computed_tokens = sequence.num_tokens
             sequence.output_token_ids.append(token_id)
             reason = self.finish_reason(sequence)
-            outputs.append(
-                RequestOutput(sequence.request_id, [token_id], [logprob], finish_reason=reason)
-            )
             if reason is not None:
-                self.finish(sequence, reason)
-        return outputs
+                self.finish(sequence)
+            self.emit(sequence, [token_id], [logprob], reason)
+
+    def is_alive(self, sequence: Sequence) -> bool:
+        """Whether it has not ended; its id may be another request's by now."""
+        return self.sequences.get(sequence.request_id) is sequence
+
+    def emit(
+        self,
+        sequence: Sequence,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs | None],
+        finish_reason: str | None,
+    ) -> None:
+        """Put what is new of a sequence into the outbox."""
+        self.outbox.append(
+            RequestOutput(
+                sequence.request_id,
+                token_ids,
+                logprobs,
+                finish_reason,
+            )
+        )
 
     def finish_reason(self, sequence: Sequence) -> str | None:
         """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""
@@ -189,19 +173,14 @@ class LLMEngine:
             return "error"
         if token_id in sequence.ending_token_ids:
             return "stop"
-        at_limit = sequence.num_tokens >= self.max_model_len
-        is_last = len(sequence.output_token_ids) == sequence.params.max_tokens
-        return "length" if at_limit or is_last else None
+        return "length" if sequence.num_tokens == sequence.limit else None
 
-    def unfinished(self) -> list[Sequence]:
-        return [*(s for s in self.running if s.finish_reason is None), *self.waiting]
-
-    def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a sequence. The batch keeps its blocks until all of it has finished."""
-        sequence.finish_reason = reason
+    def finish(self, sequence: Sequence) -> None:
+        """Forget a sequence. Its batch keeps its blocks until all of it has finished."""
+        del self.sequences[sequence.request_id]
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        if all(other.finish_reason is not None for other in self.running):
+        elif not any(self.is_alive(other) for other in self.running):
             for other in self.running:
                 self.kv.pool.free(other.block_table)
                 self.trace.freed(other.request_id, other.block_table)
@@ -209,29 +188,30 @@ class LLMEngine:
 
     def fail_step(self) -> None:
         """After an exception in `step`: end the batch it ran with `error`. The engine goes on."""
-        for sequence in list(self.running):
+        for sequence in [s for s in self.running if self.is_alive(s)]:
             self.abort(sequence.request_id, "error")
 
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do or to return."""
-        return bool(self.running) or bool(self.waiting) or bool(self.aborted)
+        return bool(self.sequences) or bool(self.outbox)
 
     def stats(self) -> dict[str, Any]:
         """Counts, and what is held in memory, in bytes."""
-        used = self.kv.num_blocks - self.kv.pool.num_free
         return {
             "num_running": len(self.running),
             "num_waiting": len(self.waiting),
             "weight_bytes": self.runner.model.num_bytes,
             "kv_cache_bytes": self.kv.data.nbytes,
             "num_blocks": self.kv.num_blocks,
-            "num_used_blocks": used,
+            "num_used_blocks": self.kv.num_blocks - self.kv.pool.num_free,
         }
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps."""
-        ids = [sequence.request_id for sequence in self.unfinished()]
-        assert len(ids) == len(set(ids)), f"a request is queued twice: {ids}"
+        known = [*(s for s in self.running if self.is_alive(s)), *self.waiting]
+        assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
+        for sequence in known:
+            assert self.sequences[sequence.request_id] is sequence, sequence.request_id
         for sequence in self.waiting:
             assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
         for sequence in self.running:
@@ -239,8 +219,12 @@ class LLMEngine:
             assert sequence.num_computed_tokens <= room, f"{sequence.request_id} outgrew its blocks"
         self.kv.pool.check_integrity([sequence.block_table for sequence in self.running])
 
+    def drop_requests(self) -> None:
+        """End every request, and what the next step would return."""
+        for request_id in list(self.sequences):
+            self.abort(request_id)
+        self.outbox.clear()
+
     def shutdown(self) -> None:
         """Drop every request. The engine is not to be used after."""
-        for sequence in [*self.running, *self.waiting]:
-            self.abort(sequence.request_id)
-        self.aborted.clear()
+        self.drop_requests()

@@ -6,19 +6,12 @@ operating system (Kwon et al., "Efficient Memory Management for Large Language M
 PagedAttention", SOSP 2023). What is wasted is at most the rest of each sequence's last block.
 """
 
-import os
-import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 
-from .config import EngineConfig
-from .model import ModelConfig
-
-GIB = 1 << 30
-CPU_LIMIT = 2 * GIB  # of the KV cache on a CPU, unless --kv-cache-memory says otherwise
-CPU_SHARE = 0.25  # of the memory that is free
+from common.architecture import ModelConfig
+from common.kv_memory import allocate_kv
 
 
 class BlockPool:
@@ -82,82 +75,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocate the cache and write every page of it once. Raises ValueError."""
+        """Allocate the cache. Raises ValueError."""
         self.num_blocks, self.block_size = num_blocks, block_size
-        shape = (num_blocks, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
-        try:
-            self.data = torch.empty(shape, dtype=dtype, device=device).zero_()
-        except RuntimeError as error:
-            total = torch.Size(shape).numel() * dtype.itemsize / GIB
-            raise ValueError(
-                f"num_blocks is {num_blocks}: no memory for {total:.1f} GiB"
-            ) from error
+        self.data = allocate_kv(model, num_blocks, block_size, dtype, device)
         self.pool = BlockPool(num_blocks)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
-
-
-def choose_num_blocks(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> int:
-    """How many blocks the cache should have: what was asked for, or what memory and need allow.
-
-    Raises ValueError.
-    """
-    if config.num_blocks is not None and config.kv_cache_memory is not None:
-        raise ValueError("num_blocks and kv_cache_memory are both given: one decides the other")
-    if config.num_blocks is not None:
-        return config.num_blocks
-    token_bytes = model.num_layers * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
-    block_bytes = config.block_size * token_bytes
-    memory = config.kv_cache_memory
-    if memory is None and device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading the weights has left over
-        free, total = torch.cuda.mem_get_info(device)
-        memory = int(free - (1 - config.gpu_memory_utilization) * total)
-    elif memory is None:
-        memory = min(CPU_LIMIT, int(CPU_SHARE * free_memory()))
-    if memory < block_bytes:
-        raise ValueError(
-            f"{memory} bytes are there for the KV cache, and a block of {config.block_size} tokens"
-            f" takes {block_bytes}: see kv_cache_memory and block_size"
-        )
-    blocks_each = -(-model.max_model_len // config.block_size)
-    return min(memory // block_bytes, config.max_num_seqs * blocks_each)
-
-
-def longest_sequence(config: EngineConfig, model: ModelConfig, num_blocks: int) -> int:
-    """Tokens of the longest sequence that model and cache can hold. Raises ValueError."""
-    room = num_blocks * config.block_size
-    if config.max_model_len is not None and config.max_model_len > room:
-        raise ValueError(
-            f"max_model_len is {config.max_model_len}; the KV cache holds {room} tokens"
-            f" in {num_blocks} blocks of {config.block_size}"
-        )
-    if room < 2:
-        raise ValueError(f"num_blocks is {num_blocks}: a sequence needs room for 2 tokens")
-    if room < model.max_model_len:
-        print(f"Context: {room} tokens, which is what the KV cache holds", file=sys.stderr)
-    return min(model.max_model_len, room)
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: the system's, or what its control group leaves."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # where Linux is not
-    if Path("/proc/meminfo").exists():
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        [available] = (line for line in lines if line.startswith("MemAvailable:"))
-        free = int(available.split()[1]) * 1024
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            numbers = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-            reclaimable = {name: int(number) for name, number in numbers}["inactive_file"]
-            used = int((group / "memory.current").read_text()) - reclaimable
-            free = min(free, int(limit) - used)
-    except (OSError, ValueError, KeyError):
-        pass
-    return free

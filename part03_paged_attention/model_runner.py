@@ -9,16 +9,19 @@ from pathlib import Path
 
 import torch
 
+from common.architecture import ModelConfig
 from common.checkpoint import context_length, iter_weights, load_config
 from common.device import resolve_device, usable_cores
 from common.kernels import AttentionMetadata, select_ops
+from common.kv_memory import choose_num_blocks, longest_sequence
+from common.logprobs import SampledLogprobs
 from common.output import TokenLogprobs
 from common.sampling import SamplingBatch
 
 from .config import EngineConfig
-from .kv_cache import KVCache, choose_num_blocks, longest_sequence
-from .model import CausalLM, ModelConfig
-from .sampler import logprobs_of, sample
+from .kv_cache import KVCache
+from .model import CausalLM
+from .sampler import sample
 from .sequence import Sequence
 
 
@@ -29,7 +32,7 @@ class Batch:
     token_ids: torch.Tensor  # [num_tokens] int64
     positions: torch.Tensor  # [num_tokens] int64
     metadata: AttentionMetadata
-    sampled_tokens: torch.Tensor  # [num_seqs] int64: each sequence's last place in the batch
+    logits_indices: torch.Tensor  # [num_seqs] int64: where logits are needed, each last token
 
 
 class ModelRunner:
@@ -42,15 +45,19 @@ class ModelRunner:
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
-        hf_config = load_config(folder)
-        max_model_len = context_length(hf_config, config.max_model_len)
-        shape = ModelConfig.from_transformers(hf_config, max_model_len)
-        self.ops.check_kv_cache(config.block_size, shape.head_dim, self.dtype)
-        tensors = iter_weights(folder, self.device)
-        self.model = CausalLM(shape, self.ops, tensors, self.dtype, self.device)
-        num_blocks = choose_num_blocks(config, shape, self.dtype, self.device)
+        max_model_len = context_length(load_config(folder), config.max_model_len)
+        self.model = self.load_model(folder, max_model_len)
+        shape = self.model.config
+        num_blocks = choose_num_blocks(config, [shape], self.dtype, self.device)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
+
+    def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
+        """Raises ValueError."""
+        shape = ModelConfig.from_transformers(load_config(folder), max_model_len)
+        self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
+        tensors = iter_weights(folder, self.device)
+        return CausalLM(shape, self.ops, tensors, self.dtype, self.device)
 
     def prepare(self, scheduled: dict[Sequence, int]) -> Batch:
         """Tensors for the next `scheduled[sequence]` tokens of each sequence."""
@@ -82,16 +89,16 @@ class ModelRunner:
             max_query_len=max(scheduled.values()),
             max_seq_len=max(lengths),
         )
-        sampled_tokens = tensor([end - 1 for end in ends[1:]], torch.int64)
+        logits_indices = tensor([end - 1 for end in ends[1:]], torch.int64)
         # A finished sequence may end with NO_TOKEN, which is no input.
         inputs = tensor(token_ids, torch.int64).clamp(min=0)
-        return Batch(inputs, tensor(positions, torch.int64), metadata, sampled_tokens)
+        return Batch(inputs, tensor(positions, torch.int64), metadata, logits_indices)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits after each sequence's last token, [num_seqs, vocab]."""
         hidden = self.model.forward(batch.token_ids, batch.positions, self.kv.data, batch.metadata)
-        return self.model.logits(hidden[batch.sampled_tokens])
+        return self.model.logits(hidden[batch.logits_indices])
 
     @torch.inference_mode()
     def sample(
@@ -106,5 +113,6 @@ class ModelRunner:
             [sequence.output_token_ids for sequence in sequences],
             [sequence.ending_token_ids for sequence in sequences],
         )
-        token_ids = sample(self.ops, logits, batch).tolist()
-        return token_ids, logprobs_of(logits, token_ids, batch)
+        drawn = sample(self.ops, logits, batch)
+        token_ids = drawn.tolist()
+        return token_ids, SampledLogprobs.of(logits, drawn, batch.num_logprobs).lists(token_ids)

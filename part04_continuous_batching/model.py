@@ -7,79 +7,13 @@ operations are `common.kernels`'; weights are objects that only `ops.linear` loo
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from common.checkpoint import ModelError
+from common.architecture import ModelConfig
 from common.kernels import AttentionMetadata, Ops
 from common.weights import collect, report_unused, take_tensor
-
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A model's shape, under the names of its config.json where they differ little."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_model_len: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    has_qkv_bias: bool
-    has_out_bias: bool
-    has_mlp_bias: bool
-    has_head_norms: bool  # of each query and key
-    windows: tuple[int | None, ...]  # of each layer: how far back it sees
-    rope: dict[str, Any]
-
-    @classmethod
-    def from_transformers(cls, config: Any, max_model_len: int) -> "ModelConfig":
-        """From a config that `load_config` has checked. Raises ModelError for what is not supported."""
-        rope = getattr(config, "rope_parameters", None) or {}
-        kinds = getattr(config, "layer_types", None)
-        kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
-        for name, value, known in (
-            ("model_type", config.model_type, FAMILIES),
-            ("hidden_act", getattr(config, "hidden_act", None), ("silu",)),
-            ("rope_type", rope.get("rope_type"), ("default", "llama3")),
-            ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
-            ("the number of layer_types", len(kinds), (config.num_hidden_layers,)),
-            *(("layer_types", kind, LAYER_TYPES) for kind in kinds),
-        ):
-            if value not in known:
-                supported = ", ".join(map(str, known))
-                raise ModelError(f"{name} is {value!r}; supported: {supported}")
-        windowed = config.model_type != "llama" and getattr(config, "use_sliding_window", True)
-        window = config.sliding_window if windowed else None
-        has_bias = config.model_type in ("llama", "qwen3") and config.attention_bias
-        head_dim = getattr(config, "head_dim", None)
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            max_model_len=max_model_len,
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=config.tie_word_embeddings,
-            has_qkv_bias=has_bias or config.model_type == "qwen2",
-            has_out_bias=has_bias,
-            has_mlp_bias=config.model_type == "llama" and config.mlp_bias,
-            has_head_norms=config.model_type == "qwen3",
-            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
-            rope=rope,
-        )
 
 
 def rotary_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
@@ -128,6 +62,15 @@ class Weights:
         return ops.prepare_weight(weight, torch.cat(biases) if has_bias else None)
 
 
+class Context(NamedTuple):
+    """What a forward tells every layer."""
+
+    positions: torch.Tensor  # [num_tokens] int64
+    rotary: torch.Tensor  # cosines and sines by position
+    kv_cache: torch.Tensor
+    metadata: AttentionMetadata
+
+
 class Attention:
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
         self.ops, self.layer = ops, layer
@@ -137,28 +80,27 @@ class Attention:
         sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = weights.linear(ops, prefix, hidden, config.has_qkv_bias, **sizes)
         self.out = weights.linear(ops, prefix, q_size, config.has_out_bias, o_proj=hidden)
-        self.q_norm = self.k_norm = None
+        self.norms: dict[str, Any] = {"q_norm": None, "k_norm": None, "eps": config.rms_norm_eps}
         if config.has_head_norms:
-            self.q_norm = weights.take(f"{prefix}q_norm.weight", head_dim)
-            self.k_norm = weights.take(f"{prefix}k_norm.weight", head_dim)
-        self.eps, self.window = config.rms_norm_eps, config.windows[layer]
+            for name in ("q_norm", "k_norm"):
+                self.norms[name] = weights.take(f"{prefix}{name}.weight", head_dim)
+        self.window = config.windows[layer]
         self.scale = config.head_dim**-0.5
 
-    def __call__(
-        self,
-        x: torch.Tensor,  # [num_tokens, hidden]
-        positions: torch.Tensor,
-        rotary: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """x: [num_tokens, hidden]."""
         qkv = self.ops.linear(x, self.qkv)
-        slots = metadata.slot_mapping
-        norms = (self.q_norm, self.k_norm, self.eps)
+        cache, metadata = context.kv_cache, context.metadata
         query = self.ops.rotary_and_store(
-            qkv, rotary, positions, kv_cache, self.layer, slots, *norms
+            qkv,
+            context.rotary,
+            context.positions,
+            cache,
+            self.layer,
+            metadata.slot_mapping,
+            **self.norms,
         )
-        out = self.ops.attention(query, kv_cache, self.layer, metadata, self.scale, self.window)
+        out = self.ops.attention(query, cache, self.layer, metadata, self.scale, self.window)
         return self.ops.linear(out, self.out)
 
 
@@ -185,10 +127,10 @@ class DecoderLayer:
         self.attention = Attention(config, ops, layer, weights)
         self.mlp = MLP(config, ops, layer, weights)
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor, *context: Any) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor, context: Context) -> torch.Tensor:
         """x: what the layer before adds to the residual, which is updated in place."""
         x = self.ops.add_rms_norm(x, residual, self.input_norm, self.eps)
-        x = self.attention(x, *context)
+        x = self.attention(x, context)
         x = self.ops.add_rms_norm(x, residual, self.post_attention_norm, self.eps)
         return self.mlp(x)
 
@@ -230,8 +172,9 @@ class CausalLM:
         """Hidden states of every token, [num_tokens, hidden]."""
         residual = self.ops.embedding(token_ids, self.embedding)
         x = torch.zeros_like(residual)
+        context = Context(positions, self.rotary, kv_cache, metadata)
         for layer in self.layers:
-            x = layer(x, residual, positions, self.rotary, kv_cache, metadata)
+            x = layer(x, residual, context)
         return self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

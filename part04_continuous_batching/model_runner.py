@@ -1,34 +1,29 @@
 """From scheduled sequences to tensors, through the model, and back to sampled tokens.
 
 The runner does not know prefill from decode: a sequence has so many new tokens, and their keys and
-values go to such places in the cache. What it needs of a sequence step after step it keeps in
-tables, a row for each running sequence, so that a step costs a few operations on whole arrays.
+values go to such places in the cache.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from common.architecture import ModelConfig
 from common.checkpoint import context_length, iter_weights, load_config
 from common.device import resolve_device, usable_cores
 from common.kernels import AttentionMetadata, select_ops
+from common.kv_memory import choose_num_blocks, longest_sequence, peak_memory
+from common.logprobs import SampledLogprobs
 from common.output import TokenLogprobs
 from common.prompt_logprobs import PromptPiece, PromptScores, prompt_pieces
-from common.sampling import (
-    SMALLEST_TOP_P,
-    LogitBiases,
-    SamplingBatch,
-    SamplingParams,
-    as_int64,
-)
+from common.requests import Request
+from common.sampling import SamplingBatch, SamplingParams
 
 from .config import EngineConfig
-from .input_buffers import FIELDS, SAMPLING_FIELDS, BatchShape, InputBuffers
-from .kv_cache import KVCache, choose_num_blocks, longest_sequence
-from .model import CausalLM, ModelConfig
-from .sampler import logprobs_of, sample
+from .kv_cache import KVCache
+from .model import CausalLM
+from .sampler import sample
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
 
@@ -40,38 +35,8 @@ class Batch:
     token_ids: torch.Tensor  # [num_tokens] int64
     positions: torch.Tensor  # [num_tokens] int64
     metadata: AttentionMetadata
-    sampled: list[Sequence]  # those whose last token is in the batch
-    sampled_tokens: (
-        torch.Tensor
-    )  # [num_sampled] int64: the places of their last tokens in the batch
-    rows: torch.Tensor  # [num_sampled] int64: their rows in the tables
-    sampling: SamplingBatch
-    prompts: list[tuple[Sequence, PromptPiece]] = field(default_factory=list)  # to be scored
-
-
-class Tables:
-    """What the host knows of each running sequence, a row each."""
-
-    def __init__(self, num_rows: int, table_width: int) -> None:
-        self.block_tables = np.zeros((num_rows, table_width), np.int32)
-        self.sampling = {name: np.zeros(num_rows, FIELDS[name][0]) for name in SAMPLING_FIELDS}
-
-    def admit(self, sequence: Sequence, vocab_size: int) -> None:
-        """Write what does not change while a sequence runs."""
-        params = sequence.params
-        values = {
-            "seeds": as_int64(sequence.seed),
-            "choices": sequence.choice,
-            # A top_k of the whole vocabulary keeps all.
-            "top_k": params.top_k if 0 < params.top_k < vocab_size else 0,
-            "temperature": params.temperature,
-            "top_p": max(params.top_p, SMALLEST_TOP_P),
-            "min_p": params.min_p,
-            "presence_penalty": params.presence_penalty,
-            "frequency_penalty": params.frequency_penalty,
-        }
-        for name, value in values.items():
-            self.sampling[name][sequence.row] = value
+    logits_indices: torch.Tensor  # [num_sampled] int64: where logits are needed, each last token
+    prompts: list[PromptPiece] = field(default_factory=list)  # to be scored
 
 
 class ModelRunner:
@@ -84,186 +49,116 @@ class ModelRunner:
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
-        hf_config = load_config(folder)
-        max_model_len = context_length(hf_config, config.max_model_len)
-        shape = ModelConfig.from_transformers(hf_config, max_model_len)
-        self.ops.check_kv_cache(config.block_size, shape.head_dim, self.dtype)
-        tensors = iter_weights(folder, self.device)
-        self.model = CausalLM(shape, self.ops, tensors, self.dtype, self.device)
-        width = -(-max_model_len // config.block_size)
-        rows = config.max_num_seqs
-        most_tokens = max(max_model_len, config.max_num_batched_tokens) + rows
-        self.buffers = InputBuffers(BatchShape(most_tokens, rows, rows, width), self.device)
-        self.tables = Tables(rows, width)
-        self.counts: torch.Tensor | None = None  # [rows, vocab]: how often tokens were generated
-        reserved = self.profile(shape) if self.device.type == "cuda" else 0
-        num_blocks = choose_num_blocks(config, shape, self.dtype, self.device, reserved)
+        max_model_len = context_length(load_config(folder), config.max_model_len)
+        self.model = self.load_model(folder, max_model_len)
+        shape = self.model.config
+        reserved = self.profile(shape)
+        num_blocks = choose_num_blocks(config, [shape], self.dtype, self.device, reserved)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
 
+    def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
+        """Raises ValueError."""
+        shape = ModelConfig.from_transformers(load_config(folder), max_model_len)
+        self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
+        tensors = iter_weights(folder, self.device)
+        return CausalLM(shape, self.ops, tensors, self.dtype, self.device)
+
     def profile(self, shape: ModelConfig) -> int:
-        """Bytes that the largest step takes on the GPU beside weights and cache: by running it."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
         self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
         try:
-            batch = self.prepare(self.largest_step(shape.max_model_len))
-            self.sample(batch, self.forward(batch)[0])
+            return peak_memory(self.device, lambda: self.run_largest_step(shape.max_model_len))
         except torch.OutOfMemoryError as error:
-            most = max(shape.max_model_len, self.config.max_num_batched_tokens)
+            most = self.config.max_num_batched_tokens
             raise ValueError(
-                f"no memory on the GPU for a step of {most} tokens:"
-                " see max_model_len and max_num_batched_tokens"
+                f"max_num_batched_tokens is {most}: no memory on the GPU for such a step"
             ) from error
-        self.counts = None
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.empty_cache()
-        return peak - before
+
+    def run_largest_step(self, max_model_len: int) -> None:
+        """What takes most memory."""
+        largest = self.largest_step(max_model_len)
+        logits, _ = self.forward(self.prepare(largest))
+        self.sample(largest.sampled, logits)
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
-        """The longest prompts that one step may run, and as many sequences; all in block 0."""
+        """As many tokens as one step may run, of as many sequences; all in block 0."""
         largest = SchedulerOutput()
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
-        left = max(max_model_len, self.config.max_num_batched_tokens)
-        for row in range(self.config.max_num_seqs):
-            count = max(1, min(left, max_model_len))
+        most_seqs = self.config.max_num_seqs
+        left = max(self.config.max_num_batched_tokens, max_model_len, most_seqs)
+        for i in range(most_seqs):
+            count = min(left - (most_seqs - i - 1), max_model_len)
             left -= count
-            sequence = Sequence(f"profile-{row}", [0] * count, params, seed=row, row=row)
-            largest.admitted.append(sequence)
-            largest.num_new_tokens[sequence] = count
+            request = Request(f"largest-{i}", [0] * count, params)
+            table = [0] * self.kv.blocks_for(count)
+            largest.run(Sequence(request, i, frozenset(), count, block_table=table), count)
         return largest
 
     def prepare(self, scheduled: SchedulerOutput) -> Batch:
         """Tensors for the next tokens of each sequence."""
-        self.update_tables(scheduled)
-        sequences = list(scheduled.num_new_tokens)
-        new = np.array(list(scheduled.num_new_tokens.values()))
-        starts = np.array([sequence.num_computed_tokens for sequence in sequences])
-        lengths = starts + new
-        is_sampled = lengths == [sequence.num_tokens for sequence in sequences]
-        sampled = [sequences[i] for i in np.flatnonzero(is_sampled)]
-        width = self.kv.blocks_for(int(lengths.max()))
-        shape = BatchShape(int(new.sum()), len(sequences), len(sampled), width)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        ends = [0]
+        block_size = self.kv.block_size
+        sequences, counts = list(scheduled.num_new_tokens), scheduled.num_new_tokens.values()
+        starts = [sequence.num_computed_tokens for sequence in sequences]
+        for sequence, start, count in zip(sequences, starts, counts, strict=True):
+            new = range(start, start + count)
+            token_ids += sequence.tokens(start, start + count)
+            positions += new
+            table = sequence.block_table
+            slots += [table[i // block_size] * block_size + i % block_size for i in new]
+            ends.append(len(token_ids))
+        lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+        width = max(len(sequence.block_table) for sequence in sequences)
+        tables = [s.block_table + [0] * (width - len(s.block_table)) for s in sequences]
 
-        arrays = self.buffers.arrays(shape)
-        rows = np.array([sequence.row for sequence in sequences])
-        tables = self.tables.block_tables
-        ends = new.cumsum()
-        positions = np.arange(shape.num_tokens) + np.repeat(starts - (ends - new), new)
-        blocks = tables[np.repeat(rows, new), positions // self.kv.block_size].astype(np.int64)
-        arrays["token_ids"][:] = [
-            token_id
-            for sequence, begin, end in zip(sequences, starts, lengths, strict=True)
-            for token_id in sequence.tokens(begin, end)
-        ]
-        arrays["positions"][:] = positions
-        arrays["slot_mapping"][:] = blocks * self.kv.block_size + positions % self.kv.block_size
-        arrays["cu_seqlens_q"][0] = 0
-        arrays["cu_seqlens_q"][1:] = ends
-        arrays["seq_lens"][:] = lengths
-        arrays["block_tables"].reshape(-1, width)[:] = tables[rows, :width]
-        arrays["sampled_tokens"][:] = ends[is_sampled] - 1
-        arrays["rows"][:] = rows = rows[is_sampled]
-        arrays["sample_positions"][:] = lengths[is_sampled]
-        for name, column in self.tables.sampling.items():
-            arrays[name][:] = column[rows]
-        batch = self.batch_of(shape, sampled, int(new.max()), int(lengths.max()))
-        return replace(batch, prompts=prompt_pieces(sequences, starts, new))
+        def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
 
-    def batch_of(
-        self, shape: BatchShape, sampled: list[Sequence], max_query_len: int, max_seq_len: int
-    ) -> Batch:
-        """The batch that lies in the buffers, on the device."""
-        self.buffers.copy_to_device(shape)
-        tensors = self.buffers.tensors(shape)
         metadata = AttentionMetadata(
-            cu_seqlens_q=tensors["cu_seqlens_q"],
-            seq_lens=tensors["seq_lens"],
-            block_tables=tensors["block_tables"].view(-1, shape.table_width),
-            slot_mapping=tensors["slot_mapping"],
-            max_query_len=max_query_len,
-            max_seq_len=max_seq_len,
+            cu_seqlens_q=tensor(ends, torch.int32),
+            seq_lens=tensor(lengths, torch.int32),
+            block_tables=tensor(tables, torch.int32),
+            slot_mapping=tensor(slots, torch.int64),
+            max_query_len=max(counts),
+            max_seq_len=max(lengths),
         )
-        columns = {name: tensors[name].unsqueeze(1) for name in SAMPLING_FIELDS}
-        sampling = SamplingBatch(
-            **columns,
-            positions=tensors["sample_positions"].unsqueeze(1),
-            output_counts=None,
-            num_logprobs=[sequence.params.logprobs for sequence in sampled],
-            biases=self.biases(sampled, self.buffers.arrays(shape)["sample_positions"]),
-        )
+        is_sampled = set(scheduled.sampled)
+        last = [end - 1 for s, end in zip(sequences, ends[1:], strict=True) if s in is_sampled]
         return Batch(
-            tensors["token_ids"],
-            tensors["positions"],
+            tensor(token_ids, torch.int64),
+            tensor(positions, torch.int64),
             metadata,
-            sampled,
-            tensors["sampled_tokens"],
-            tensors["rows"],
-            sampling,
+            logits_indices=tensor(last, torch.int64),
+            prompts=prompt_pieces(sequences, starts, counts),
         )
-
-    def biases(self, sequences: list[Sequence], positions: np.ndarray) -> LogitBiases | None:
-        """What is added to single logits of each row.
-
-        positions: the number of tokens before the one that a row draws.
-        """
-        if not any(sequence.params.has_biases for sequence in sequences):
-            return None
-        rows = [
-            sequence.params.biases(
-                sequence.ending_token_ids, place - len(sequence.prompt_token_ids)
-            )
-            for sequence, place in zip(sequences, positions.tolist(), strict=True)
-        ]
-        return LogitBiases.build(rows, self.device)
-
-    @property
-    def num_buffer_bytes(self) -> int:
-        """What a step's input takes, on the host and on the device, and the counts of tokens."""
-        buffers = {id(x): x.nbytes for x in (self.buffers.host, self.buffers.device)}
-        tables = [self.tables.block_tables, *self.tables.sampling.values()]
-        counts = 0 if self.counts is None else self.counts.nbytes
-        return sum(buffers.values()) + sum(table.nbytes for table in tables) + counts
-
-    def update_tables(self, scheduled: SchedulerOutput) -> None:
-        """Note who joined, and who has new blocks."""
-        for sequence in scheduled.admitted:
-            self.tables.admit(sequence, self.model.config.vocab_size)
-            if sequence.params.has_penalties:
-                self.count_output(sequence)
-        for sequence, blocks in scheduled.new_blocks.items():
-            end = len(sequence.block_table)
-            self.tables.block_tables[sequence.row, end - len(blocks) : end] = blocks
-
-    def count_output(self, sequence: Sequence) -> None:
-        """Count the tokens that a sequence has generated so far; `sample` counts on."""
-        vocab_size = self.model.config.vocab_size
-        if self.counts is None:
-            shape = (self.config.max_num_seqs, vocab_size)
-            self.counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        counts = np.bincount(np.array(sequence.output_token_ids, np.int64), minlength=vocab_size)
-        self.counts[sequence.row] = torch.from_numpy(counts.astype(np.int32)).to(self.device)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> tuple[torch.Tensor, list[PromptScores]]:
         """Logits after each sampled sequence's last token, [num_sampled, vocab]; and the scores of
         prompts that ask for them."""
         hidden = self.model.forward(batch.token_ids, batch.positions, self.kv.data, batch.metadata)
-        scores = [piece.score(hidden, self.model.logits) for _, piece in batch.prompts]
-        return self.model.logits(hidden[batch.sampled_tokens]), scores
+        scores = [piece.score(hidden, self.model.logits) for piece in batch.prompts]
+        return self.model.logits(hidden[batch.logits_indices]), scores
 
     @torch.inference_mode()
     def sample(
-        self, batch: Batch, logits: torch.Tensor
+        self, sequences: list[Sequence], logits: torch.Tensor
     ) -> tuple[list[list[int]], list[list[TokenLogprobs | None]]]:
         """The next tokens of each sampled sequence, and their log probabilities if asked for."""
-        sampling = batch.sampling
-        counted = any(sequence.params.has_penalties for sequence in batch.sampled)
-        if counted:
-            sampling = replace(sampling, output_counts=self.counts[batch.rows])
-        token_ids = sample(self.ops, logits, sampling)
-        if counted:
-            self.counts[batch.rows, token_ids] += 1
-        token_list = token_ids.tolist()
-        logprobs = logprobs_of(logits, token_list, sampling)
-        return [[token_id] for token_id in token_list], [[logprob] for logprob in logprobs]
+        batch = SamplingBatch.build(
+            logits,
+            [sequence.params for sequence in sequences],
+            [sequence.seed for sequence in sequences],
+            [len(sequence.prompt_token_ids) for sequence in sequences],
+            [sequence.output_token_ids for sequence in sequences],
+            [sequence.ending_token_ids for sequence in sequences],
+            [sequence.request.choice for sequence in sequences],
+        )
+        drawn = sample(self.ops, logits, batch)
+        token_ids = drawn.tolist()
+        logprobs = SampledLogprobs.of(logits, drawn, batch.num_logprobs).lists(token_ids)
+        return [[token_id] for token_id in token_ids], [[logprob] for logprob in logprobs]

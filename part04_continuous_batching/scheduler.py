@@ -1,11 +1,12 @@
-"""Who runs in this step, and with how many tokens.
+"""Which sequences run in a step, and with how many tokens.
 
-Sequences join and leave at every step (Yu et al., "Orca: A Distributed Serving System for
-Transformer-Based Generative Models", OSDI 2022). First come, first served: nobody overtakes. A step
-either runs the prompts of those who join, or one more token of everyone who runs. Blocks are taken
-when they are needed; when there are none left, the sequence that joined last gives up its own and
-waits at the head of the queue. It keeps its output: when it comes back, prompt and output run again
-as one prompt (recomputation, as in vLLM).
+Sequences join and leave the batch at every step (Yu et al., "Orca: A Distributed Serving System for
+Transformer-Based Generative Models", OSDI 2022). The order is first come, first served. A step
+runs either the prompts of the sequences that join, or one more token of each running sequence.
+
+A sequence takes blocks as it grows. When the pool is empty, the sequence that joined last is
+preempted: it gives up its blocks and waits at the head of the queue. It keeps its output, and when
+it joins again, prompt and output run as one prompt (recomputation, as in vLLM).
 """
 
 from collections import deque
@@ -15,36 +16,38 @@ from common.trace import Trace
 
 from .config import EngineConfig
 from .kv_cache import KVCache
-from .sequence import Sequence
+from .sequence import TRANSITIONS, Sequence, Status
 
 
 @dataclass
 class SchedulerOutput:
-    """One step's work. A sequence is sampled when its last token is among those it runs."""
+    """One step's work. The token after a sequence's last one is sampled when the step runs that."""
 
     num_new_tokens: dict[Sequence, int] = field(default_factory=dict)
-    admitted: list[Sequence] = field(default_factory=list)  # joined in this step, or came back
-    new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)  # at its table's end
+    sampled: list[Sequence] = field(default_factory=list)
+    num_tokens: int = 0
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.num_new_tokens.values())
+    def run(self, sequence: Sequence, count: int) -> None:
+        """Let a sequence run its next `count` tokens."""
+        self.num_new_tokens[sequence] = count
+        self.num_tokens += count
+        if sequence.num_computed_tokens + count >= sequence.num_tokens:
+            self.sampled.append(sequence)
 
 
 class Scheduler:
-    """The queue, the running sequences, and the blocks and table rows that they hold."""
+    """The waiting and the running sequences, and the blocks that these hold."""
 
     def __init__(self, config: EngineConfig, kv: KVCache, trace: Trace) -> None:
+        self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.kv, self.trace = kv, trace
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they joined
-        self.num_rows = config.max_num_seqs
-        self.free_rows = deque(range(self.num_rows))
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of the queue."""
+        """Put a new sequence at the end of the queue."""
         self.trace.arrived(sequence.request_id, sequence.num_tokens)
         self.waiting.append(sequence)
 
@@ -52,42 +55,43 @@ class Scheduler:
         """The next step's work; empty when there is none."""
         output = SchedulerOutput()
         self.admit(output)
-        if not output.admitted:
-            self.decode(output)
+        if not output.num_tokens:
+            self.run_running(output)
         for sequence, count in output.num_new_tokens.items():
             self.trace.scheduled(sequence.request_id, count)
         return output
+
+    def run_running(self, output: SchedulerOutput) -> None:
+        """One more token of each running sequence, the oldest first, while blocks last."""
+        for sequence in list(self.running):
+            if self.make_room(sequence):
+                output.run(sequence, 1)
+
+    def make_room(self, sequence: Sequence) -> bool:
+        """Give a running sequence blocks for all of its tokens, those of the sequences that joined
+        last if need be; False when it was preempted itself."""
+        while sequence.status is Status.RUNNING and not self.grow(sequence):
+            self.preempt(self.running[-1])
+        return sequence.status is Status.RUNNING
 
     def admit(self, output: SchedulerOutput) -> None:
         """Let sequences join from the head of the queue, each with all of its tokens.
 
         The first may be longer than the budget, or it would never run. Each running sequence is
-        left a block to grow into: else the newcomer would soon be preempted for it.
+        left a block to grow into: without it the new sequence would soon be preempted.
         """
-        budget = self.max_num_batched_tokens
-        while self.waiting and self.free_rows:
+        while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             count = sequence.num_tokens
+            is_over = output.num_tokens + count > self.max_num_batched_tokens
             needed = self.kv.blocks_for(count) + len(self.running)
-            if (output.admitted and count > budget) or not self.kv.pool.can_allocate(needed):
+            if (output.num_tokens and is_over) or not self.kv.pool.can_allocate(needed):
                 break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.row = self.free_rows.popleft()
-            self.grow(sequence, output)
-            output.admitted.append(sequence)
-            output.num_new_tokens[sequence] = count
-            budget -= count
+            self.start(sequence)
+            self.grow(sequence)
+            output.run(sequence, count)
 
-    def decode(self, output: SchedulerOutput) -> None:
-        """One more token of each running sequence, the oldest first, while blocks last."""
-        for sequence in list(self.running):
-            while sequence.row is not None and not self.grow(sequence, output):
-                self.preempt(self.running[-1])
-            if sequence.row is not None:
-                output.num_new_tokens[sequence] = 1
-
-    def grow(self, sequence: Sequence, output: SchedulerOutput) -> bool:
+    def grow(self, sequence: Sequence) -> bool:
         """Give a sequence blocks for all of its tokens; False when there are not enough."""
         missing = self.kv.blocks_for(sequence.num_tokens) - len(sequence.block_table)
         if missing > 0:
@@ -96,42 +100,59 @@ class Scheduler:
             blocks = self.kv.pool.allocate(missing)
             self.trace.allocated(sequence.request_id, blocks)
             sequence.block_table += blocks
-            output.new_blocks[sequence] = blocks
         return True
 
+    def advance(self, output: SchedulerOutput) -> None:
+        """A step has run: its tokens are computed."""
+        for sequence, count in output.num_new_tokens.items():
+            sequence.num_computed_tokens += count
+
+    # The life of a sequence: nothing else changes its status.
+
+    def start(self, sequence: Sequence) -> None:
+        """The head of the queue joins the running sequences."""
+        self.become(sequence, Status.RUNNING)
+        self.running.append(self.waiting.popleft())
+
     def preempt(self, sequence: Sequence) -> None:
-        """Take everything from a running sequence but its tokens, and let it wait before others."""
+        """Take the blocks of a running sequence, and put it at the head of the queue."""
+        self.become(sequence, Status.WAITING)
+        self.running.remove(sequence)
         self.release(sequence)
         self.waiting.appendleft(sequence)
         self.trace.preempted(sequence.request_id)
         self.num_preemptions += 1
 
     def finish(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is."""
-        if sequence.row is None:
+        """Forget a sequence, running or waiting."""
+        was = sequence.status
+        self.become(sequence, Status.FINISHED)
+        if was is Status.WAITING:
             self.waiting.remove(sequence)
         else:
+            self.running.remove(sequence)
             self.release(sequence)
 
+    def become(self, sequence: Sequence, status: Status) -> None:
+        """Change a sequence's status, if there is such a transition."""
+        is_legal = status in TRANSITIONS[sequence.status]
+        assert is_legal, f"{sequence.request_id}: {sequence.status.value} -> {status.value}"
+        sequence.status = status
+
     def release(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks and row."""
-        self.running.remove(sequence)
-        self.free_rows.append(sequence.row)
+        """Take a sequence's blocks."""
         self.kv.pool.free(sequence.block_table)
         self.trace.freed(sequence.request_id, sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
-        sequence.row = None
 
     def check_integrity(self) -> None:
-        """Assert that rows and blocks have one owner each, or are free."""
+        """Assert that statuses are true, and that each block has one owner or is free."""
         for sequence in self.waiting:
+            assert sequence.status is Status.WAITING, f"{sequence.request_id}: {sequence.status}"
             assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
-            assert sequence.row is None, f"{sequence.request_id} waits and has row {sequence.row}"
-        rows = [*self.free_rows, *(sequence.row for sequence in self.running)]
-        everyone = list(range(self.num_rows))
-        assert sorted(rows) == everyone, f"rows lost or given twice: {sorted(rows)}"
         for sequence in self.running:
+            assert sequence.status is Status.RUNNING, f"{sequence.request_id}: {sequence.status}"
             computed, room = sequence.num_computed_tokens, len(sequence.block_table)
             assert computed == sequence.num_tokens - 1, f"{sequence.request_id}: {computed} tokens"
             most = self.kv.blocks_for(sequence.num_tokens)

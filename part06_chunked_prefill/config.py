@@ -13,42 +13,34 @@ from common.generation_config import USES
 class EngineConfig:
     # model
     model: str = option("smollm2-135m", "built-in name, folder, hub name or random:<preset>")
-    max_model_len: int | None = option(None, "tokens a sequence may have (model's own)", minimum=2)
+    max_model_len: int | None = option(None, "tokens a sequence may have (model's own)", 2)
     seed: int | None = option(None, "makes requests that bring no seed repeat from run to run")
     generation_config: str = option("auto", "sampling defaults: the model's, or none", choices=USES)
     # device
     device: str = option("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is one")
     dtype: str = option("auto", "auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)
     kernels: str = option("auto", "auto, reference, cpu, triton or flash")
-    threads: int | None = option(None, "CPU threads (all usable cores)", minimum=1, maximum=1024)
+    threads: int | None = option(None, "CPU threads (all usable cores)", 1, 1024)
     # memory
     block_size: int | None = option(
-        None, "tokens in a block of the KV cache (16; flash: 256)", minimum=1, maximum=4096
+        None, "tokens in a block of the KV cache (16; flash: 256)", 1, 4096
     )
     num_blocks: int | None = option(
-        None, "blocks of the KV cache (as memory allows)", minimum=1, maximum=1 << 31
+        None, "blocks of the KV cache (as memory allows)", 1, 1 << 31, excludes="kv_cache_memory"
     )
     kv_cache_memory: int | None = option(
-        None, "bytes for the KV cache (a share of what is free)", minimum=1
+        None, "bytes for the KV cache (a share of what is free)", 1
     )
-    gpu_memory_utilization: float = option(
-        0.9, "share of a GPU's memory to use in all", minimum=0.05, maximum=1.0
-    )
+    gpu_memory_utilization: float = option(0.9, "share of a GPU's memory to use in all", 0.05, 1.0)
     # scheduling
-    async_scheduling: bool = option(
-        True, "launch the next step before the tokens of the last are read"
-    )
     max_num_seqs: int | None = option(
-        None, "sequences in one batch (32 on a CPU, 256 on a GPU)", minimum=1, maximum=4096
+        None, "sequences in one batch (32 on a CPU, 256 on a GPU)", 1, 4096
     )
     max_num_batched_tokens: int | None = option(
-        None,
-        "tokens that one step may run (256 on a CPU, 2048 on a GPU)",
-        minimum=1,
-        maximum=1 << 20,
+        None, "tokens that one step may run (256 on a CPU, 2048 on a GPU)", 1, 1 << 20
     )
     long_prefill_threshold: int | None = option(
-        None, "most tokens of one prompt in a step (the step's budget)", minimum=1
+        None, "most tokens of one prompt in a step (the step's budget)", 1
     )
 
     def __post_init__(self) -> None:

@@ -13,14 +13,12 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from common.checkpoint import eos_token_ids, load_config, resolve
 from common.generation_config import sampling_defaults
-from common.output import Completion, OutputProcessor, TokenLogprobs
-from common.prompt_logprobs import PromptPiece
-from common.prompts import ParamsForPrompts, Prompts, check_prompt, prepare_prompts
-from common.sampling import MAX_N, NO_TOKEN, SamplingParams
+from common.output import Completion, RequestOutput, TokenLogprobs, run_to_completion
+from common.prompt_logprobs import PromptScores, add_prompt_logprobs
+from common.requests import ParamsForPrompts, Prompts, Request, check_request, make_requests
+from common.sampling import MAX_N, NO_TOKEN
 from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
 
@@ -28,17 +26,15 @@ from .config import EngineConfig
 from .device_queue import Work
 from .model_runner import Batch, ModelRunner
 from .scheduler import Scheduler, SchedulerOutput
-from .sequence import RequestOutput, Sequence
+from .sequence import Sequence
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that was launched and whose tokens are not read yet."""
+    """A step that is launched and not read."""
 
     number: int  # in the trace
     scheduled: SchedulerOutput
-    sampled: list[Sequence]
-    prompts: list[tuple[Sequence, PromptPiece]]
     work: Work
 
 
@@ -57,11 +53,11 @@ class LLMEngine:
         self.kv, self.max_model_len = self.runner.kv, self.runner.max_model_len
         self.seeds = random.Random(config.seed)  # for requests that bring none
         self.sequences: dict[str, Sequence] = {}  # by request id, until they finish
-        self.aborted: list[RequestOutput] = []  # last outputs that the next step returns
+        self.outbox: list[RequestOutput] = []  # what the next step returns
         self.trace = Trace(num_blocks=self.kv.num_blocks, block_size=self.kv.block_size)
         self.scheduler = Scheduler(self.config, self.kv, self.trace)
         self.in_flight: deque[PendingStep] = deque()
-        self.num_in_flight = 2 if self.config.async_scheduling else 1  # when the first is read
+        self.num_in_flight = 2  # steps that are launched before the first of them is read
         self.scheduled: SchedulerOutput | None = None  # what is being launched or read
 
     def generate(
@@ -72,62 +68,24 @@ class LLMEngine:
         cache_salt: str | None = None,
     ) -> list[Completion]:
         """Complete each prompt, text or token ids, `n` times. Raises ValueError before any work."""
-        requests = prepare_prompts(self, prompts, sampling_params, MAX_N, prompt_logprobs=True)
-        if self.has_unfinished():
-            raise ValueError("generate needs an engine that has no requests of add_request")
-        outputs: dict[str, OutputProcessor] = {}
-        for prompt, params in requests:
-            for choice in range(params.n):
-                request_id = f"generate-{len(outputs)}"
-                outputs[request_id] = OutputProcessor(self.tokenizer, params, prompt)
-                self.add_request(request_id, prompt, params.for_choice(choice), choice, cache_salt)
-        try:
-            with tqdm(total=len(outputs), desc="Completions", disable=not progress) as bar:
-                while not all(output.finished for output in outputs.values()):
-                    for step_output in self.step():
-                        output = outputs[step_output.request_id]
-                        was_finished = output.finished
-                        output.process(
-                            step_output.token_ids,
-                            step_output.finish_reason,
-                            step_output.logprobs,
-                            step_output.num_cached_tokens,
-                            prompt_logprobs=step_output.prompt_logprobs,
-                        )
-                        if output.finished and not was_finished:
-                            self.abort(step_output.request_id)  # ended by a stop string, perhaps
-                            bar.update()
-        finally:
-            for request_id in outputs:
-                self.abort(request_id)
-            self.aborted.clear()
-            self.drain()
-        return [output.completion(index) for index, output in enumerate(outputs.values())]
+        requests = make_requests(
+            self, prompts, sampling_params, MAX_N, prompt_logprobs=True, cache_salt=cache_salt
+        )
+        return run_to_completion(self, requests, progress)
 
-    def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: list[int],
-        sampling_params: SamplingParams,
-        choice: int = 0,
-        cache_salt: str | None = None,
-    ) -> None:
-        """Put a request at the end of the queue. Raises ValueError when it cannot be run.
-
-        choice: which of the n completions of its prompt it is; they differ in their noise.
-        cache_salt: keys and values are shared only with requests of the same salt.
-        """
-        if request_id in self.sequences:
-            raise ValueError(f"request_id {request_id!r} is in use")
-        check_prompt(prompt_token_ids, sampling_params, self.max_model_len, self.vocab_size)
-        seed = sampling_params.seed
-        seed = self.seeds.getrandbits(64) if seed is None else seed
-        endings = sampling_params.ending_token_ids(self.eos_token_ids)
-        limit = len(prompt_token_ids) + (sampling_params.max_tokens or self.max_model_len)
-        limit = min(limit, self.max_model_len)
-        about = (seed, endings, choice, limit, cache_salt)
-        sequence = Sequence(request_id, prompt_token_ids, sampling_params, *about)
-        self.sequences[request_id] = sequence
+    def add_request(self, request: Request) -> None:
+        """Put a request at the end of the queue. Raises ValueError when it cannot be run."""
+        if request.request_id in self.sequences:
+            raise ValueError(f"request_id {request.request_id!r} is in use")
+        check_request(request, self.max_model_len, self.vocab_size)
+        seed = request.params.seed
+        sequence = Sequence(
+            request,
+            seed=self.seeds.getrandbits(64) if seed is None else seed,
+            ending_token_ids=request.params.ending_token_ids(self.eos_token_ids),
+            limit=request.limit(self.max_model_len),
+        )
+        self.sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
@@ -135,37 +93,34 @@ class LLMEngine:
         if request_id in self.sequences:
             sequence = self.sequences[request_id]
             self.finish(sequence)
-            self.aborted.append(self.output(sequence, reason))
+            self.emit(sequence, [], [], reason)
 
     def step(self) -> list[RequestOutput]:
         """Launch more tokens of each sequence; then read what was launched before.
 
         Returns what is new, at times nothing.
         """
-        outputs = []
         with self.trace.step() as record:
             self.scheduled = None
             self.scheduled = scheduled = self.schedule()
-            if scheduled.num_new_tokens:
+            if scheduled.num_tokens:
                 batch = self.prepare(scheduled)
                 work = self.launch(batch)
-                self.scheduler.launched(scheduled.num_new_tokens, batch.sampled)
-                about = (batch.sampled, batch.prompts, work)
-                self.in_flight.append(PendingStep(record.step, scheduled, *about))
+                self.scheduler.advance(scheduled)
+                self.in_flight.append(PendingStep(record.step, scheduled, work))
             is_full = len(self.in_flight) == self.num_in_flight
-            if self.in_flight and (is_full or not scheduled.num_new_tokens):
+            if self.in_flight and (is_full or not scheduled.num_tokens):
                 pending = self.in_flight.popleft()
-                self.scheduled = pending.scheduled
-                outputs += self.postprocess(pending, *self.wait(pending))
-            outputs, self.aborted = [*self.aborted, *outputs], []
-            for output in outputs:
-                if output.finish_reason is not None:
-                    self.trace.finished(output.request_id, output.finish_reason)
+                self.scheduled = scheduled = pending.scheduled
+                token_ids, logprobs, scores = self.wait(pending)
+                self.postprocess(scheduled, token_ids, logprobs, scores)
+            outputs, self.outbox = self.outbox, []
+            self.trace.outputs(outputs)
         return outputs
 
     @phase
     def schedule(self) -> SchedulerOutput:
-        """Who runs, each with its number of new tokens."""
+        """The sequences to run, each with its number of new tokens."""
         return self.scheduler.schedule()
 
     @phase
@@ -181,36 +136,34 @@ class LLMEngine:
     @phase
     def wait(
         self, pending: PendingStep
-    ) -> tuple[list[list[int]], list[list[TokenLogprobs | None]]]:
-        """The next tokens of each sampled sequence, when the device has them."""
+    ) -> tuple[list[list[int]], list[list[TokenLogprobs | None]], list[PromptScores]]:
+        """The next tokens of each sampled sequence, when the device has them; and the scores of
+        prompts that ask for them."""
         sampled = pending.work.result()
         self.trace.device(pending.number, *pending.work.times())
-        for (sequence, piece), found in zip(pending.prompts, sampled.prompts, strict=True):
-            sequence.prompt_logprobs = piece.added(sequence.prompt_logprobs, found)
-        return sampled.lists()
+        return *sampled.lists(), sampled.prompts
 
     @phase
     def postprocess(
         self,
-        pending: PendingStep,
+        scheduled: SchedulerOutput,
         token_ids: list[list[int]],
         logprobs: list[list[TokenLogprobs | None]],
-    ) -> list[RequestOutput]:
-        """Let others find what was computed; append the tokens; let the sequences go that end.
+        scores: list[PromptScores],
+    ) -> None:
+        """Publish what was computed; append the tokens; let the sequences go that end with theirs.
 
         Tokens of a sequence that has ended since the launch are dropped.
         """
-        self.scheduler.computed(pending.scheduled, [later.scheduled for later in self.in_flight])
-        rows = zip(pending.sampled, token_ids, logprobs, strict=True)
-        return [self.append(*row) for row in rows if self.is_alive(row[0])]
-
-    def is_alive(self, sequence: Sequence) -> bool:
-        """Whether it has not ended; its id may be another request's by now."""
-        return self.sequences.get(sequence.request_id) is sequence
+        add_prompt_logprobs(scheduled.num_new_tokens, scores)
+        self.scheduler.publish(scheduled, [later.scheduled for later in self.in_flight])
+        for sequence, new, scored in zip(scheduled.sampled, token_ids, logprobs, strict=True):
+            if self.is_alive(sequence):
+                self.append(sequence, new, scored)
 
     def append(
         self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs | None]
-    ) -> RequestOutput:
+    ) -> None:
         """Add new tokens to a sequence, up to the one that ends it."""
         reason, num_taken = None, 0
         sequence.num_placeholders -= 1
@@ -220,23 +173,25 @@ class LLMEngine:
             reason = self.finish_reason(sequence)
         if reason is not None:
             self.finish(sequence)
-        return self.output(sequence, reason, token_ids[:num_taken], logprobs[:num_taken])
+        self.emit(sequence, token_ids[:num_taken], logprobs[:num_taken], reason)
 
-    def output(
+    def emit(
         self,
         sequence: Sequence,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs | None],
         finish_reason: str | None,
-        token_ids: list[int] | None = None,
-        logprobs: list[TokenLogprobs | None] | None = None,
-    ) -> RequestOutput:
-        """What a step, or an abort, says of a sequence."""
-        return RequestOutput(
-            sequence.request_id,
-            token_ids or [],
-            logprobs or [],
-            finish_reason,
-            sequence.prompt_logprobs,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
+    ) -> None:
+        """Put what is new of a sequence into the outbox."""
+        self.outbox.append(
+            RequestOutput(
+                sequence.request_id,
+                token_ids,
+                logprobs,
+                finish_reason,
+                sequence.prompt_logprobs,
+                sequence.num_cached_tokens or 0,
+            )
         )
 
     def finish_reason(self, sequence: Sequence) -> str | None:
@@ -246,7 +201,7 @@ class LLMEngine:
             return "error"
         if token_id in sequence.ending_token_ids:
             return "stop"
-        return "length" if sequence.num_known_tokens == sequence.limit else None
+        return "length" if sequence.num_tokens == sequence.limit else None
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds is free."""
@@ -262,19 +217,18 @@ class LLMEngine:
             if self.is_alive(sequence):
                 self.abort(sequence.request_id, "error")
 
-    def drain(self) -> None:
-        """Wait for the steps in flight and drop what they give."""
-        while self.in_flight:
-            self.in_flight.popleft().work.wait()
+    def is_alive(self, sequence: Sequence) -> bool:
+        """Whether it has not ended; its id may be another request's by now."""
+        return self.sequences.get(sequence.request_id) is sequence
 
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do, to read or to return."""
-        return bool(self.sequences) or bool(self.aborted) or bool(self.in_flight)
+        return bool(self.sequences) or bool(self.outbox) or bool(self.in_flight)
 
     def stats(self) -> dict[str, Any]:
         """Counts, and what is held in memory, in bytes."""
         return {
-            "num_running": len(self.scheduler.running) + len(self.scheduler.leaving),
+            "num_running": len(self.scheduler.running) + len(self.scheduler.ending),
             "num_waiting": len(self.scheduler.waiting),
             "num_preemptions": self.scheduler.num_preemptions,
             "weight_bytes": self.runner.model.num_bytes,
@@ -289,18 +243,27 @@ class LLMEngine:
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps."""
-        queues = self.scheduler.running, self.scheduler.waiting, self.scheduler.leaving
+        queues = self.scheduler.running, self.scheduler.waiting, self.scheduler.ending
         known = list(itertools.chain(*queues))
         assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
         for sequence in known:
             assert self.is_alive(sequence), sequence.request_id
-            in_flight = sum(sequence in pending.sampled for pending in self.in_flight)
+            in_flight = sum(sequence in pending.scheduled.sampled for pending in self.in_flight)
             assert sequence.num_placeholders == in_flight, f"{sequence.request_id}: {in_flight}"
         self.scheduler.check_integrity()
 
-    def shutdown(self) -> None:
-        """Drop every request. The engine is not to be used after."""
+    def drop_requests(self) -> None:
+        """End every request, and what the next steps would return."""
         for request_id in list(self.sequences):
             self.abort(request_id)
-        self.aborted.clear()
+        self.outbox.clear()
         self.drain()
+
+    def drain(self) -> None:
+        """Wait for the steps in flight, and drop what they give."""
+        while self.in_flight:
+            self.in_flight.popleft().work.wait()
+
+    def shutdown(self) -> None:
+        """Drop every request. The engine is not to be used after."""
+        self.drop_requests()

@@ -1,6 +1,6 @@
 """The model's input in one piece of memory: one copy to the GPU a step, whatever there is to say.
 
-A step's input is 17 small tensors. Made one by one they cost as many copies, and each copy
+A step's input is many small tensors. Made one by one they cost as many copies, and each copy
 to a GPU takes longer than the bytes in it. Here they are views of one buffer: written on the host as
 arrays, copied once, read on the device as tensors. Where each view begins depends on the shape of
 the batch alone, so batches of one shape lie at the same addresses.
@@ -24,7 +24,7 @@ FIELDS = {
     "cu_seqlens_q": (np.int32, "num_seqs + 1"),
     "seq_lens": (np.int32, "num_seqs"),
     "block_tables": (np.int32, "num_seqs * table_width"),
-    "sampled_tokens": (np.int64, "num_sampled"),
+    "logits_indices": (np.int64, "num_sampled"),
     "rows": (np.int64, "num_sampled"),
     "sample_positions": (np.int64, "num_sampled"),
     "seeds": (np.int64, "num_sampled"),
@@ -105,8 +105,9 @@ class InputBuffers:
                 tensors[name] = self.device[begin:].view(TORCH_DTYPES[dtype])[:length]
         return self.last_views
 
-    def copy_to_device(self, shape: BatchShape) -> None:
-        """One copy, and none where the host is the device."""
+    def copy_to_device(self, shape: BatchShape) -> dict[str, torch.Tensor]:
+        """One copy, and none where the host is the device; returns `tensors`."""
         if self.device is not self.host:
             _, size = shape.layout()
             self.device[:size].copy_(self.host[:size], non_blocking=True)
+        return self.tensors(shape)

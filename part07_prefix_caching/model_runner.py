@@ -1,84 +1,36 @@
 """From scheduled sequences to tensors, through the model, and back to sampled tokens.
 
 The runner does not know prefill from decode: a sequence has so many new tokens, and their keys and
-values go to such places in the cache. What it needs of a sequence step after step it keeps in
-tables, a row for each running sequence, so that a step costs a few operations on whole arrays.
+values go to such places in the cache.
 
-The device is ahead of the host's knowledge: a token that the host has not read yet is put into the
-input on the device, from what its row has drawn last.
+The device is ahead of the host: a token that the host has not read yet is put into the input on the
+device, from what its row has drawn last.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from common.architecture import ModelConfig
 from common.checkpoint import context_length, iter_weights, load_config
 from common.device import release_openmp_workers, resolve_device, usable_cores
-from common.kernels import AttentionMetadata, select_ops
-from common.prompt_logprobs import PromptPiece, PromptScores, prompt_pieces
-from common.sampling import (
-    SMALLEST_TOP_P,
-    LogitBiases,
-    SamplingBatch,
-    SamplingParams,
-    as_int64,
-)
+from common.kernels import select_ops
+from common.kv_memory import choose_num_blocks, longest_sequence, peak_memory
+from common.logprobs import SampledLogprobs
+from common.prompt_logprobs import PromptScores
+from common.requests import Request
+from common.sampling import SamplingParams
 
 from .config import EngineConfig
 from .device_queue import Work, device_queue
-from .input_buffers import FIELDS, SAMPLING_FIELDS, BatchShape, InputBuffers
-from .kv_cache import KVCache, choose_num_blocks, longest_sequence
-from .model import CausalLM, ModelConfig
-from .sampler import Sampled, sample, with_logprobs
+from .input_batch import Batch, InputBatch
+from .kv_cache import KVCache
+from .model import CausalLM
+from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The model's input: the new tokens of all sequences, flat."""
-
-    buffers: InputBuffers  # where it lies
-    token_ids: torch.Tensor  # [num_tokens] int64; below 0: not known, see `fill_in`
-    positions: torch.Tensor  # [num_tokens] int64
-    metadata: AttentionMetadata
-    # (row, output so far) of those who join and whose output is counted. Copies: by the time that the
-    # device comes to it, a sequence may have ended or given up its row.
-    counted: list[tuple[int, list[int]]]
-    sampled: list[Sequence]  # those whose last token is in the batch
-    sampled_tokens: (
-        torch.Tensor
-    )  # [num_sampled] int64: the places of their last tokens in the batch
-    rows: torch.Tensor  # [num_sampled] int64: their rows in the tables
-    sampling: SamplingBatch
-    prompts: list[tuple[Sequence, PromptPiece]] = field(default_factory=list)  # to be scored
-
-
-class Tables:
-    """What the host knows of each running sequence, a row each."""
-
-    def __init__(self, num_rows: int, table_width: int) -> None:
-        self.block_tables = np.zeros((num_rows, table_width), np.int32)
-        self.sampling = {name: np.zeros(num_rows, FIELDS[name][0]) for name in SAMPLING_FIELDS}
-
-    def admit(self, sequence: Sequence, vocab_size: int) -> None:
-        """Write what does not change while a sequence runs."""
-        params = sequence.params
-        values = {
-            "seeds": as_int64(sequence.seed),
-            "choices": sequence.choice,
-            # A top_k of the whole vocabulary keeps all.
-            "top_k": params.top_k if 0 < params.top_k < vocab_size else 0,
-            "temperature": params.temperature,
-            "top_p": max(params.top_p, SMALLEST_TOP_P),
-            "min_p": params.min_p,
-            "presence_penalty": params.presence_penalty,
-            "frequency_penalty": params.frequency_penalty,
-        }
-        for name, value in values.items():
-            self.sampling[name][sequence.row] = value
 
 
 class ModelRunner:
@@ -91,45 +43,44 @@ class ModelRunner:
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
-        hf_config = load_config(folder)
-        max_model_len = context_length(hf_config, config.max_model_len)
-        shape = ModelConfig.from_transformers(hf_config, max_model_len)
-        self.ops.check_kv_cache(config.block_size, shape.head_dim, self.dtype)
-        tensors = iter_weights(folder, self.device)
-        self.model = CausalLM(shape, self.ops, tensors, self.dtype, self.device)
-        width = -(-max_model_len // config.block_size)
-        rows = config.max_num_seqs
-        # Two: one is read by the step in flight while the next batch is written.
-        largest = BatchShape(config.max_num_batched_tokens, rows, rows, width)
-        self.buffers = [InputBuffers(largest, self.device) for _ in range(2)]
-        self.tables = Tables(rows, width)
+        max_model_len = context_length(load_config(folder), config.max_model_len)
+        self.model = self.load_model(folder, max_model_len)
+        shape = self.model.config
+        self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
         self.queue = device_queue(self.device)
         # What follows belongs to the device: only work in the queue touches it.
+        rows = config.max_num_seqs
         self.last_token_ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.counts: torch.Tensor | None = None  # [rows, vocab]: how often tokens were generated
-        reserved = self.profile(shape) if self.device.type == "cuda" else 0
-        num_blocks = choose_num_blocks(config, shape, self.dtype, self.device, reserved)
+        reserved = self.profile(shape)
+        num_blocks = choose_num_blocks(config, [shape], self.dtype, self.device, reserved)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
         release_openmp_workers()  # from now on the queue's thread does the work
 
+    def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
+        """Raises ValueError."""
+        shape = ModelConfig.from_transformers(load_config(folder), max_model_len)
+        self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
+        tensors = iter_weights(folder, self.device)
+        return CausalLM(shape, self.ops, tensors, self.dtype, self.device)
+
     def profile(self, shape: ModelConfig) -> int:
-        """Bytes that the largest step takes on the GPU beside weights and cache: by running it."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
         self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
         try:
-            batch = self.prepare(self.largest_step(shape.max_model_len))
-            self.launch(batch).result()
+            return peak_memory(self.device, lambda: self.run_largest_step(shape.max_model_len))
         except torch.OutOfMemoryError as error:
             most = self.config.max_num_batched_tokens
             raise ValueError(
                 f"max_num_batched_tokens is {most}: no memory on the GPU for such a step"
             ) from error
+
+    def run_largest_step(self, max_model_len: int) -> None:
+        """What takes most memory."""
+        self.inputs.block_tables[:] = 0
+        self.launch(self.prepare(self.largest_step(max_model_len))).result()
         self.counts = None
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.empty_cache()
-        return peak - before
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
         """As many tokens as one step may run, of as many sequences; all in block 0."""
@@ -137,135 +88,29 @@ class ModelRunner:
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
         left = self.config.max_num_batched_tokens
         most_seqs = min(self.config.max_num_seqs, left)
-        for row in range(most_seqs):
-            count = min(left - (most_seqs - row - 1), max_model_len)
+        for i in range(most_seqs):
+            count = min(left - (most_seqs - i - 1), max_model_len)
             left -= count
-            sequence = Sequence(f"profile-{row}", [0] * count, params, seed=row, row=row)
+            request = Request(f"largest-{i}", [0] * count, params)
+            sequence = Sequence(request, i, frozenset(), count, row=i)
             largest.admitted.append(sequence)
-            largest.num_new_tokens[sequence] = count
+            largest.run(sequence, count)
         return largest
 
     def prepare(self, scheduled: SchedulerOutput) -> Batch:
         """Tensors for the next tokens of each sequence."""
-        self.update_tables(scheduled)
-        sequences = list(scheduled.num_new_tokens)
-        new = np.array(list(scheduled.num_new_tokens.values()))
-        starts = np.array([sequence.num_computed_tokens for sequence in sequences])
-        lengths = starts + new
-        is_sampled = lengths == [sequence.num_tokens for sequence in sequences]
-        sampled = [sequences[i] for i in np.flatnonzero(is_sampled)]
-        width = self.kv.blocks_for(int(lengths.max()))
-        shape = BatchShape(int(new.sum()), len(sequences), len(sampled), width)
-
-        self.buffers.reverse()
-        buffers = self.buffers[0]
-        buffers.wait()
-        arrays = buffers.arrays(shape)
-        rows = np.array([sequence.row for sequence in sequences])
-        tables = self.tables.block_tables
-        ends = new.cumsum()
-        positions = np.arange(shape.num_tokens) + np.repeat(starts - (ends - new), new)
-        blocks = tables[np.repeat(rows, new), positions // self.kv.block_size].astype(np.int64)
-        arrays["token_ids"][:] = [
-            token_id
-            for sequence, begin, end in zip(sequences, starts, lengths, strict=True)
-            for token_id in sequence.tokens(begin, end)
-        ]
-        arrays["positions"][:] = positions
-        arrays["slot_mapping"][:] = blocks * self.kv.block_size + positions % self.kv.block_size
-        arrays["cu_seqlens_q"][0] = 0
-        arrays["cu_seqlens_q"][1:] = ends
-        arrays["seq_lens"][:] = lengths
-        arrays["block_tables"].reshape(-1, width)[:] = tables[rows, :width]
-        arrays["sampled_tokens"][:] = ends[is_sampled] - 1
-        arrays["rows"][:] = rows = rows[is_sampled]
-        arrays["sample_positions"][:] = lengths[is_sampled]
-        for name, column in self.tables.sampling.items():
-            arrays[name][:] = column[rows]
-        longest = int(new.max()), int(lengths.max())
-        batch = self.batch_of(buffers, shape, scheduled.admitted, sampled, *longest)
-        return replace(batch, prompts=prompt_pieces(sequences, starts, new))
-
-    def batch_of(
-        self,
-        buffers: InputBuffers,
-        shape: BatchShape,
-        admitted: list[Sequence],
-        sampled: list[Sequence],
-        max_query_len: int,
-        max_seq_len: int,
-    ) -> Batch:
-        """The batch that lies in the buffers, on the device."""
-        buffers.copy_to_device(shape)
-        tensors = buffers.tensors(shape)
-        metadata = AttentionMetadata(
-            cu_seqlens_q=tensors["cu_seqlens_q"],
-            seq_lens=tensors["seq_lens"],
-            block_tables=tensors["block_tables"].view(-1, shape.table_width),
-            slot_mapping=tensors["slot_mapping"],
-            max_query_len=max_query_len,
-            max_seq_len=max_seq_len,
-        )
-        columns = {name: tensors[name].unsqueeze(1) for name in SAMPLING_FIELDS}
-        sampling = SamplingBatch(
-            **columns,
-            positions=tensors["sample_positions"].unsqueeze(1),
-            output_counts=None,
-            num_logprobs=[sequence.params.logprobs for sequence in sampled],
-            biases=self.biases(sampled, buffers.arrays(shape)["sample_positions"]),
-        )
-        return Batch(
-            buffers,
-            tensors["token_ids"],
-            tensors["positions"],
-            metadata,
-            [
-                (sequence.row, list(sequence.output_token_ids))
-                for sequence in admitted
-                if sequence.params.has_penalties
-            ],
-            sampled,
-            tensors["sampled_tokens"],
-            tensors["rows"],
-            sampling,
-        )
-
-    def biases(self, sequences: list[Sequence], positions: np.ndarray) -> LogitBiases | None:
-        """What is added to single logits of each row.
-
-        positions: the number of tokens before the one that a row draws.
-        """
-        if not any(sequence.params.has_biases for sequence in sequences):
-            return None
-        rows = [
-            sequence.params.biases(
-                sequence.ending_token_ids, place - len(sequence.prompt_token_ids)
-            )
-            for sequence, place in zip(sequences, positions.tolist(), strict=True)
-        ]
-        return LogitBiases.build(rows, self.device)
+        return self.inputs.prepare(scheduled)
 
     @property
     def num_buffer_bytes(self) -> int:
-        """What a step's input takes, on the host and on the device, and the counts of tokens."""
-        both = [x for buffers in self.buffers for x in (buffers.host, buffers.device)]
-        buffers = {id(x): x.nbytes for x in [*both, self.last_token_ids]}
-        tables = [self.tables.block_tables, *self.tables.sampling.values()]
+        """What a step's input takes, and the counts of tokens."""
         counts = 0 if self.counts is None else self.counts.nbytes
-        return sum(buffers.values()) + sum(table.nbytes for table in tables) + counts
-
-    def update_tables(self, scheduled: SchedulerOutput) -> None:
-        """Note who joined, and who has new blocks."""
-        for sequence in scheduled.admitted:
-            self.tables.admit(sequence, self.model.config.vocab_size)
-        for sequence, blocks in scheduled.new_blocks.items():
-            end = len(sequence.block_table)
-            self.tables.block_tables[sequence.row, end - len(blocks) : end] = blocks
+        return self.inputs.num_bytes + self.last_token_ids.nbytes + counts
 
     def launch(self, batch: Batch) -> Work:
         """Give the device the batch; its tokens can be read from what this returns."""
         work = self.queue.submit(lambda: self.run(batch))
-        batch.buffers.reader = work
+        self.inputs.launched(work)
         return work
 
     @torch.inference_mode()
@@ -285,8 +130,7 @@ class ModelRunner:
     def count_output(self, row: int, token_ids: list[int]) -> None:
         """Count the tokens that a row's sequence has generated so far; `sample` counts on.
 
-        All of them are known, and stay so until this step is read: nobody joins with a token on
-        its way.
+        The host knows all of them: no sequence joins with a token in flight.
         """
         vocab_size = self.model.config.vocab_size
         if self.counts is None:
@@ -299,18 +143,18 @@ class ModelRunner:
         """Logits after each sampled sequence's last token, [num_sampled, vocab]; and the scores of
         prompts that ask for them."""
         hidden = self.model.forward(batch.token_ids, batch.positions, self.kv.data, batch.metadata)
-        scores = [piece.score(hidden, self.model.logits) for _, piece in batch.prompts]
-        return self.model.logits(hidden[batch.sampled_tokens]), scores
+        scores = [piece.score(hidden, self.model.logits) for piece in batch.prompts]
+        return self.model.logits(hidden[batch.logits_indices]), scores
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> Sampled:
         """The next token of each sampled sequence, and log probabilities if asked for."""
         sampling = batch.sampling
-        counted = any(sequence.params.has_penalties for sequence in batch.sampled)
-        if counted:
+        if batch.has_penalties:
             sampling = replace(sampling, output_counts=self.counts[batch.rows])
         token_ids = sample(self.ops, logits, sampling)
         last = token_ids.clamp(min=0)  # NO_TOKEN is no input
-        if counted:
+        if batch.has_penalties:
             self.counts[batch.rows, last] += 1
         self.last_token_ids[batch.rows] = last
-        return with_logprobs(logits, token_ids, sampling)
+        logprobs = SampledLogprobs.of(logits, token_ids, sampling.num_logprobs)
+        return Sampled(token_ids, logprobs)

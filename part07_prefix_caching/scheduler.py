@@ -1,22 +1,22 @@
-"""Who runs in this step, and with how many tokens.
+"""Which sequences run in a step, and with how many tokens.
 
-Sequences join and leave at every step (Yu et al., "Orca: A Distributed Serving System for
-Transformer-Based Generative Models", OSDI 2022). First come, first served: nobody overtakes. A step
-has a budget of tokens: everyone who runs gets what is not computed yet, those who decode a token,
-those whose prompt is not done a slice of it (Agrawal et al., "Taming Throughput-Latency Tradeoff in
-LLM Inference with Sarathi-Serve", OSDI 2024). Blocks are taken when they are needed; when there are
-none left, the sequence that joined last gives up its own and waits at the head of the queue. It
-keeps its output: when it comes back, prompt and output run again as one prompt (recomputation, as
-in vLLM).
+Sequences join and leave the batch at every step (Yu et al., "Orca: A Distributed Serving System for
+Transformer-Based Generative Models", OSDI 2022). The order is first come, first served. A step
+has a budget of tokens. Each running sequence gets those of its tokens that are not computed: the
+last one while it decodes, before that a slice of its prompt (Agrawal et al., "Taming
+Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", OSDI 2024).
 
-Who joins begins with the blocks that others have computed for the same tokens, and computes the
-rest. What a step has computed can be found by others as soon as its tokens are read: before that it
-may yet fail.
+A sequence takes blocks as it grows. When the pool is empty, the sequence that joined last is
+preempted: it gives up its blocks and waits at the head of the queue. It keeps its output, and when
+it joins again, prompt and output run as one prompt (recomputation, as in vLLM).
 
-The scheduler does not wait for tokens. It counts those that are on their way (placeholders), knows
-how many each sequence may have, and so knows its next step before the last one has ended. Steps run
-on the device in the order in which they were scheduled: blocks that are given up can be given to
-the next at once, though a step in flight still writes to them.
+A sequence that joins takes the cached blocks of its longest known beginning, and computes the rest.
+The full blocks of a step are published when its tokens are read: before that it may yet fail.
+
+The scheduler does not wait for tokens. It counts those that are launched and not read
+(placeholders), knows how many tokens each sequence may have, and so knows the next step before the
+last one has ended. The device runs steps in the order in which they were scheduled: blocks that a
+sequence gives up can be given to the next at once, though a step in flight still writes to them.
 """
 
 import sys
@@ -26,59 +26,63 @@ from dataclasses import dataclass, field
 
 from common.trace import Trace
 
+from .block_cache import Match
 from .config import EngineConfig
 from .kv_cache import KVCache
-from .prefix_cache import make_prefix_cache
-from .sequence import Sequence
+from .prefix_cache import make_block_cache
+from .sequence import TRANSITIONS, Sequence, Status
 
 
 @dataclass
 class SchedulerOutput:
-    """One step's work. A sequence is sampled when its last token is among those it runs."""
+    """One step's work. The token after a sequence's last one is sampled when the step runs that."""
 
     num_new_tokens: dict[Sequence, int] = field(default_factory=dict)
+    sampled: list[Sequence] = field(default_factory=list)
+    num_tokens: int = 0
     admitted: list[Sequence] = field(default_factory=list)  # joined in this step, or came back
     new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)  # at its table's end
-    num_tokens: int = 0
 
     def run(self, sequence: Sequence, count: int) -> None:
         """Let a sequence run its next `count` tokens."""
         self.num_new_tokens[sequence] = count
         self.num_tokens += count
+        if sequence.num_computed_tokens + count >= sequence.num_total_tokens:
+            self.sampled.append(sequence)
 
 
 class Scheduler:
-    """The queue, the running sequences, and the blocks and table rows that they hold."""
+    """The waiting and the running sequences, and the blocks and table rows that these hold."""
 
     def __init__(self, config: EngineConfig, kv: KVCache, trace: Trace) -> None:
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.long_prefill_threshold = config.long_prefill_threshold or sys.maxsize
         self.kv, self.trace = kv, trace
-        self.cache = make_prefix_cache(config.prefix_cache, kv.pool, kv.block_size)
+        self.cache = make_block_cache(config.prefix_cache, kv.pool, kv.block_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they joined
-        self.leaving: set[Sequence] = set()  # their last tokens are on their way
+        self.ending: set[Sequence] = set()  # their last tokens are launched
         self.num_rows = config.max_num_seqs
         self.free_rows = deque(range(self.num_rows))
         self.num_preemptions = 0
-        self.num_cache_queries = 0  # tokens of those who joined for the first time
-        self.num_cache_hits = 0  # tokens that were found for them
+        self.num_cache_queries = 0  # tokens of sequences that joined for the first time
+        self.num_cache_hits = 0  # those of them that were found
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of the queue."""
+        """Put a new sequence at the end of the queue."""
         self.trace.arrived(sequence.request_id, sequence.num_tokens)
         self.waiting.append(sequence)
 
     def schedule(self) -> SchedulerOutput:
         """The next step's work; empty when there is none."""
         output = SchedulerOutput()
-        if self.go_on(output):
+        if self.run_running(output):
             self.admit(output)
         for sequence, count in output.num_new_tokens.items():
             self.trace.scheduled(sequence.request_id, count)
         return output
 
-    def go_on(self, output: SchedulerOutput) -> bool:
+    def run_running(self, output: SchedulerOutput) -> bool:
         """More tokens of the running sequences, the oldest first, while budget and blocks last.
 
         Returns whether blocks have lasted.
@@ -94,64 +98,60 @@ class Scheduler:
         return was_room
 
     def make_room(self, sequence: Sequence, output: SchedulerOutput) -> bool:
-        """Give a sequence blocks for all of its tokens, those of the sequences that joined last if
-        need be; False when it does not run in this step."""
-        while sequence.row is not None and not self.grow(sequence, output):
-            if self.leaving:
+        """Give a running sequence blocks for all of its tokens, those of the sequences that joined
+        last if need be; False when it does not run in this step."""
+        while sequence.status is Status.RUNNING and not self.grow(sequence, output):
+            if self.ending:
                 return False  # their blocks come free when their last tokens are read
             self.preempt(self.running[-1])
-        return sequence.row is not None
+        return sequence.status is Status.RUNNING
 
     def admit(self, output: SchedulerOutput) -> None:
         """Let sequences join from the head of the queue, while budget and blocks last.
 
-        Who joins takes the blocks of its whole prompt, though it begins with a slice of it: prompts
-        that are half computed and wait for each other's blocks would end in preemptions. Each
-        running sequence is left a block to grow into. One that was preempted with a token on its
-        way joins when that is read.
+        A sequence joins only when there are blocks for its whole prompt, even if this step computes
+        only the first slice: prompts that are half computed and wait for each other's blocks would
+        end in preemptions. Each running sequence is left a block to grow into. A sequence that was
+        preempted with a token in flight joins when that is read.
         """
         while self.waiting and self.free_rows and output.num_tokens < self.max_num_batched_tokens:
             sequence = self.waiting[0]
-            if sequence.num_placeholders or not self.begin(sequence):
+            if sequence.num_placeholders:
                 break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.row = self.free_rows.popleft()
+            found = self.cache.match(sequence)
+            needed = self.kv.blocks_for(sequence.num_total_tokens) - len(found.blocks)
+            if needed + len(self.running) > self.cache.num_free - found.num_free:
+                break
+            self.start(sequence)
+            self.take(sequence, found)
             self.grow(sequence, output)
-            output.new_blocks[sequence] = list(sequence.block_table)
             output.admitted.append(sequence)
             output.run(sequence, self.slice_of(sequence, output))
 
-    def begin(self, sequence: Sequence) -> bool:
-        """Give a sequence the blocks that the cache has for it, if there is room for the others."""
-        found = self.cache.match(sequence)
-        sequence.block_table = found
-        needed = self.kv.blocks_for(sequence.num_tokens) - len(found) + len(self.running)
-        if needed > self.cache.num_free:
-            self.cache.release(sequence)
-            sequence.block_table = []
-            return False
-        sequence.num_computed_tokens = len(found) * self.kv.block_size
-        self.trace.allocated(sequence.request_id, found)
+    def take(self, sequence: Sequence, found: Match) -> None:
+        """Let a sequence begin with the blocks that were found for it."""
+        self.cache.take(sequence, found)
+        sequence.block_table = found.blocks
+        sequence.num_computed_tokens = len(found.blocks) * self.kv.block_size
+        self.trace.allocated(sequence.request_id, found.blocks)
         self.trace.cached(sequence.request_id, sequence.num_computed_tokens)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_cache_queries += sequence.num_tokens
             self.num_cache_hits += sequence.num_cached_tokens
-        return True
 
     def slice_of(self, sequence: Sequence, output: SchedulerOutput) -> int:
         """How many tokens a sequence runs: what is not computed, as far as the step's budget goes.
 
-        One for a sequence that decodes, a slice for a prompt; nothing else tells them apart.
+        One for a sequence that decodes, a slice of a prompt; nothing else tells them apart.
         """
-        left = sequence.num_tokens - sequence.num_computed_tokens
+        left = sequence.num_total_tokens - sequence.num_computed_tokens
         budget = self.max_num_batched_tokens - output.num_tokens
         return min(left, budget, self.long_prefill_threshold)
 
     def grow(self, sequence: Sequence, output: SchedulerOutput) -> bool:
         """Give a sequence blocks for all of its tokens; False when there are not enough."""
-        missing = self.kv.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        missing = self.kv.blocks_for(sequence.num_total_tokens) - len(sequence.block_table)
         if missing > 0:
             if missing > self.cache.num_free:
                 return False
@@ -161,19 +161,18 @@ class Scheduler:
             output.new_blocks[sequence] = blocks
         return True
 
-    def launched(self, num_new_tokens: dict[Sequence, int], sampled: list[Sequence]) -> None:
-        """Count what is on its way now; who gets the last token that it may have gives up its row,
-        and its blocks when that is read and they can be found by others."""
-        for sequence, count in num_new_tokens.items():
+    def advance(self, output: SchedulerOutput) -> None:
+        """A step is launched: its tokens count as computed, and those that it samples as tokens. A
+        sequence whose last token is among these gives up its row at once."""
+        for sequence, count in output.num_new_tokens.items():
             sequence.num_computed_tokens += count
-        for sequence in sampled:
+        for sequence in output.sampled:
             sequence.num_placeholders += 1
-            if sequence.num_tokens == sequence.limit:
-                self.stop(sequence)
-                self.leaving.add(sequence)
+            if sequence.num_total_tokens == sequence.limit:
+                self.end(sequence)
 
-    def computed(self, output: SchedulerOutput, later: Iterable[SchedulerOutput]) -> None:
-        """A step's tokens are read: others may find what its sequences have computed until then.
+    def publish(self, output: SchedulerOutput, later: Iterable[SchedulerOutput]) -> None:
+        """A step is read: other sequences may find what its sequences have computed until then.
 
         later: the steps that were launched since.
         """
@@ -182,27 +181,47 @@ class Scheduler:
                 unread = sum(step.num_new_tokens.get(sequence, 0) for step in later)
                 self.cache.publish(sequence, sequence.num_computed_tokens - unread)
 
+    # The life of a sequence: nothing else changes its status.
+
+    def start(self, sequence: Sequence) -> None:
+        """The head of the queue joins the running sequences."""
+        self.become(sequence, Status.RUNNING)
+        self.running.append(self.waiting.popleft())
+        sequence.row = self.free_rows.popleft()
+
     def preempt(self, sequence: Sequence) -> None:
-        """Take everything from a running sequence but its tokens, and let it wait before others."""
+        """Take the blocks of a running sequence, and put it at the head of the queue."""
+        self.become(sequence, Status.WAITING)
+        self.stop(sequence)
         self.release(sequence)
         self.waiting.appendleft(sequence)
         self.trace.preempted(sequence.request_id)
         self.num_preemptions += 1
 
+    def end(self, sequence: Sequence) -> None:
+        """A running sequence has its last token launched, and runs no more."""
+        self.become(sequence, Status.ENDING)
+        self.stop(sequence)
+        self.ending.add(sequence)
+
     def finish(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is."""
-        if sequence in self.leaving:
-            self.leaving.remove(sequence)
-            self.give_up(sequence)
-        elif sequence.row is None:
+        """Forget a sequence, whatever its status."""
+        was = sequence.status
+        self.become(sequence, Status.FINISHED)
+        if was is Status.WAITING:
             self.waiting.remove(sequence)
+        elif was is Status.ENDING:
+            self.ending.remove(sequence)
+            self.release(sequence)
         else:
+            self.stop(sequence)
             self.release(sequence)
 
-    def release(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks and row."""
-        self.stop(sequence)
-        self.give_up(sequence)
+    def become(self, sequence: Sequence, status: Status) -> None:
+        """Change a sequence's status, if there is such a transition."""
+        is_legal = status in TRANSITIONS[sequence.status]
+        assert is_legal, f"{sequence.request_id}: {sequence.status.value} -> {status.value}"
+        sequence.status = status
 
     def stop(self, sequence: Sequence) -> None:
         """Take a running sequence's row."""
@@ -210,7 +229,7 @@ class Scheduler:
         self.free_rows.append(sequence.row)
         sequence.row = None
 
-    def give_up(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         """Take a sequence's blocks."""
         self.cache.release(sequence)
         self.trace.freed(sequence.request_id, sequence.block_table)
@@ -218,18 +237,22 @@ class Scheduler:
         sequence.num_computed_tokens = 0
 
     def check_integrity(self) -> None:
-        """Assert that rows and blocks have one owner each, or are free."""
+        """Assert that statuses are true, and that rows and blocks have one owner each or are free."""
+        for sequence in self.waiting:
+            assert sequence.status is Status.WAITING, f"{sequence.request_id}: {sequence.status}"
+        for sequence in self.ending:
+            assert sequence.status is Status.ENDING, f"{sequence.request_id}: {sequence.status}"
         for sequence in self.waiting:
             assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
-        for sequence in [*self.waiting, *self.leaving]:
-            assert sequence.row is None, f"{sequence.request_id} waits and has row {sequence.row}"
+        for sequence in [*self.waiting, *self.ending]:
+            assert sequence.row is None, f"{sequence.request_id} does not run and has a row"
         rows = [*self.free_rows, *(sequence.row for sequence in self.running)]
-        everyone = list(range(self.num_rows))
-        assert sorted(rows) == everyone, f"rows lost or given twice: {sorted(rows)}"
+        assert sorted(rows) == list(range(self.num_rows)), f"rows lost or given twice: {rows}"
         for sequence in self.running:
-            computed, room = sequence.num_computed_tokens, len(sequence.block_table)
-            assert computed < sequence.num_tokens, f"{sequence.request_id}: {computed} tokens"
-            most = self.kv.blocks_for(sequence.num_tokens)
+            assert sequence.status is Status.RUNNING, f"{sequence.request_id}: {sequence.status}"
+            computed, total = sequence.num_computed_tokens, sequence.num_total_tokens
+            assert computed < total, f"{sequence.request_id}: {computed} of {total} tokens"
+            room, most = len(sequence.block_table), self.kv.blocks_for(total)
             assert self.kv.blocks_for(computed) <= room <= most, f"{sequence.request_id}: {room}"
-        owners = [*self.running, *self.leaving]
+        owners = [*self.running, *self.ending]
         self.cache.check_integrity([sequence.block_table for sequence in owners])

@@ -13,8 +13,8 @@ from statistics import median
 
 import numpy as np
 
+from .proposer import Draft, Proposer
 from .sequence import Sequence
-from .speculative import Draft, Proposer
 
 NUM_SAMPLES = 9  # durations that a bucket of StepCost keeps
 ENOUGH = 3  # of them, before it is believed: one slow step tells nothing
@@ -136,12 +136,12 @@ class DraftLength:
             lengths = [len(draft.token_ids) for draft in drafts]
             return drafts, self.choose(sequences, lengths, num_tokens)
         limits = self.choose(sequences, limits, num_tokens)
+        limits = proposer.catch_up(sequences, limits)
         if not any(limits):
             return [NO_DRAFT] * len(sequences), limits
         begin = time.perf_counter()
         drafts = proposer.propose(sequences, limits)
-        if not proposer.was_catching_up:
-            self.observe_drafting(max(limits), time.perf_counter() - begin)
+        self.observe_drafting(max(limits), time.perf_counter() - begin)
         return drafts, [len(draft.token_ids) for draft in drafts]
 
     def worth_asking(self, sequences: list[Sequence], limits: list[int]) -> list[int]:

@@ -7,12 +7,14 @@ what else is in the batch. Filters and noise are one fused operation of `common.
 Nothing here waits for the device: what was drawn stays there as tensors until somebody reads it.
 """
 
-from dataclasses import dataclass, field, replace
+import itertools
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from common.kernels import Ops
+from common.logprobs import SampledLogprobs
 from common.output import TokenLogprobs
 from common.prompt_logprobs import PromptScores
 from common.sampling import SamplingBatch, not_drawn
@@ -20,48 +22,33 @@ from common.sampling import SamplingBatch, not_drawn
 
 @dataclass(frozen=True)
 class Sampled:
-    """What was drawn in one step, a row for each place that was sampled.
-
-    Log probabilities are there for the rows that asked, and are as wide as the largest wish: the
-    token's own first, then those of the most likely tokens.
-    """
+    """What was drawn in one step, a row for each place that was sampled."""
 
     token_ids: Tensor  # [num_sampled] int64
-    num_logprobs: list[int | None]  # how many most likely tokens each row wants
-    logprobs: Tensor | None = None  # [rows that asked, 1 + most]
-    top_token_ids: Tensor | None = None  # [rows that asked, most] int64
-    num_accepted: Tensor | None = None  # [sequences] int64: drafts that stay; None: there were none
-    num_drafts: Tensor | None = None  # [sequences] int64: a sequence has a row more than drafts
+    logprobs: SampledLogprobs
     prompts: list[PromptScores] = field(default_factory=list)  # of the prompts that were scored
+    num_accepted: Tensor | None = None  # [sequences] int64: drafts that stay; None: there were none
+    draft_lengths: list[int] = field(default_factory=list)  # a sequence has a row more than drafts
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Sampled":
         """A copy on another device."""
-        tensors = (self.token_ids, self.logprobs, self.top_token_ids)
-        tensors += (self.num_accepted, self.num_drafts)
-        copies = [x if x is None else x.to(device, non_blocking=non_blocking) for x in tensors]
+        token_ids = self.token_ids.to(device, non_blocking=non_blocking)
         prompts = [scores.to(device, non_blocking) for scores in self.prompts]
-        return Sampled(copies[0], self.num_logprobs, *copies[1:], prompts=prompts)
+        num_accepted = self.num_accepted
+        if num_accepted is not None:
+            num_accepted = num_accepted.to(device, non_blocking=non_blocking)
+        logprobs = self.logprobs.to(device, non_blocking)
+        return Sampled(token_ids, logprobs, prompts, num_accepted, self.draft_lengths)
 
     def lists(self) -> tuple[list[list[int]], list[list[TokenLogprobs | None]]]:
         """The tokens of each sequence, and their log probabilities where it asked."""
         token_ids = self.token_ids.tolist()
-        found = [] if self.logprobs is None else self.logprobs.tolist()
-        tops = [] if self.top_token_ids is None else self.top_token_ids.tolist()
-        asked = iter(zip(found, tops, strict=True))
-        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
-        for row, count in enumerate(self.num_logprobs):
-            if count is not None:
-                (own, *values), ids = next(asked)
-                top = tuple(zip(ids[:count], values[:count], strict=True))
-                logprobs[row] = TokenLogprobs(token_ids[row], own, top)
+        logprobs = self.logprobs.lists(token_ids)
         if self.num_accepted is None:
             return [[token_id] for token_id in token_ids], [[logprob] for logprob in logprobs]
-        ends = (self.num_drafts + 1).cumsum(0)
-        begins = (ends - self.num_drafts - 1).tolist()
-        runs = [
-            slice(begin, begin + 1 + count)
-            for begin, count in zip(begins, self.num_accepted.tolist(), strict=True)
-        ]
+        begins = itertools.accumulate((1 + length for length in self.draft_lengths), initial=0)
+        counts = zip(begins, self.num_accepted.tolist(), strict=False)
+        runs = [slice(begin, begin + 1 + count) for begin, count in counts]
         return [token_ids[run] for run in runs], [logprobs[run] for run in runs]
 
 
@@ -76,25 +63,3 @@ def sample(ops: Ops, logits: Tensor, batch: SamplingBatch) -> Tensor:
     columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
     columns += (batch.seeds, batch.positions, batch.choices)
     return not_drawn(ops.sample(logits, *(column.squeeze(1) for column in columns)), raw)
-
-
-def with_logprobs(
-    logits: Tensor,
-    token_ids: Tensor,
-    batch: SamplingBatch,
-    num_accepted: Tensor | None = None,
-    num_drafts: Tensor | None = None,
-) -> Sampled:
-    """The tokens, with log probabilities where they are asked for: the model's own, before
-    penalties and filters."""
-    asked = [row for row, count in enumerate(batch.num_logprobs) if count is not None]
-    sampled = Sampled(
-        token_ids, batch.num_logprobs, num_accepted=num_accepted, num_drafts=num_drafts
-    )
-    if not asked:
-        return sampled
-    most = max(batch.num_logprobs[row] for row in asked)
-    logprobs = logits[asked].float().log_softmax(dim=-1)
-    own = logprobs.gather(1, token_ids[asked].clamp(min=0).unsqueeze(1))
-    values, ids = logprobs.topk(most)
-    return replace(sampled, logprobs=torch.cat([own, values], dim=1), top_token_ids=ids)

@@ -1,104 +1,107 @@
-"""A request as the engine sees it, and what a step says about it. Tokens only: text is not here."""
+"""A request as the engine sees it: tokens, progress and status. Text is not here."""
 
-import sys
 from dataclasses import dataclass, field
+from enum import Enum
 
 from torch import Tensor
 
 from common.output import NO_DRAFTS, DraftCounts, TokenLogprobs
+from common.requests import Request
 from common.sampling import SamplingParams
+
+
+class Status(Enum):
+    """Where a sequence is in its life. `scheduler.py` alone changes it."""
+
+    WAITING = "waiting"  # in the queue; it holds nothing
+    RUNNING = "running"  # it holds blocks, and a row in the runner's tables
+    ENDING = "ending"  # its last token is launched and not read; it holds blocks until it is
+    FINISHED = "finished"
+
+
+TRANSITIONS = {
+    Status.WAITING: {Status.RUNNING, Status.FINISHED},
+    Status.RUNNING: {Status.WAITING, Status.ENDING, Status.FINISHED},
+    Status.ENDING: {Status.FINISHED},
+    Status.FINISHED: set(),
+}
 
 
 @dataclass(eq=False)
 class Sequence:
     """One request's tokens and progress."""
 
-    # set by the request
-    request_id: str
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    seed: int
-    ending_token_ids: frozenset[int] = frozenset()  # each of them ends the output
-    choice: int = 0  # which of n completions of one prompt
-    limit: int = sys.maxsize  # tokens that it may have, prompt and output together
-    cache_salt: str | None = None  # it shares blocks only with those that have the same
-    may_draft: bool = True
+    # set when it is added
+    request: Request
+    seed: int  # the request's, or a random one
+    ending_token_ids: frozenset[int]  # each of them ends the output
+    limit: int  # tokens that it may have, prompt and output together
 
     # set by the engine, step by step
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None  # of its prompt, so far, if it asks
-    num_placeholders: int = 0  # output tokens that are on their way: launched and not yet read
-    num_computed_tokens: int = 0  # tokens whose keys and values are in the cache, or on their way
 
     # set by the scheduler
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0  # tokens whose keys and values are in the cache, or launched
+    num_placeholders: int = 0  # output tokens that are launched and not read
     block_table: list[int] = field(default_factory=list)
     row: int | None = None  # its row in the runner's tables while it runs
-    num_cached_tokens: int | None = None  # that were found in the cache when it first joined
-    num_drafted_kv: int = 0  # tokens whose keys and values a draft model of its own has
+    num_cached_tokens: int | None = None  # found in the cache when it first joined
 
     # set by the speculator
     draft_token_ids: list[int] = field(default_factory=list)  # guesses that the next step verifies
     draft_probs: Tensor | None = None  # what they were drawn from, [most, vocab]
     draft_counts: DraftCounts = NO_DRAFTS
+    num_drafter_tokens: int = 0  # tokens whose keys and values a draft model has, in its own tensor
 
     # set by the prefix cache
     block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks
-    num_published_blocks: int = 0  # of its table, that others can find
+    num_published_blocks: int = 0  # of its table, that other sequences can find
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.request.prompt_token_ids
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_total_tokens(self) -> int:
+        """Also those that are launched and not read."""
+        return self.num_tokens + self.num_placeholders
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        """Tokens whose keys and values may come out of the cache: all that are known but the last,
+        and none where the prompt's are to be scored."""
+        return 0 if self.params.prompt_logprobs is not None else self.num_tokens - 1
 
     @property
     def rejects(self) -> bool:
         """Whether its drafts stay by rejection sampling, and not by being what is drawn."""
         return self.draft_probs is not None and bool(self.draft_token_ids)
 
-    @property
-    def num_cacheable_tokens(self) -> int:
-        """Tokens whose keys and values may come out of the cache: all that are known but the last,
-        and none where the prompt's are to be scored."""
-        return 0 if self.params.prompt_logprobs is not None else self.num_known_tokens - 1
-
-    @property
-    def num_known_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        """Also those that are on their way."""
-        return self.num_known_tokens + self.num_placeholders
-
     def tokens(self, begin: int, end: int) -> list[int]:
         """Token ids `begin` to `end` of prompt and output together.
 
-        One that is on its way is written as -1 - row: the device puts in what that row has drawn.
-        Behind those that are known lie the drafts.
+        One that is not read yet is written as -1 - row: the device puts in what that row has drawn.
+        Behind the known tokens lie the drafts.
         """
-        offset, known = len(self.prompt_token_ids), self.num_known_tokens
-        if begin >= known:
+        offset = len(self.prompt_token_ids)
+        if begin >= self.num_tokens:
             return [-1 - self.row] * (end - begin)
-        drafts = self.draft_token_ids[: max(end - known, 0)]
+        drafts = self.draft_token_ids[: max(end - self.num_tokens, 0)]
         if begin >= offset:
             return self.output_token_ids[begin - offset : end - offset] + drafts
         return (self.prompt_token_ids + self.output_token_ids)[begin:end] + drafts
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """What one step adds to a request.
-
-    token_ids: after them NO_TOKEN where no token could be drawn, with the reason `error`.
-    finish_reason: `stop`, `length`, `abort` or `error` on the last output of a request, else None.
-    prompt_logprobs: where asked for, of all tokens of the prompt but the first.
-    num_cached_tokens: how many of its prompt's tokens were not computed but found.
-    draft_counts: what became of its drafts so far.
-    """
-
-    request_id: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    num_cached_tokens: int = 0
-    draft_counts: DraftCounts = NO_DRAFTS
-
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None

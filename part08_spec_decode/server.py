@@ -10,10 +10,9 @@ from fastapi import FastAPI, Request
 from sse_starlette import EventSourceResponse
 
 from common import inspector
-from common.api import ApiError, Job, failure, to_json
+from common.api import ApiError, Job, to_json
 from common.cli import parse
 from common.frontend import Admission, Frontend, unless_disconnected
-from common.output import Delta, OutputProcessor
 from common.sampling import MAX_N
 from common.serving import ServerConfig, serve
 
@@ -31,7 +30,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
         max_n=MAX_N,
         prompt_logprobs=True,
         cache_salt=True,
-        speculative=engine.speculator is not None,
+        speculative=engine.config.speculative != "off",
         health=async_engine.problem,
         lifespan=async_engine.lifespan,
     )
@@ -43,40 +42,18 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
             return EventSourceResponse(events(job), sep="\n", send_timeout=60)
         return await unless_disconnected(request, whole(job))
 
-    def completions(job: Job) -> AsyncIterator[tuple[int, OutputProcessor, Delta]]:
-        about = (job.cache_salt, job.may_draft)
-        return async_engine.generate(job.prompts, job.params, *about)
-
     async def whole(job: Job) -> dict[str, Any]:
-        outputs: dict[int, OutputProcessor] = {}
         with admission.admit(job.num_choices):
-            stream = completions(job)
-            async for index, output, _ in stream:
-                outputs[index] = output
-        return job.response([outputs[index].completion(index) for index in sorted(outputs)])
+            return await job.collect(async_engine.generate(job.requests()))
 
     async def events(job: Job) -> AsyncIterator[str]:
         try:
             with admission.admit(job.num_choices):
-                async for chunk in chunks(job):
+                async for chunk in job.chunks(async_engine.generate(job.requests())):
                     yield to_json(chunk)
             yield "[DONE]"
         except ApiError as error:
             yield to_json(error.body())
-
-    async def chunks(job: Job) -> AsyncIterator[dict[str, Any]]:
-        outputs: dict[int, OutputProcessor] = {}
-        for chunk in job.opening_chunks():
-            yield chunk
-        stream = completions(job)
-        async for index, output, delta in stream:
-            outputs[index] = output
-            if delta.finish_reason == "error":
-                raise failure(delta.error)
-            if job.has_news(delta):
-                yield job.chunk(index, delta)
-        if job.include_usage:
-            yield job.usage_chunk([outputs[index] for index in sorted(outputs)])
 
     frontend.route(answer)
     frontend.add_trace(engine.trace)

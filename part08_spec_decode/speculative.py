@@ -1,117 +1,114 @@
-"""Who drafts: guesses at a sequence's next tokens, which one forward of the model then verifies.
+"""Speculation as the engine sees it: after each step, drafts for the next; and what became of them.
 
-A decode step reads all weights for one token; the same step over a few tokens takes hardly longer. So
-whoever guesses the next tokens, cheaply and often rightly, makes several tokens of one step.
-
-N-gram drafts ("prompt lookup") cost no model at all: when the last tokens occurred before in the
-sequence, what followed them there is the guess. Answers that quote, correct or complete what is in
-the prompt are full of such repeats.
+A proposer makes the drafts, `draft_length.py` says how long they are worth to be, and
+`rejection_sampler.py` decides on the device which of their tokens stay.
 """
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
-from torch import Tensor
+from common.trace import Trace
 
+from .config import EngineConfig
+from .draft_length import DraftLength
+from .draft_model import ModelProposer
+from .model_runner import ModelRunner
+from .proposer import NgramProposer, Proposer
+from .scheduler import Scheduler
 from .sequence import Sequence
 
-MOST_AT_ONCE = 2048  # tokens that are indexed in one step: some milliseconds
 
+class NoSpeculator:
+    """Drafts nothing."""
 
-@dataclass(frozen=True)
-class Draft:
-    """A guess at what follows a sequence.
+    num_in_flight = 2  # steps
 
-    probs: q, the distribution that each token was drawn from, [len(token_ids), vocab], after
-        temperature and filters, for a row that accepts by rejection; None for one that matches.
-    """
+    def propose(self, scheduler: Scheduler, num_tokens: int, seconds: float) -> None:
+        """Give drafts to the sequences that decode. The step before ran so many tokens in so long."""
 
-    token_ids: list[int]
-    probs: Tensor | None = None
-
-
-class Proposer(Protocol):
-    """Drafts for sequences whose tokens are all known to the host.
-
-    is_free: drafting runs no model. Then drafts are asked for as long as they may be, and cut to
-        what is worth verifying; otherwise the worth is weighed first. A proposer that runs one returns
-        when its tokens are known to the host: the time it takes is measured.
-    was_catching_up: it has just run tokens that were there before, such as a prompt: then the time
-        says nothing about what the next draft takes.
-    """
-
-    is_free: bool
-    was_catching_up: bool
-
-    def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
-        """A draft for each, of at most so many tokens; it may be shorter, or empty."""
+    def verified(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """A step has drawn these tokens after a sequence: drafts that stayed, and one more."""
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop what is kept for a sequence, if anything: it has ended."""
+        """Drop what is kept for a sequence: it has ended."""
+
+    def stats(self) -> dict[str, Any]:
+        return {}
 
 
-@dataclass
-class NgramIndex:
-    """Where each n-gram of one sequence first ended, for every n in [min_n, max_n].
+class Speculator(NoSpeculator):
+    """Asks a proposer for drafts, as many as pay, and counts what becomes of them."""
 
-    Extended as tokens arrive, so a step costs the same at any length. At most some 400 bytes a token,
-    in each of which a sequence holds kilobytes of keys and values.
-    """
+    num_in_flight = 1  # what is drafted depends on what was drawn
 
-    min_n: int
-    max_n: int
-    token_ids: list[int] = field(default_factory=list)
-    first_ends: dict[tuple[int, ...], int] = field(default_factory=dict)
-    match: int | None = None  # where the longest n-gram at the end ended before, the first time
+    def __init__(self, proposer: Proposer, most: int, trace: Trace) -> None:
+        self.proposer, self.most, self.trace = proposer, most, trace
+        self.lengths = DraftLength()
+        self.proposed: dict[Sequence, list[int]] = {}  # whole drafts, also what is not verified
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
 
-    def extend(self, token_ids: list[int]) -> None:
-        """Append tokens, and note the n-grams that end with each."""
-        begin, tokens = len(self.token_ids), self.token_ids
-        tokens += token_ids
-        for end in range(begin + 1, len(tokens) + 1):
-            match = None
-            for n in range(self.min_n, min(self.max_n, end) + 1):
-                first_end = self.first_ends.setdefault(tuple(tokens[end - n : end]), end)
-                if first_end < end:
-                    match = first_end
-            self.match = match
+    def propose(self, scheduler: Scheduler, num_tokens: int, seconds: float) -> None:
+        self.lengths.observe_step(num_tokens, seconds)
+        self.proposed = {}
+        ready = [s for s in scheduler.running if s.num_tokens - s.num_computed_tokens == 1]
+        limits = [self.limit(sequence, scheduler) for sequence in ready]
+        num_ahead = max(scheduler.num_tokens_ahead(), len(ready))
+        drafts, lengths = self.lengths.propose(self.proposer, ready, limits, num_ahead)
+        spare = scheduler.max_num_batched_tokens - num_ahead  # drafts get what is left of a step
+        for sequence, draft, wanted in zip(ready, drafts, lengths, strict=True):
+            length = max(min(wanted, spare), 0)
+            spare -= length
+            self.proposed[sequence] = draft.token_ids
+            sequence.draft_token_ids = draft.token_ids[:length]
+            sequence.draft_probs = draft.probs
 
-    def lookup(self, max_length: int) -> list[int]:
-        """At most max_length of the tokens after that match."""
-        return [] if self.match is None else self.token_ids[self.match : self.match + max_length]
+    def limit(self, sequence: Sequence, scheduler: Scheduler) -> int:
+        """The longest draft that a sequence may have: there must be room for it, and for the token
+        that follows it. Penalties change with every token, so rows that have them draft nothing."""
+        if sequence.params.has_penalties or not sequence.request.may_draft:
+            return 0
+        room = sequence.limit - sequence.num_tokens - 1
+        if not self.proposer.is_free:  # its keys and values are written before the next step
+            blocks = len(sequence.block_table) * scheduler.kv.block_size
+            room = min(room, blocks - sequence.num_tokens)
+        return min(self.most, max(room, 0))
 
-
-class NgramProposer:
-    """Prompt lookup, by the rules of vLLM's `ngram`: the longest match of the last min_n to max_n
-    tokens, and of equally long ones the earliest, which has the most tokens after it."""
-
-    is_free = True
-    was_catching_up = False
-
-    def __init__(self, min_n: int = 2, max_n: int = 4) -> None:
-        """Raises ValueError."""
-        if not 1 <= min_n <= max_n:
-            raise ValueError(f"n-grams need 1 <= min_n <= max_n, not {min_n} and {max_n}")
-        self.min_n, self.max_n = min_n, max_n
-        self.indexes: dict[Sequence, NgramIndex] = {}
-
-    def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
-        lengths = zip(sequences, max_lengths, strict=True)
-        return [Draft(self.draft(sequence, length)) for sequence, length in lengths]
-
-    def draft(self, sequence: Sequence, max_length: int) -> list[int]:
-        """At most max_length tokens. A sequence that may have none is not looked at."""
-        if max_length <= 0:
-            return []
-        index = self.indexes.get(sequence)
-        if index is None:
-            index = self.indexes[sequence] = NgramIndex(self.min_n, self.max_n)
-        num_indexed = len(index.token_ids)
-        end = min(sequence.num_known_tokens, num_indexed + MOST_AT_ONCE)
-        index.extend(sequence.tokens(num_indexed, end))
-        if end < sequence.num_known_tokens:
-            return []  # a long prompt takes some steps
-        return index.lookup(max_length)
+    def verified(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """What was computed for rejected drafts is as if it had never been: the tokens that come
+        instead are computed in their place."""
+        num_drafts, num_accepted = len(sequence.draft_token_ids), len(token_ids) - 1
+        sequence.num_computed_tokens -= num_drafts - num_accepted
+        known = min(sequence.num_drafter_tokens, sequence.num_computed_tokens)
+        sequence.num_drafter_tokens = known
+        sequence.draft_counts = sequence.draft_counts.plus(num_drafts, num_accepted)
+        if num_drafts > num_accepted:
+            self.trace.rejected(sequence.request_id, num_drafts - num_accepted)
+        self.num_drafts += num_drafts > 0
+        self.num_draft_tokens += num_drafts
+        self.num_accepted_tokens += num_accepted
+        if proposed := self.proposed.pop(sequence, None):
+            self.lengths.observe(sequence, proposed, token_ids)
+        sequence.draft_token_ids, sequence.draft_probs = [], None
 
     def forget(self, sequence: Sequence) -> None:
-        self.indexes.pop(sequence, None)
+        self.proposer.forget(sequence)
+        self.lengths.forget(sequence)
+        self.proposed.pop(sequence, None)
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "num_drafts": self.num_drafts,
+            "num_draft_tokens": self.num_draft_tokens,
+            "num_accepted_tokens": self.num_accepted_tokens,
+        }
+
+
+def make_speculator(config: EngineConfig, runner: ModelRunner, trace: Trace) -> NoSpeculator:
+    """What `--speculative` asks for. Raises ValueError."""
+    if config.speculative == "off":
+        return NoSpeculator()
+    proposer: Proposer
+    if config.speculative == "ngram":
+        proposer = NgramProposer(config.prompt_lookup_min or 2, config.prompt_lookup_max or 4)
+    else:
+        proposer = ModelProposer(config, runner)
+    return Speculator(proposer, config.num_speculative_tokens, trace)

@@ -1,6 +1,12 @@
-"""What `generate` takes, checked before any work: prompts, and sampling parameters for each."""
+"""Requests: what an engine is asked for, checked before any work.
 
+A server or `generate` builds a `Request`. Everything between them and the code that acts on a field
+passes it on unopened, so a new option is one field here and one use there.
+"""
+
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from common.sampling import SamplingParams, shown
@@ -8,6 +14,70 @@ from common.sampling import SamplingParams, shown
 Prompt = str | list[int]
 Prompts = Prompt | Sequence[Prompt]
 ParamsForPrompts = SamplingParams | Sequence[SamplingParams] | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion of one prompt. `n` of them are n requests.
+
+    choice: which of the n completions of its prompt it is; they differ in their noise.
+    cache_salt: keys and values are shared only between requests of the same salt.
+    may_draft: whether its tokens may be speculated on. That changes nothing but speed and, for a
+        request without a seed, which of the equally right draws is made.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    choice: int = 0
+    cache_salt: str | None = None
+    may_draft: bool = True
+
+    def limit(self, max_model_len: int) -> int:
+        """Tokens that it may have, prompt and output together."""
+        longest = len(self.prompt_token_ids) + (self.params.max_tokens or max_model_len)
+        return min(longest, max_model_len)
+
+
+_numbers = itertools.count()
+
+
+def fan_out(
+    prompts: Sequence[tuple[list[int], SamplingParams]],
+    cache_salt: str | None = None,
+    may_draft: bool = True,
+) -> list[Request]:
+    """A request for each of the `n` completions of each prompt, under ids of their own."""
+    return [
+        Request(
+            f"request-{next(_numbers)}",
+            token_ids,
+            params.for_choice(choice),
+            choice,
+            cache_salt,
+            may_draft,
+        )
+        for token_ids, params in prompts
+        for choice in range(params.n)
+    ]
+
+
+def check_request(
+    request: Request, max_model_len: int, vocab_size: int, prompt_logprobs: bool = True
+) -> None:
+    """What `add_request` checks. prompt_logprobs: whether the engine has them. Raises ValueError."""
+    if request.params.n != 1:
+        raise ValueError(
+            f"n is {request.params.n}; a request is for one completion: send n of them"
+        )
+    check_options(request.params, prompt_logprobs)
+    check_prompt(request.prompt_token_ids, request.params, max_model_len, vocab_size)
+
+
+def check_options(params: SamplingParams, prompt_logprobs: bool) -> None:
+    """Raises ValueError for what the engine has not."""
+    if params.prompt_logprobs is not None and not prompt_logprobs:
+        raise ValueError("prompt_logprobs is not supported by this part; part 04 has it")
 
 
 def check_prompt(token_ids: list[int], params: SamplingParams, limit: int, vocab: int) -> None:
@@ -36,18 +106,19 @@ def check_prompt(token_ids: list[int], params: SamplingParams, limit: int, vocab
                 raise ValueError(f"{name} has {token_id}; ids go from 0 to {vocab - 1}")
 
 
-def prepare_prompts(
+def make_requests(
     engine: Any,
     prompts: Prompts,
     sampling_params: ParamsForPrompts,
     max_n: int = 1,
     prompt_logprobs: bool = False,
-) -> list[tuple[list[int], SamplingParams]]:
-    """(token ids, parameters) for each prompt.
+    **options: Any,
+) -> list[Request]:
+    """The requests that complete each prompt `n` times, prompt by prompt.
 
     engine: its `tokenizer`, `max_model_len` and `vocab_size` are the limits. prompts: text or token
     ids, or a list of either. sampling_params: one for all (None: the engine's `sampling_defaults`),
-    or one each. prompt_logprobs: whether the engine has them.
+    or one each. max_n, prompt_logprobs: what the engine has. options: other fields of all requests.
     Raises ValueError that names the prompt.
     """
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
@@ -68,8 +139,7 @@ def prepare_prompts(
             raise ValueError(f"prompts[{i}] must be text or token ids, not {shown(prompt)}")
         if params.n > max_n:
             raise ValueError(f"n must be at most {max_n} in this part, not {params.n}")
-        if params.prompt_logprobs is not None and not prompt_logprobs:
-            raise ValueError("prompt_logprobs is not supported by this part; part 04 has it")
+        check_options(params, prompt_logprobs)
         try:
             is_text = isinstance(prompt, str)
             token_ids = engine.tokenizer.encode(prompt) if is_text else list(prompt)
@@ -77,4 +147,4 @@ def prepare_prompts(
         except ValueError as error:
             raise ValueError(f"prompts[{i}]: {error}") from None
         prepared.append((token_ids, params))
-    return prepared
+    return fan_out(prepared, **options)

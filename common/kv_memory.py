@@ -1,0 +1,118 @@
+"""How large a KV cache is: what was asked for, or what the machine's memory allows."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.architecture import ModelConfig
+
+CPU_LIMIT = 2 << 30  # bytes of the KV cache on a CPU, unless more is asked for
+CPU_SHARE = 0.25  # of the memory that is free on a CPU
+
+
+def choose_num_blocks(
+    config: Any,
+    models: Sequence[ModelConfig],
+    dtype: torch.dtype,
+    device: torch.device,
+    reserved: int = 0,
+) -> int:
+    """How many blocks the cache should have: what was asked for, or what memory and need allow.
+
+    config: an engine's. models: their keys and values lie in blocks of the same numbers; the first
+    is the one that is served. reserved: bytes of a GPU that a step needs for itself. Raises
+    ValueError.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    token_numbers = sum(m.num_layers * 2 * m.num_kv_heads * m.head_dim for m in models)
+    block_bytes = config.block_size * token_numbers * dtype.itemsize
+    memory = config.kv_cache_memory
+    if memory is None:
+        memory = kv_cache_budget(device, config.gpu_memory_utilization, reserved)
+    if memory < block_bytes:
+        raise ValueError(
+            f"{memory} bytes are there for the KV cache, and a block of {config.block_size} tokens"
+            f" takes {block_bytes}: see kv_cache_memory and block_size"
+        )
+    blocks_each = -(-models[0].max_model_len // config.block_size)
+    return min(memory // block_bytes, config.max_num_seqs * blocks_each)
+
+
+def longest_sequence(config: Any, model: ModelConfig, num_blocks: int) -> int:
+    """Tokens of the longest sequence that model and cache can hold. Raises ValueError."""
+    room = num_blocks * config.block_size
+    if config.max_model_len is not None and config.max_model_len > room:
+        raise ValueError(
+            f"max_model_len is {config.max_model_len}; the KV cache holds {room} tokens"
+            f" in {num_blocks} blocks of {config.block_size}"
+        )
+    if room < 2:
+        raise ValueError(f"num_blocks is {num_blocks}: a sequence needs room for 2 tokens")
+    if room < model.max_model_len:
+        print(f"Context: {room} tokens, which is what the KV cache holds", file=sys.stderr)
+    return min(model.max_model_len, room)
+
+
+def allocate_kv(
+    model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Keys and values of all layers, [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim],
+    every page written once. Raises ValueError."""
+    shape = (num_blocks, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
+    try:
+        return torch.empty(shape, dtype=dtype, device=device).zero_()
+    except RuntimeError as error:
+        gib = torch.Size(shape).numel() * dtype.itemsize / (1 << 30)
+        message = f"num_blocks is {num_blocks}: no memory for {gib:.1f} GiB"
+        raise ValueError(message) from error
+
+
+def kv_cache_budget(device: torch.device, gpu_memory_utilization: float, reserved: int = 0) -> int:
+    """Bytes for a KV cache where nobody has said how many.
+
+    On a GPU what is free of its share; on a CPU a share of what is free. reserved: bytes of a GPU
+    that a step needs for itself.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading the weights has left over
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - (1 - gpu_memory_utilization) * total) - reserved
+    return min(CPU_LIMIT, int(CPU_SHARE * free_memory()))
+
+
+def peak_memory(device: torch.device, run: Callable[[], object]) -> int:
+    """Bytes of a GPU that `run` takes at its peak, beside what is allocated before; on a CPU nothing
+    is run. Raises torch.OutOfMemoryError."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    return peak - before
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: the system's, or what its control group leaves."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # where Linux is not
+    if Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        [available] = (line for line in lines if line.startswith("MemAvailable:"))
+        free = int(available.split()[1]) * 1024
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            numbers = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+            reclaimable = {name: int(number) for name, number in numbers}["inactive_file"]
+            used = int((group / "memory.current").read_text()) - reclaimable
+            free = min(free, int(limit) - used)
+    except (OSError, ValueError, KeyError):
+        pass
+    return free

@@ -1,0 +1,189 @@
+"""A step's input: from scheduled sequences to tensors, written while the last step runs.
+
+What a step needs of a sequence time after time is kept in tables, with a row for each running
+sequence: a step then costs a few operations on whole arrays. It is written into one of two buffers,
+since the step in flight reads the other.
+
+A batch holds tensors and plain numbers, no sequence: the host goes on and changes those while the
+device is on its way.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from common.kernels import AttentionMetadata
+from common.prompt_logprobs import PromptPiece, prompt_pieces
+from common.sampling import SMALLEST_TOP_P, LogitBiases, SamplingBatch, as_int64
+
+from .config import EngineConfig
+from .device_queue import Work
+from .input_buffers import FIELDS, SAMPLING_FIELDS, BatchShape, InputBuffers
+from .scheduler import SchedulerOutput
+from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The model's input: the new tokens of all sequences, flat."""
+
+    token_ids: torch.Tensor  # [num_tokens] int64; below 0: not known, see `ModelRunner.fill_in`
+    positions: torch.Tensor  # [num_tokens] int64
+    metadata: AttentionMetadata
+    logits_indices: torch.Tensor  # [num_sampled] int64: where logits are needed, each last token
+    rows: torch.Tensor  # [num_sampled] int64: rows in the tables
+    sampling: SamplingBatch
+    has_penalties: bool
+    # (row, output so far) of the sequences that join and have penalties
+    counted: list[tuple[int, list[int]]] = field(default_factory=list)
+    prompts: list[PromptPiece] = field(default_factory=list)  # to be scored
+
+
+class InputBatch:
+    """Tables of the running sequences, and the buffers of two steps."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        max_model_len: int,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self.block_size, self.vocab_size, self.device = config.block_size, vocab_size, device
+        rows, width = config.max_num_seqs, -(-max_model_len // config.block_size)
+        self.block_tables = np.zeros((rows, width), np.int32)
+        self.sampling = {name: np.zeros(rows, FIELDS[name][0]) for name in SAMPLING_FIELDS}
+        largest = BatchShape(config.max_num_batched_tokens, rows, rows, width)
+        self.buffers = [InputBuffers(largest, device) for _ in range(2)]
+
+    @property
+    def num_bytes(self) -> int:
+        """On the host and on the device."""
+        both = [x for buffers in self.buffers for x in (buffers.host, buffers.device)]
+        tables = [self.block_tables, *self.sampling.values()]
+        buffers = {id(x): x.nbytes for x in both}
+        return sum(buffers.values()) + sum(table.nbytes for table in tables)
+
+    def update(self, scheduled: SchedulerOutput) -> None:
+        """Note the sequences that joined, and new blocks."""
+        for sequence in scheduled.admitted:
+            self.admit(sequence)
+        for sequence, blocks in scheduled.new_blocks.items():
+            end = len(sequence.block_table)
+            self.block_tables[sequence.row, end - len(blocks) : end] = blocks
+
+    def admit(self, sequence: Sequence) -> None:
+        """Write the table of a sequence, and what does not change while it runs."""
+        self.block_tables[sequence.row, : len(sequence.block_table)] = sequence.block_table
+        params = sequence.params
+        values = {
+            "seeds": as_int64(sequence.seed),
+            "choices": sequence.request.choice,
+            # A top_k of the whole vocabulary keeps all.
+            "top_k": params.top_k if 0 < params.top_k < self.vocab_size else 0,
+            "temperature": params.temperature,
+            "top_p": max(params.top_p, SMALLEST_TOP_P),
+            "min_p": params.min_p,
+            "presence_penalty": params.presence_penalty,
+            "frequency_penalty": params.frequency_penalty,
+        }
+        for name, value in values.items():
+            self.sampling[name][sequence.row] = value
+
+    def prepare(self, scheduled: SchedulerOutput) -> Batch:
+        """Tensors for the next tokens of each sequence."""
+        self.update(scheduled)
+        sequences = list(scheduled.num_new_tokens)
+        counts = list(scheduled.num_new_tokens.values())
+        starts = [sequence.num_computed_tokens for sequence in sequences]
+        batch = self.lay_out(sequences, starts, counts)
+        return replace(
+            batch,
+            counted=[
+                (sequence.row, list(sequence.output_token_ids))
+                for sequence in scheduled.admitted
+                if sequence.params.has_penalties
+            ],
+            prompts=prompt_pieces(sequences, starts, counts),
+        )
+
+    def lay_out(self, sequences: list[Sequence], begins: list[int], counts: list[int]) -> Batch:
+        """Tensors for so many tokens of each sequence, from where each begins."""
+        starts, new = np.array(begins), np.array(counts)
+        lengths, ends = starts + new, new.cumsum()
+        is_sampled = lengths == [sequence.num_total_tokens for sequence in sequences]
+        sampled = [sequences[i] for i in np.flatnonzero(is_sampled)]
+        width = -(-int(lengths.max()) // self.block_size)
+        shape = BatchShape(int(new.sum()), len(sequences), len(sampled), width)
+
+        self.buffers.reverse()
+        buffers = self.buffers[0]
+        buffers.wait()
+        arrays = buffers.arrays(shape)
+        rows = np.array([sequence.row for sequence in sequences])
+        positions = np.arange(shape.num_tokens) + np.repeat(starts - (ends - new), new)
+        blocks = self.block_tables[np.repeat(rows, new), positions // self.block_size]
+        slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
+        arrays["token_ids"][:] = [
+            token_id
+            for sequence, begin, end in zip(sequences, starts, lengths, strict=True)
+            for token_id in sequence.tokens(begin, end)
+        ]
+        arrays["positions"][:] = positions
+        arrays["slot_mapping"][:] = slots
+        arrays["cu_seqlens_q"][0] = 0
+        arrays["cu_seqlens_q"][1:] = ends
+        arrays["seq_lens"][:] = lengths
+        arrays["block_tables"].reshape(-1, width)[:] = self.block_tables[rows, :width]
+        arrays["logits_indices"][:] = ends[is_sampled] - 1
+        arrays["rows"][:] = rows = rows[is_sampled]
+        arrays["sample_positions"][:] = lengths[is_sampled]
+        for name, column in self.sampling.items():
+            arrays[name][:] = column[rows]
+        tensors = buffers.copy_to_device(shape)
+        metadata = AttentionMetadata(
+            cu_seqlens_q=tensors["cu_seqlens_q"],
+            seq_lens=tensors["seq_lens"],
+            block_tables=tensors["block_tables"].view(-1, width),
+            slot_mapping=tensors["slot_mapping"],
+            max_query_len=int(new.max()),
+            max_seq_len=int(lengths.max()),
+        )
+        return Batch(
+            tensors["token_ids"],
+            tensors["positions"],
+            metadata,
+            logits_indices=tensors["logits_indices"],
+            rows=tensors["rows"],
+            sampling=self.sampling_batch(sampled, tensors, lengths[is_sampled]),
+            has_penalties=any(sequence.params.has_penalties for sequence in sampled),
+        )
+
+    def sampling_batch(
+        self, sampled: list[Sequence], tensors: dict[str, torch.Tensor], positions: np.ndarray
+    ) -> SamplingBatch:
+        """What decides about the token that each sampled sequence draws.
+
+        positions: [num_sampled], the number of tokens before the one that is drawn.
+        """
+        biases = None
+        if any(sequence.params.has_biases for sequence in sampled):
+            rows = [
+                sequence.params.biases(
+                    sequence.ending_token_ids, position - len(sequence.prompt_token_ids)
+                )
+                for sequence, position in zip(sampled, positions.tolist(), strict=True)
+            ]
+            biases = LogitBiases.build(rows, self.device)
+        return SamplingBatch(
+            **{name: tensors[name].unsqueeze(1) for name in SAMPLING_FIELDS},
+            positions=tensors["sample_positions"].unsqueeze(1),
+            output_counts=None,
+            num_logprobs=[sequence.params.logprobs for sequence in sampled],
+            biases=biases,
+        )
+
+    def launched(self, work: Work) -> None:
+        """The batch that was prepared last is read by this work."""
+        self.buffers[0].reader = work
