@@ -1,7 +1,7 @@
 """OpenAI's wire format: requests checked, responses and stream chunks built, errors as objects.
 
 A field that is accepted is honoured; one that is not supported is refused by name with a 400, never
-ignored. `null` counts as not given, and so does a value that asks for nothing (`common.neutral`).
+ignored. `null` counts as not given, and so does a value that asks for nothing (`common.http.neutral`).
 """
 
 import json
@@ -26,11 +26,11 @@ from pydantic import (
     model_validator,
 )
 
-from common import neutral
-from common.output import Completion, Delta, OutputProcessor, TokenLogprobs
+from common.completions import Completion, Delta, OutputProcessor, TokenLogprobs
+from common.http import neutral
+from common.models.tokenizer import Tokenizer
 from common.requests import Request, fan_out
 from common.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, shown
-from common.tokenizer import Tokenizer
 
 MAX_CHOICES = 128  # prompts times n in one request
 MAX_MESSAGES = 4096

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from common.chapters_chain import (
+from common.chapters.chain import (
     KINDS,
     ROOT,
     ChapterError,
@@ -25,8 +25,8 @@ from common.chapters_chain import (
     list_files,
     run_git,
 )
-from common.chapters_check import check
-from common.chapters_propagate import propagate
+from common.chapters.check import check
+from common.chapters.propagate import propagate
 
 __all__ = ["code_hash", "count_code_lines", "main"]
 

@@ -9,7 +9,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from common.chapters_chain import (
+from common.chapters.chain import (
     IMAGES,
     PART_FOLDER,
     TOUCH,
@@ -21,7 +21,7 @@ from common.chapters_chain import (
     hash_chain,
     list_files,
 )
-from common.chapters_imports import PART_NAME, check_common, check_imports
+from common.chapters.imports import PART_NAME, check_common, check_imports
 
 TABLE = re.compile(r"<!--\s*table:\s*(\S+?)(?:\s[^\n]*?)?-->|<!--\s*(/table)\s*-->")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)

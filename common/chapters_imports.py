@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from common.chapters_chain import Part
+from common.chapters.chain import Part
 
 PART_NAME = re.compile(r"part\d\d(?:_\w+)?")
 

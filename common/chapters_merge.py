@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from common.chapters_chain import ChapterError, Part, run_git
+from common.chapters.chain import ChapterError, Part, run_git
 
 # Length of a conflict marker: longer than git's seven, so that text about conflicts is not taken for one.
 MARKER = 23

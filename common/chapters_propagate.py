@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.chapters_chain import (
+from common.chapters.chain import (
     PART_FOLDER,
     ChapterError,
     Part,
@@ -22,7 +22,7 @@ from common.chapters_chain import (
     is_chain_file,
     run_git,
 )
-from common.chapters_merge import Conflict, Entry, merge_entry
+from common.chapters.merge import Conflict, Entry, merge_entry
 
 
 @dataclass

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from common.traced_text import GIVEN, UNKNOWN, marks_of
+from common.models.traced_text import GIVEN, UNKNOWN, marks_of
 
 LETTERS = range(0xA000, 0xA400)  # Yi: letters that have no case and that no normalizer changes
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from common.config_json import check_config, check_sizes
-from common.embedded import HUB_NAME, INSTALL, ModelError, cache_dir, embedded_model
-from common.presets import PRESETS
-from common.weight_files import (
+from common.models.config_json import check_config, check_sizes
+from common.models.embedded import HUB_NAME, INSTALL, cache_dir, embedded_model
+from common.models.errors import ModelError
+from common.models.presets import PRESETS
+from common.models.weight_files import (
     MAX_JSON_BYTES,
     Header,
     check_file,
@@ -30,7 +31,7 @@ from common.weight_files import (
     read_tensors,
     weight_files,
 )
-from common.weights import NotRead, model_weights, names_in_model, report_unused
+from common.models.weights import NotRead, model_weights, names_in_model, report_unused
 
 BUILT_IN = "smollm2-135m"
 RANDOM_MARK = "random_weights.json"

@@ -8,7 +8,7 @@ What a number must be for the weights is not said here: loading compares each te
 import math
 from typing import Any
 
-from common.embedded import ModelError
+from common.models.errors import ModelError
 
 # The largest that is believed, well above any published model. The tensors say the rest.
 LARGEST = {

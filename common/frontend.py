@@ -19,26 +19,23 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from common.api import (
+from common.http.errors import ApiError, field_error, internal_error
+from common.http.metrics_routes import make_registry, render
+from common.http.middleware import ClientGone, Guard, split_list
+from common.http.responses import Job, to_json
+from common.http.run import ServerConfig
+from common.http.schemas import (
     MAX_CHOICES,
-    ApiError,
     ChatCompletionRequest,
     CompletionRequest,
-    Job,
     check_logprobs,
-    field_error,
-    internal_error,
-    to_json,
 )
-from common.exposition import make_registry, render
-from common.guard import ClientGone, Guard, split_list
+from common.http.tokenize_routes import add_tokenize_routes
+from common.http.trace_routes import add_trace_routes
 from common.metrics import EngineMetrics
+from common.models.tokenizer import Tokenizer
 from common.requests import check_prompt
-from common.serving import ServerConfig
-from common.tokenize_routes import add_tokenize_routes
-from common.tokenizer import Tokenizer
 from common.trace import Trace
-from common.trace_routes import add_trace_routes
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import read_json
-from common.embedded import ModelError
+from common.models.checkpoint import read_json
+from common.models.errors import ModelError
 from common.sampling import SamplingParams
 
 FIELDS = ("temperature", "top_p", "top_k", "min_p")

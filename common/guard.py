@@ -11,9 +11,9 @@ import hmac
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.api import ApiError
-from common.inspector import is_public
-from common.serving import ServerConfig
+from common.http.errors import ApiError
+from common.http.page import is_public
+from common.http.run import ServerConfig
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 BODY_SECONDS = 60.0  # for a request's body to arrive

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from common.architecture import ModelConfig
+from common.models.architecture import ModelConfig
 
 CPU_LIMIT = 2 << 30  # bytes of the KV cache on a CPU, unless more is asked for
 CPU_SHARE = 0.25  # of the memory that is free on a CPU

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.output import TokenLogprobs
+from common.completions import TokenLogprobs
 
 
 @dataclass(frozen=True)

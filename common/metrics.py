@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.output import Delta
+from common.completions import Delta
 from common.requests import Request
 from common.trace import StepRecord
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from common.models.tokenizer import Tokenizer
 from common.requests import Request
 from common.sampling import NO_TOKEN, SamplingParams
-from common.tokenizer import Tokenizer
 
 NOT_FINITE = (
     "the model's logits are NaN or infinite: its weights are damaged, or its numbers are too large"

@@ -18,8 +18,8 @@ from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from common.cli import option, validate
 from common.device import release_openmp_workers
+from common.options import option, validate
 
 HEADER_SECONDS = 20.0  # for a request's headers to arrive
 

@@ -21,7 +21,7 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from common.traced_text import TracedText, given, own
+from common.models.traced_text import TracedText, given, own
 
 LIMIT = 1 << 24  # characters or items of one result, and a number that may be a width
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -8,16 +8,10 @@ from typing import Annotated, Any
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 
-from common import neutral
-from common.api import (
-    MAX_MESSAGES,
-    ApiError,
-    Ids,
-    Message,
-    field_error,
-    template_options,
-    to_json,
-)
+from common.http import neutral
+from common.http.errors import ApiError, field_error
+from common.http.responses import to_json
+from common.http.schemas import MAX_MESSAGES, Ids, Message, template_options
 from common.sampling import shown
 
 MAX_CHARACTERS = 1 << 20  # of one text

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common import traced_text
-from common.chat_encoding import ChatEncoder, encode
-from common.checkpoint import is_random
-from common.detokenizer import HALF, IncrementalDetokenizer
-from common.tokenizer_files import load_tokenizer, use_own_sandbox
+from common.models import traced_text
+from common.models.chat_encoding import ChatEncoder, encode
+from common.models.checkpoint import is_random
+from common.models.detokenizer import HALF, IncrementalDetokenizer
+from common.models.tokenizer_files import load_tokenizer, use_own_sandbox
 
 TEMPLATE_SECONDS = 4.0
 MAX_RENDERED = 1 << 24  # characters a chat template may write

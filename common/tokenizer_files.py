@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import ModelError
+from common.models.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def use_own_sandbox() -> None:
     """The library compiles chat templates in the sandbox of this name, and takes no other."""
     from transformers.utils import chat_template_utils
 
-    from common.template_sandbox import BoundedSandbox
+    from common.models.chat_sandbox import BoundedSandbox
 
     chat_template_utils.ImmutableSandboxedEnvironment = BoundedSandbox
 

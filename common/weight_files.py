@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common.embedded import ModelError
+from common.models.errors import ModelError
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from common.embedded import ModelError
-from common.weight_files import Header, read_tensors
+from common.models.errors import ModelError
+from common.models.weight_files import Header, read_tensors
 
 PREFIX = "model"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from common.output import Delta, OutputProcessor, RequestOutput
+from common.completions import Delta, OutputProcessor, RequestOutput
 from common.requests import Request
 
 from .engine import LLMEngine

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from common.checkpoint import context_length, eos_token_ids, load_transformers_model, resolve
+from common.completions import Completion, RequestOutput, TokenLogprobs, run_to_completion
 from common.device import resolve_device, usable_cores
-from common.generation_config import sampling_defaults
-from common.output import Completion, RequestOutput, TokenLogprobs, run_to_completion
+from common.models.checkpoint import context_length, eos_token_ids, load_transformers_model, resolve
+from common.models.generation_config import sampling_defaults
+from common.models.tokenizer import Tokenizer
+from common.models.transformers_names import cache_argument
 from common.requests import ParamsForPrompts, Prompts, Request, check_request, make_requests
 from common.sampling import NO_TOKEN, SamplingBatch
-from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
-from common.transformers_names import cache_argument
 
 from .config import EngineConfig
 from .sampler import sample

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from common.completions import Delta, OutputProcessor, RequestOutput
 from common.metrics import EngineMetrics
-from common.output import Delta, OutputProcessor, RequestOutput
 from common.requests import Request
 
 from .engine import LLMEngine

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from common.architecture import ModelConfig
-from common.checkpoint import context_length, iter_weights, load_config
+from common.completions import TokenLogprobs
 from common.device import resolve_device, usable_cores
 from common.kernels import AttentionMetadata, select_ops
 from common.kv_memory import choose_num_blocks, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
-from common.output import TokenLogprobs
+from common.models.architecture import ModelConfig
+from common.models.checkpoint import context_length, iter_weights, load_config
 from common.prompt_logprobs import PromptPiece, PromptScores, prompt_pieces
 from common.requests import Request
 from common.sampling import SamplingBatch, SamplingParams

@@ -10,8 +10,8 @@ from collections import OrderedDict
 
 import torch
 
-from common.architecture import ModelConfig
 from common.kv_memory import allocate_kv
+from common.models.architecture import ModelConfig
 
 
 class BlockPool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from common.output import TokenLogprobs
+from common.completions import TokenLogprobs
 from common.requests import Request
 from common.sampling import SamplingParams
 

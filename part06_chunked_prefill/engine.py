@@ -13,13 +13,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from common.checkpoint import eos_token_ids, load_config, resolve
-from common.generation_config import sampling_defaults
-from common.output import Completion, RequestOutput, TokenLogprobs, run_to_completion
+from common.completions import Completion, RequestOutput, TokenLogprobs, run_to_completion
+from common.models.checkpoint import eos_token_ids, load_config, resolve
+from common.models.generation_config import sampling_defaults
+from common.models.tokenizer import Tokenizer
 from common.prompt_logprobs import PromptScores, add_prompt_logprobs
 from common.requests import ParamsForPrompts, Prompts, Request, check_request, make_requests
 from common.sampling import MAX_N, NO_TOKEN
-from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
 
 from .config import EngineConfig

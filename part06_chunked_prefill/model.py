@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common.architecture import ModelConfig
 from common.kernels import AttentionMetadata, Ops
-from common.weights import collect, report_unused, take_tensor
+from common.models.architecture import ModelConfig
+from common.models.weights import collect, report_unused, take_tensor
 
 
 def rotary_table(config: ModelConfig, device: torch.device) -> torch.Tensor:

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.architecture import ModelConfig
-from common.checkpoint import context_length, iter_weights, load_config
 from common.device import release_openmp_workers, resolve_device, usable_cores
 from common.kernels import select_ops
 from common.kv_memory import choose_num_blocks, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
+from common.models.architecture import ModelConfig
+from common.models.checkpoint import context_length, iter_weights, load_config
 from common.prompt_logprobs import PromptScores
 from common.requests import Request
 from common.sampling import SamplingParams

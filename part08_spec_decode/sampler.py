@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from common.completions import TokenLogprobs
 from common.kernels import Ops
 from common.logprobs import SampledLogprobs
-from common.output import TokenLogprobs
 from common.prompt_logprobs import PromptScores
 from common.sampling import SamplingBatch, not_drawn
 

@@ -5,7 +5,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from common.output import NO_DRAFTS, DraftCounts, TokenLogprobs
+from common.completions import NO_DRAFTS, DraftCounts, TokenLogprobs
 from common.requests import Request
 from common.sampling import SamplingParams
 

@@ -1,6 +1,6 @@
 """The fresh process behind all that measures a part, and behind `limits`: one JSON job in, one JSON answer out.
 
-Run as `python -m common.bench._worker` with the job on standard input. Whatever engines print goes
+Run as `python -m common.bench.core.worker` with the job on standard input. Whatever engines print goes
 to standard error, so that standard output holds the answer alone.
 """
 
@@ -11,17 +11,17 @@ import sys
 import time
 from typing import Any
 
+from common.bench.core.machine import last_level_cache_mib
+from common.bench.core.memory import process_memory
+from common.bench.core.noise import OtherWork
+from common.bench.core.processes import part_package
+from common.bench.core.workload import Lengths, random_prompts
 from common.bench.costs import DTYPE_BYTES
-from common.bench.machine import last_level_cache_mib
-from common.bench.memory import process_memory
-from common.bench.noise import OtherWork
-from common.bench.processes import part_package
-from common.bench.workload import Lengths, random_prompts
 
 
 def limits_job(job: dict[str, Any]) -> dict[str, Any]:
     """{"device", "quick"} -> `measure_limits`."""
-    from common.bench.limits import measure_limits
+    from common.bench.core.limits import measure_limits
 
     return measure_limits(job["device"], job["quick"])
 
@@ -96,8 +96,8 @@ def offline_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def arrival_job(job: dict[str, Any]) -> dict[str, Any]:
-    """A long prompt among streams: see `common.bench.arrival.measure`."""
-    from common.bench.arrival import measure
+    """A long prompt among streams: see `common.bench.serving.arrival.measure`."""
+    from common.bench.serving.arrival import measure
 
     engine, _, answer = start_engine(job)
     answer |= measure(engine, job)
@@ -131,7 +131,7 @@ def kv_job(job: dict[str, Any]) -> dict[str, Any]:
     """{"part", "model", "settings", "requests", "seed"} -> sums of `Usage` over the steps of a run,
     bytes of a token's keys and values, and the limits that the engine set itself."""
     engine, _, answer = start_engine(job)
-    from common.bench.kv_usage import Request, run_requests
+    from common.bench.kv.usage import Request, run_requests
 
     requests = [Request(**values) for values in job["requests"]]
     lengths = [request.prompt for request in requests]
@@ -148,8 +148,8 @@ def kv_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_config(model: str) -> dict[str, Any] | None:
-    """The model's config.json, or None for a name that `common.checkpoint` does not know."""
-    from common.checkpoint import read_json, resolve
+    """The model's config.json, or None for a name that `common.models.checkpoint` does not know."""
+    from common.models.checkpoint import read_json, resolve
 
     try:
         return read_json(resolve(model) / "config.json")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.bench.report import render
-from common.bench.results import Result, save_result
+from common.bench.core.report import render
+from common.bench.core.results import Result, save_result
 
 DEFAULT_MODEL = "smollm2-135m"
 Item = TypeVar("Item")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.bench import BenchError
-from common.bench.arguments import (
+from common.bench.core.arguments import (
     add_engine_arguments,
     add_output_arguments,
     finish,
@@ -21,11 +21,11 @@ from common.bench.arguments import (
     progress,
     settings_of,
 )
-from common.bench.metrics import percentile
-from common.bench.noise import disturbance
-from common.bench.processes import part_package, run_worker
-from common.bench.report import plural
-from common.bench.results import column, make_result
+from common.bench.core.latencies import percentile
+from common.bench.core.noise import disturbance
+from common.bench.core.processes import part_package, run_worker
+from common.bench.core.report import plural
+from common.bench.core.results import column, make_result
 
 COLUMNS = [
     column("part", "part", digits=0),
@@ -150,7 +150,7 @@ def measure(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     """
     import time
 
-    from common.bench.workload import random_prompts
+    from common.bench.core.workload import random_prompts
     from common.sampling import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=job["output_len"], ignore_eos=True)

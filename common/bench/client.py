@@ -18,9 +18,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from common.bench.metrics import RequestRecord
-from common.bench.sse import SSEParser
-from common.bench.workload import WorkItem
+from common.bench.core.latencies import RequestRecord
+from common.bench.core.workload import WorkItem
+from common.bench.serving.sse import SSEParser
 
 if TYPE_CHECKING:
     import httpx

@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.bench.arguments import add_output_arguments, finish, positive, progress
-from common.bench.kernel_cases import SHAPES, Case, Maker
-from common.bench.limits import measure_limits
-from common.bench.noise import OtherWork, disturbance
+from common.bench.core.arguments import add_output_arguments, finish, positive, progress
+from common.bench.core.limits import measure_limits
+from common.bench.core.noise import OtherWork, disturbance
+from common.bench.core.results import column, make_result
+from common.bench.kernels.cases import SHAPES, Case, Maker
 from common.bench.offline import matmul_rate
-from common.bench.results import column, make_result
 
 if TYPE_CHECKING:
     from common.kernels import Ops

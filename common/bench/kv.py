@@ -15,7 +15,7 @@ long) or say nothing and end early: the case that a cache must be made for. No t
 import argparse
 from typing import Any
 
-from common.bench.arguments import (
+from common.bench.core.arguments import (
     DEFAULT_MODEL,
     add_output_arguments,
     finish,
@@ -23,11 +23,11 @@ from common.bench.arguments import (
     positive,
     progress,
 )
-from common.bench.kv_usage import Request, Strips, Usage
-from common.bench.processes import part_package, run_worker
-from common.bench.rates import MIXED_OUTPUT, MIXED_PROMPT
-from common.bench.results import column, make_result
-from common.bench.workload import draw_lengths
+from common.bench.core.processes import part_package, run_worker
+from common.bench.core.rates import MIXED_OUTPUT, MIXED_PROMPT
+from common.bench.core.results import column, make_result
+from common.bench.core.workload import draw_lengths
+from common.bench.kv.usage import Request, Strips, Usage
 
 COLUMNS = [
     column("cache", "cache"),

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from common.bench.arguments import add_output_arguments, finish
-from common.bench.machine import last_level_cache_mib, memory_gib, usable_cores
-from common.bench.noise import OtherWork
-from common.bench.results import column, make_result
+from common.bench.core.arguments import add_output_arguments, finish
+from common.bench.core.machine import last_level_cache_mib, memory_gib, usable_cores
+from common.bench.core.noise import OtherWork
+from common.bench.core.results import column, make_result
 
 if TYPE_CHECKING:
     import torch

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from common.bench import BenchError
-from common.bench.client import Target, open_client, send, transport_error
-from common.bench.metrics import RequestRecord
-from common.bench.workload import WorkItem
+from common.bench.core.latencies import RequestRecord
+from common.bench.core.workload import WorkItem
+from common.bench.serving.client import Target, open_client, send, transport_error
 
 if TYPE_CHECKING:
     import httpx

@@ -3,7 +3,7 @@
 import os
 import time
 
-from common.bench.machine import read_text, usable_cores
+from common.bench.core.machine import read_text, usable_cores
 
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 QUIET = 0.1  # share of the cores that others may use before it is told

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common.bench.metrics import percentile
+from common.bench.core.latencies import percentile
 
 RESAMPLES = 10_000
 MIN_INTERVAL = 5  # pairs below which an interval would only repeat their extremes

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.bench.results import Result
+from common.bench.core.results import Result
 
 METRICS = ("TTFT", "ITL", "TPOT", "E2E")
 

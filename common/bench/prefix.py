@@ -13,7 +13,7 @@ first token. Ratios are to the first variant, medians of the rounds' ratios, wit
 interval from 5 rounds on.
 
 --write-jsonl FOLDER writes the workloads for other servers instead, a file each (the format is in
-common/bench/prefix_requests.py). --costs measures the caches alone instead: lookup and insert.
+common/bench/prefix/requests.py). --costs measures the caches alone instead: lookup and insert.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.bench.arguments import (
+from common.bench.core.arguments import (
     add_engine_arguments,
     add_output_arguments,
     finish,
@@ -29,12 +29,15 @@ from common.bench.arguments import (
     positive_number,
     settings_of,
 )
+from common.bench.core.pairs import MIN_CLAIM, MIN_INTERVAL
+from common.bench.core.processes import run_worker
+from common.bench.core.report import plural
+from common.bench.core.results import Result, column, make_result
 from common.bench.ladder import known_vocab_size, most_rounds, remarks
-from common.bench.pairs import MIN_CLAIM, MIN_INTERVAL
-from common.bench.prefix_plot import check_plot, plot_prefix
-from common.bench.prefix_requests import whole_lengths, write_jsonl
-from common.bench.prefix_rows import counter_remarks, rows, workload_note
-from common.bench.prefix_variants import (
+from common.bench.prefix.plot import check_plot, plot_prefix
+from common.bench.prefix.requests import whole_lengths, write_jsonl
+from common.bench.prefix.rows import counter_remarks, rows, workload_note
+from common.bench.prefix.variants import (
     Variant,
     checked_block_size,
     default_variants,
@@ -42,10 +45,7 @@ from common.bench.prefix_variants import (
     measure_variants,
     part_kind,
 )
-from common.bench.prefix_workloads import QUICK, WORKLOADS, Sizes, Workload, make_workload
-from common.bench.processes import run_worker
-from common.bench.report import plural
-from common.bench.results import Result, column, make_result
+from common.bench.prefix.workloads import QUICK, WORKLOADS, Sizes, Workload, make_workload
 
 DEFAULT_BLOCK_SIZE = 16  # on a GPU too, so that the same is found there
 COLUMNS = [
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.costs:
-        from common.bench.prefix_costs import run_costs
+        from common.bench.prefix.costs import run_costs
 
         if args.plot or args.write_jsonl:
             raise ValueError("--costs draws nothing and writes no workloads: see --json")
@@ -159,7 +159,7 @@ def write_workloads(folder: Path, workloads: list[Workload]) -> int:
 
 def check_lengths(args: argparse.Namespace, workloads: list[Workload]) -> None:
     """Raise ValueError where the model's context is too short."""
-    from common.checkpoint import read_json, resolve
+    from common.models.checkpoint import read_json, resolve
 
     context = read_json(resolve(args.model) / "config.json").get("max_position_embeddings")
     context = settings_of(args).get("max_model_len") or context

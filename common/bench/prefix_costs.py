@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.bench import BenchError
-from common.bench.arguments import finish, progress, settings_of
-from common.bench.prefix_variants import checked_block_size, default_variants, make_variant, run_job
-from common.bench.processes import part_package
-from common.bench.results import column, make_result
-from common.bench.workload import random_prompts
+from common.bench.core.arguments import finish, progress, settings_of
+from common.bench.core.processes import part_package
+from common.bench.core.results import column, make_result
+from common.bench.core.workload import random_prompts
+from common.bench.prefix.variants import checked_block_size, default_variants, make_variant, run_job
 
 VOCAB_SIZE = 50_000
 NUM_BLOCKS, QUICK_NUM_BLOCKS = (1_000, 10_000), (64,)

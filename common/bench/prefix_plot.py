@@ -5,8 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common.bench.rates_plot import caption, colors
-from common.bench.results import Result
+from common.bench.core.rates_plot import caption, colors
+from common.bench.core.results import Result
 
 
 def check_plot(path: Path) -> None:
@@ -21,7 +21,7 @@ def plot_prefix(result: Result, path: Path) -> None:
     """Draw a result's rows into a file; its suffix says what kind."""
     from matplotlib.figure import Figure
 
-    from common.plots import use_style
+    from common.notebooks.plots import use_style
 
     workloads: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:

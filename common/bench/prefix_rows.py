@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from common.bench.metrics import percentile, spread_percent
-from common.bench.pairs import paired_ratio
-from common.bench.prefix_requests import possible_hits
-from common.bench.prefix_variants import Variant
-from common.bench.prefix_workloads import Workload
-from common.bench.rates import same_tokens
-from common.bench.report import plural
+from common.bench.core.latencies import percentile, spread_percent
+from common.bench.core.pairs import paired_ratio
+from common.bench.core.rates import same_tokens
+from common.bench.core.report import plural
+from common.bench.prefix.requests import possible_hits
+from common.bench.prefix.variants import Variant
+from common.bench.prefix.workloads import Workload
 
 Run = dict[str, Any]  # one workload on one engine, as `prefix_worker.run_workload` gave it
 

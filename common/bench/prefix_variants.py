@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from common.bench import BenchError
-from common.bench.arguments import progress
+from common.bench.core.arguments import progress
+from common.bench.core.processes import child_environment, part_package, run_json
+from common.bench.core.rounds import Entrant
 from common.bench.ladder import existing_parts
-from common.bench.processes import child_environment, part_package, run_json
-from common.bench.rounds import Entrant
 
 KINDS = ("off", "hash", "radix")
 
@@ -42,8 +42,8 @@ def checked_block_size(value: Any) -> int:
 
 
 def run_job(job: dict[str, Any], verbose: bool) -> dict[str, Any]:
-    """Run one job of `common.bench.prefix_worker` in a fresh process."""
-    command = [sys.executable, "-m", "common.bench.prefix_worker"]
+    """Run one job of `common.bench.prefix.worker` in a fresh process."""
+    command = [sys.executable, "-m", "common.bench.prefix.worker"]
     return run_json(command, job, child_environment(), job["job"], verbose=verbose)
 
 

@@ -1,6 +1,6 @@
 """The fresh process behind `prefix`: drives engines through workloads, one JSON job in, one answer out.
 
-Run as `python -m common.bench.prefix_worker`; the frame is that of `common.bench._worker`.
+Run as `python -m common.bench.prefix.worker`; the frame is that of `common.bench.core.worker`.
 """
 
 import gc
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from common.bench import BenchError
-from common.bench._worker import JOBS, engine_facts, main, start_engine
-from common.bench.prefix_requests import Request
-from common.bench.workload import random_prompts
+from common.bench.core.worker import JOBS, engine_facts, main, start_engine
+from common.bench.core.workload import random_prompts
+from common.bench.prefix.requests import Request
 
 COUNTERS = ("num_preemptions", "num_prefix_cache_queries", "num_prefix_cache_hits")
 
@@ -131,8 +131,8 @@ def prefix_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def costs_job(job: dict[str, Any]) -> dict[str, Any]:
-    """See `common.bench.prefix_costs.measure`."""
-    from common.bench.prefix_costs import measure
+    """See `common.bench.prefix.costs.measure`."""
+    from common.bench.prefix.costs import measure
 
     return measure(job)
 

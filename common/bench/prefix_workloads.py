@@ -13,9 +13,9 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from common.bench.prefix_requests import Request, whole_lengths
-from common.bench.report import plural
-from common.bench.workload import random_prompts
+from common.bench.core.report import plural
+from common.bench.core.workload import random_prompts
+from common.bench.prefix.requests import Request, whole_lengths
 
 WORKLOADS = ("schema", "document", "agent", "eviction")
 NUM_CLIENTS = 2  # of the eviction workload

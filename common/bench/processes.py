@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from common.bench import BenchError
-from common.bench.noise import OtherWork
+from common.bench.core.noise import OtherWork
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = re.compile(r"https?://[\w.\-]+:(?!0\b)\d+")
@@ -51,11 +51,11 @@ def child_environment() -> dict[str, str]:
 
 
 def run_worker(job: dict[str, Any], timeout: float = 3600, verbose: bool = False) -> dict[str, Any]:
-    """Run one job of `common.bench._worker` in a fresh process and return its answer.
+    """Run one job of `common.bench.core.worker` in a fresh process and return its answer.
 
     Raises BenchError with the child's last line where it fails.
     """
-    command = [sys.executable, "-m", "common.bench._worker"]
+    command = [sys.executable, "-m", "common.bench.core.worker"]
     return run_json(command, job, child_environment(), job["job"], timeout, verbose)
 
 

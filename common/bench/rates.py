@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.bench import BenchError
+from common.bench.core.workload import draw_lengths, random_prompts
 from common.bench.costs import DTYPE_BYTES, ModelShape, decode_cost, prefill_flops
 from common.bench.offline import matmul_rate
-from common.bench.workload import draw_lengths, random_prompts
 
 WORKLOADS = ("mixed", "decode", "prefill")
 BATCH_SIZES = (1, 4, 16, 32)

@@ -9,8 +9,8 @@ measured limits of the machine, memory's or arithmetic's, would be reached.
 from pathlib import Path
 from typing import Any
 
+from common.bench.core.results import Result
 from common.bench.costs import DTYPE_BYTES
-from common.bench.results import Result
 
 MARKERS = "osD^vPXp*h<>dH8"
 
@@ -21,7 +21,7 @@ def plot_rates(result: Result, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
 
-        from common.plots import use_style
+        from common.notebooks.plots import use_style
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     if path.suffix not in (".png", ".svg"):
@@ -58,7 +58,7 @@ def colors(names: list[str]) -> dict[str, Any]:
     """A colour for each engine: by hand for a few, along a map for many."""
     from matplotlib import colormaps
 
-    from common.plots import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
+    from common.notebooks.plots import BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 
     few = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY]
     many = [colormaps["viridis"](0.85 * i / max(1, len(names) - 1)) for i in range(len(names))]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from common.bench import BenchError
-from common.bench.noise import disturbance
-from common.bench.processes import ROOT
-from common.bench.results import Result, code_hashes, load_result
+from common.bench.core.noise import disturbance
+from common.bench.core.processes import ROOT
+from common.bench.core.results import Result, code_hashes, load_result
 
 OPENING = re.compile(r"<!-- table: (\S+) -->")
 CLOSING = "<!-- /table -->"
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("no results: name files, or give --all or --part N")
     results = [load_result(path) for path in files]
     if args.plot:
-        from common.bench.plot import plot_latencies
+        from common.bench.serving.plot import plot_latencies
 
         plot_latencies(dict(zip(map(str, files), results, strict=True)), args.plot)
     for path, result in zip(files, results, strict=True):

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.bench.machine import machine, versions
+from common.bench.core.machine import machine, versions
 
 FORMAT = 1
 REQUIRED = {
@@ -161,7 +161,7 @@ def refuse_constant(name: str) -> float:
 def code_hashes(parts: Iterable[int]) -> dict[str, str]:
     """The hash of each part's code, by which a table measured on older code is found."""
     try:
-        from common.chapters import code_hash
+        from common.chapters.chain import code_hash
     except ImportError:
         return {}
     hashes = {}

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.bench import BenchError
-from common.bench.arguments import progress
-from common.bench.metrics import spread_percent
-from common.bench.pairs import Ratio, paired_ratio
-from common.bench.rates import Point, planned_runs, rate, same_tokens, shares
-from common.bench.results import column
+from common.bench.core.arguments import progress
+from common.bench.core.latencies import spread_percent
+from common.bench.core.pairs import Ratio, paired_ratio
+from common.bench.core.rates import Point, planned_runs, rate, same_tokens, shares
+from common.bench.core.results import column
 
 COLUMNS = [
     column("engine", "engine"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.bench import BenchError
-from common.bench.arguments import (
+from common.bench.core.arguments import (
     add_output_arguments,
     finish,
     length_range,
@@ -23,18 +23,18 @@ from common.bench.arguments import (
     positive_number,
     progress_bar,
 )
-from common.bench.client import PATHS, Target
-from common.bench.load import LoadReport, run_load, served_model
-from common.bench.metrics import percentile, summarize
-from common.bench.processes import run_worker
-from common.bench.results import Result, column, make_result
-from common.bench.workload import (
+from common.bench.core.latencies import percentile, summarize
+from common.bench.core.processes import run_worker
+from common.bench.core.results import Result, column, make_result
+from common.bench.core.workload import (
     WorkItem,
     draw_lengths,
     load_dataset,
     poisson_arrivals,
     random_work,
 )
+from common.bench.serving.client import PATHS, Target
+from common.bench.serving.load import LoadReport, run_load, served_model
 
 COLUMNS = [
     column("metric", "latency"),

@@ -16,23 +16,23 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common.bench.arguments import (
+from common.bench.core.arguments import (
     add_engine_arguments,
     add_output_arguments,
     finish,
     positive,
     settings_of,
 )
+from common.bench.core.pairs import MIN_CLAIM, MIN_INTERVAL
+from common.bench.core.processes import run_worker
+from common.bench.core.report import plural
+from common.bench.core.results import Result, column, make_result
 from common.bench.ladder import known_vocab_size, most_rounds, remarks
-from common.bench.pairs import MIN_CLAIM, MIN_INTERVAL
-from common.bench.prefix_plot import check_plot
-from common.bench.processes import run_worker
-from common.bench.report import plural
-from common.bench.results import Result, column, make_result
-from common.bench.speculative_plot import plot_speculative
-from common.bench.speculative_prompts import WORKLOADS, prompt_token_ids
-from common.bench.speculative_rows import Point, rows
-from common.bench.speculative_variants import (
+from common.bench.prefix.plot import check_plot
+from common.bench.speculative.plot import plot_speculative
+from common.bench.speculative.prompts import WORKLOADS, prompt_token_ids
+from common.bench.speculative.rows import Point, rows
+from common.bench.speculative.variants import (
     Choice,
     Variant,
     choice,
@@ -113,8 +113,8 @@ class Work:
 
     def __init__(self, args: argparse.Namespace, points: list[Point]) -> None:
         """Raises ValueError for a model that cannot be had, or has no chat format."""
-        from common.checkpoint import resolve
-        from common.tokenizer import Tokenizer
+        from common.models.checkpoint import resolve
+        from common.models.tokenizer import Tokenizer
 
         self.args, self.points = args, points
         self.tokenizer = Tokenizer.load(resolve(args.model))

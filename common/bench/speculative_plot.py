@@ -4,8 +4,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from common.bench.rates_plot import caption, colors
-from common.bench.results import Result
+from common.bench.core.rates_plot import caption, colors
+from common.bench.core.results import Result
 
 
 def plot_speculative(result: Result, path: Path) -> None:
@@ -16,7 +16,7 @@ def plot_speculative(result: Result, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from common.plots import use_style
+    from common.notebooks.plots import use_style
 
     use_style()
     names = list(dict.fromkeys(row["engine"] for row in result["rows"]))

@@ -13,7 +13,7 @@ again, and prose is token ids that do not repeat.
 
 from typing import Any
 
-from common.bench.workload import random_prompts
+from common.bench.core.workload import random_prompts
 
 WORKLOADS = ("copy", "prose")
 RANDOM_BLOCK, RANDOM_REPEATS = 24, 4  # tokens of a copy prompt for a model with random weights

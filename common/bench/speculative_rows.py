@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from common.bench.metrics import spread_percent
-from common.bench.pairs import paired_ratio
-from common.bench.rates import same_tokens
-from common.bench.speculative_variants import Variant
+from common.bench.core.latencies import spread_percent
+from common.bench.core.pairs import paired_ratio
+from common.bench.core.rates import same_tokens
+from common.bench.speculative.variants import Variant
 
 Run = dict[str, Any]  # one point on one engine, as `speculative_worker.merged` gave it
 NUM_SINGLES = 3  # prompts that batch 1 has, one after the other: one alone would decide too much

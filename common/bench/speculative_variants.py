@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.bench import BenchError
-from common.bench.arguments import progress
-from common.bench.prefix_variants import config_class, known_settings
-from common.bench.processes import child_environment, run_json
-from common.bench.rounds import Entrant
+from common.bench.core.arguments import progress
+from common.bench.core.processes import child_environment, run_json
+from common.bench.core.rounds import Entrant
+from common.bench.prefix.variants import config_class, known_settings
 
 FOR_PROPOSERS = ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max", "draft_layers")
 
@@ -75,8 +75,8 @@ def make_variant(
 
 
 def run_job(job: dict[str, Any], verbose: bool) -> dict[str, Any]:
-    """Run one job of `common.bench.speculative_worker` in a fresh process."""
-    command = [sys.executable, "-m", "common.bench.speculative_worker"]
+    """Run one job of `common.bench.speculative.worker` in a fresh process."""
+    command = [sys.executable, "-m", "common.bench.speculative.worker"]
     return run_json(command, job, child_environment(), job["job"], verbose=verbose)
 
 

@@ -1,6 +1,6 @@
 """The fresh process behind `speculative`: an engine decodes batch after batch, one JSON job in, one answer out.
 
-Run as `python -m common.bench.speculative_worker`; the frame is that of `common.bench._worker`.
+Run as `python -m common.bench.speculative.worker`; the frame is that of `common.bench.core.worker`.
 """
 
 import gc
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.bench import BenchError
-from common.bench._worker import JOBS, engine_facts, main, model_config, start_engine
+from common.bench.core.worker import JOBS, engine_facts, main, model_config, start_engine
 
 COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.bench import BenchError
-from common.bench.arguments import (
+from common.bench.core.arguments import (
     add_engine_arguments,
     add_output_arguments,
     finish,
@@ -22,14 +22,14 @@ from common.bench.arguments import (
     progress,
     settings_of,
 )
-from common.bench.client import Target
-from common.bench.load import LoadReport, run_load, served_model
-from common.bench.metrics import percentile
-from common.bench.noise import OtherWork, disturbance
-from common.bench.processes import PartServer, part_package, run_worker
-from common.bench.report import plural
-from common.bench.results import column, make_result
-from common.bench.workload import Lengths, random_work
+from common.bench.core.latencies import percentile
+from common.bench.core.noise import OtherWork, disturbance
+from common.bench.core.processes import PartServer, part_package, run_worker
+from common.bench.core.report import plural
+from common.bench.core.results import column, make_result
+from common.bench.core.workload import Lengths, random_work
+from common.bench.serving.client import Target
+from common.bench.serving.load import LoadReport, run_load, served_model
 
 WHOLE_PARTS = (1,)  # parts that cannot stream
 COLUMNS = [

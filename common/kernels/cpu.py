@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from common.device import usable_cores
-from common.kernels import AttentionMetadata, Ops, cpu_elementwise
-from common.kernels.cpu_attention import attention
-from common.kernels.cpu_compile import compile_missing
-from common.kernels.cpu_linear import linear
-from common.kernels.cpu_sampler import sample
-from common.kernels.cpu_vector import LANES, PANEL
-from common.kernels.cpu_weight import PanelWeight, WeightMemory
+from common.kernels import AttentionMetadata, Ops
+from common.kernels.cpu import elementwise as cpu_elementwise
+from common.kernels.cpu.attention import attention
+from common.kernels.cpu.compile import compile_missing
+from common.kernels.cpu.linear import linear
+from common.kernels.cpu.sampler import sample
+from common.kernels.cpu.vector import LANES, PANEL
+from common.kernels.cpu.weight import PanelWeight, WeightMemory
 from common.kernels.reference import ReferenceOps
 
 FLOAT = torch.float32

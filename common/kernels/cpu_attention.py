@@ -13,11 +13,11 @@ Few rows wait for memory and many for arithmetic, so each has inner loops of its
 import numpy as np
 from numba import prange
 
-from common.kernels.cpu_attention_few import LOWEST, MAX_FEW_ROWS, attend_few
-from common.kernels.cpu_attention_many import attend_many
-from common.kernels.cpu_elementwise import exp32
-from common.kernels.cpu_jit import float32_array, helper, int32_array, kernel, next_index
-from common.kernels.cpu_vector import PANEL, scale
+from common.kernels.cpu.attention_few import LOWEST, MAX_FEW_ROWS, attend_few
+from common.kernels.cpu.attention_many import attend_many
+from common.kernels.cpu.elementwise import exp32
+from common.kernels.cpu.jit import float32_array, helper, int32_array, kernel, next_index
+from common.kernels.cpu.vector import PANEL, scale
 
 ROWS = 12 * PANEL  # most rows of a piece of work: 384 with AVX-512
 ROW_PIECES = 6  # pieces of work for each thread, where there are rows for so many

@@ -6,9 +6,9 @@ as memory likes it best; what comes next is asked for ahead.
 
 import numpy as np
 
-from common.kernels.cpu_elementwise import exp32
-from common.kernels.cpu_jit import helper
-from common.kernels.cpu_vector import (
+from common.kernels.cpu.elementwise import exp32
+from common.kernels.cpu.jit import helper
+from common.kernels.cpu.vector import (
     LANES,
     MAX_DOTS,
     MAX_ROWS,

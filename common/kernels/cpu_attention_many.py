@@ -8,10 +8,10 @@ once, and keys and values are copied to where they lie close together, whatever 
 
 import numpy as np
 
-from common.kernels.cpu_attention_few import KEYS, MASKED, key_address
-from common.kernels.cpu_jit import helper
-from common.kernels.cpu_softmax import softmax_step, transpose
-from common.kernels.cpu_vector import LANES, MAX_ROWS, PANEL, half_panel_tile, panel_tile, scale
+from common.kernels.cpu.attention_few import KEYS, MASKED, key_address
+from common.kernels.cpu.jit import helper
+from common.kernels.cpu.softmax import softmax_step, transpose
+from common.kernels.cpu.vector import LANES, MAX_ROWS, PANEL, half_panel_tile, panel_tile, scale
 
 
 @helper

@@ -29,7 +29,7 @@ import numba
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
-from common.embedded import cache_dir
+from common.models.embedded import cache_dir
 from common.sampling import _MULTIPLIERS, _WEYL
 
 SOURCES = Path(__file__).parent

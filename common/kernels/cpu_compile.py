@@ -1,6 +1,6 @@
 """Compiling the CPU kernels: once for a user, in processes side by side, and saying how far it is.
 
-`python -m common.kernels.cpu_compile` does it ahead of time; otherwise the first `CpuOps` does.
+`python -m common.kernels.cpu.compile` does it ahead of time; otherwise the first `CpuOps` does.
 
 numba compiles under one lock, so threads would take turns. Each process here takes one kernel after
 another, the dearest first, and what it has compiled reaches the others through the cache alone. With
@@ -26,9 +26,20 @@ import common
 from common.device import usable_cores
 
 # Every module that defines kernels, so that KERNELS has them all.
-from common.kernels import cpu_attention, cpu_elementwise, cpu_linear, cpu_sampler  # noqa: F401
-from common.kernels.cpu_cache import cache_folder, mark_complete
-from common.kernels.cpu_jit import KERNELS
+from common.kernels.cpu import (
+    attention as cpu_attention,
+)  # noqa: F401
+from common.kernels.cpu import (
+    elementwise as cpu_elementwise,
+)
+from common.kernels.cpu import (
+    linear as cpu_linear,
+)
+from common.kernels.cpu import (
+    sampler as cpu_sampler,
+)
+from common.kernels.cpu.cache import cache_folder, mark_complete
+from common.kernels.cpu.jit import KERNELS
 
 # Names of what numba puts around the body of a parallel loop, and of the body.
 WRAPPERS = ("__numba_parfor_gufunc", "<numba.np.ufunc.wrappers", "parallelgufuncwrapper", "work")
@@ -101,7 +112,7 @@ class Progress:
             "PYTHONPATH": os.pathsep.join(paths),
             "NUMBA_CACHE_DIR": str(cache_folder().parent),
         }
-        command = [sys.executable, "-m", "common.kernels.cpu_compile", "--child"]
+        command = [sys.executable, "-m", "common.kernels.cpu.compile", "--child"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:
             with subprocess.Popen(command, env=environment, **pipes) as child:

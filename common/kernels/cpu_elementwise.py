@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numba import prange
 
-from common.kernels.cpu_jit import float32_array, helper, int64_array, kernel
+from common.kernels.cpu.jit import float32_array, helper, int64_array, kernel
 
 
 @helper

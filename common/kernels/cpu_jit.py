@@ -23,7 +23,7 @@ import numba
 from numba import carray, types
 from numba.extending import intrinsic
 
-from common.kernels.cpu_cache import KernelCache
+from common.kernels.cpu.cache import KernelCache
 
 FEATURES = llvm.get_host_cpu_features() if not numba.config.CPU_NAME else {}
 KERNELS: dict[str, Any] = {}  # name: numba's dispatcher, in the order of definition

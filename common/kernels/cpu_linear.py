@@ -8,8 +8,8 @@ in the cache for every tile of rows. While a panel is multiplied, the next is as
 import numpy as np
 from numba import prange
 
-from common.kernels.cpu_jit import float32_array, helper, kernel, next_index
-from common.kernels.cpu_vector import FEW_ROWS, MAX_ROWS, PANEL, panel_tile
+from common.kernels.cpu.jit import float32_array, helper, kernel, next_index
+from common.kernels.cpu.vector import FEW_ROWS, MAX_ROWS, PANEL, panel_tile
 
 DEPTH = 640  # rows of a panel that are used at once: 80 KiB with AVX-512, half of it with AVX2
 BLOCK = 131_072  # floats of x that are used together: 512 KiB, to stay in the second-level cache

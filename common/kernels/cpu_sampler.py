@@ -16,9 +16,9 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from common.kernels.cpu_elementwise import exp32
-from common.kernels.cpu_jit import float32_array, helper, int64_array, kernel, next_index
-from common.kernels.cpu_vector import INT, LANES, VECTOR, highest, store
+from common.kernels.cpu.elementwise import exp32
+from common.kernels.cpu.jit import float32_array, helper, int64_array, kernel, next_index
+from common.kernels.cpu.vector import INT, LANES, VECTOR, highest, store
 from common.sampling import _MULTIPLIERS, _WEYL
 
 MASK = np.uint64(0xFFFFFFFF)

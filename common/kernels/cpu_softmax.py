@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from common.kernels.cpu_vector import INT, LANES, PANEL, VECTOR, load, multiply_add, store
+from common.kernels.cpu.vector import INT, LANES, PANEL, VECTOR, load, multiply_add, store
 
 SMALLEST = -80.0  # weights are exp(SMALLEST) or more: so they, times a value, are normal numbers
 IN_ORDER = ("contract",)  # sums must not be rearranged where rounding is the point

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from common.kernels.cpu_jit import FEATURES
+from common.kernels.cpu.jit import FEATURES
 
 IS_ARM = platform.machine().lower() in ("arm64", "aarch64")
 LANES = 16 if FEATURES.get("avx512f") else 4 if IS_ARM else 8  # floats in a vector register

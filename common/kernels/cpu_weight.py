@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.kernels.cpu_vector import PANEL
+from common.kernels.cpu.vector import PANEL
 
 HUGE_PAGE = 2 << 20
 CHUNK = 64 << 20  # bytes asked for at once; those never written take no memory

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from common.kernels import AttentionMetadata
-from common.kernels.triton_attention_kernel import attention_kernel, combine_kernel
+from common.kernels.triton.attention_kernel import attention_kernel, combine_kernel
 
 MIN_ROWS = 16  # of a matrix product
 FEW_ROWS = 64  # up to here (queries times their heads) a batch is all decode

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.kernels import AttentionMetadata, Ops, triton_attention, triton_elementwise
+from common.kernels import AttentionMetadata, Ops
 from common.kernels.reference import ReferenceOps
-from common.kernels.triton_sampler import sample
+from common.kernels.triton import attention as triton_attention
+from common.kernels.triton import elementwise as triton_elementwise
+from common.kernels.triton.sampler import sample
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256

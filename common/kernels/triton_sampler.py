@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from common.kernels.triton_sampler_kernels import (
+from common.kernels.triton.sampler_kernels import (
     extremes_kernel,
     noisy_kernel,
     threshold_kernel,

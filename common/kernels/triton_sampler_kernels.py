@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from common.kernels.triton_sampler_search import LARGEST, finite, scaled_logits, search, survey
+from common.kernels.triton.sampler_search import LARGEST, finite, scaled_logits, search, survey
 
 GREEDY_BELOW = tl.constexpr(1e-5)
 MAX_NOISE = tl.constexpr(17.4)  # -log(-log(1 - 2^-25)) is 17.33

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from common import inspector
-from common.frontend import Frontend
-from common.serving import ServerConfig
-from common.testing.browser import Page
+from common.http import page
+from common.http.app import Frontend
+from common.http.run import ServerConfig
+from common.testing.page.browser import Page
 from common.testing.server import serving_thread
 from common.trace import Trace
 
@@ -22,7 +22,7 @@ def app_of(trace: Trace, config: ServerConfig) -> Any:
     )
     frontend = Frontend(engine, config, streaming=True, max_n=1)
     frontend.add_trace(trace)
-    inspector.mount(frontend.app)
+    page.mount(frontend.app)
     return frontend.app
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.kernels import AttentionMetadata
-from common.testing.kernel_case import REFERENCE, Case, Target, error_of, wide
+from common.testing.kernels.case import REFERENCE, Case, Target, error_of, wide
 
 Lengths = tuple[tuple[int, int], ...]  # (queries, tokens) of each sequence
 

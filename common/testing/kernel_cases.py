@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from common.kernels import Ops
-from common.testing.kernel_attention_cases import attention_cases
-from common.testing.kernel_case import Case, CaseResult, Target
-from common.testing.kernel_gpu_cases import gpu_cases
-from common.testing.kernel_sampler_cases import sampler_cases
-from common.testing.kernel_small_cases import small_cases
+from common.testing.kernels.attention_cases import attention_cases
+from common.testing.kernels.case import Case, CaseResult, Target
+from common.testing.kernels.gpu_cases import gpu_cases
+from common.testing.kernels.sampler_cases import sampler_cases
+from common.testing.kernels.small_cases import small_cases
 
 __all__ = ["CaseResult", "check_all"]
 

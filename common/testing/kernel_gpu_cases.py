@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from common.kernels import AttentionMetadata
-from common.testing.kernel_attention_cases import LONG, MIXED, Spec, make_attention
-from common.testing.kernel_case import EPS, Case, Target, error_of, wide
-from common.testing.kernel_sampler_cases import columns, drawn
+from common.testing.kernels.attention_cases import LONG, MIXED, Spec, make_attention
+from common.testing.kernels.case import EPS, Case, Target, error_of, wide
+from common.testing.kernels.sampler_cases import columns, drawn
 
 FAR_BYTES = 6 << 30  # that must be free
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.kernels.reference import GREEDY_BELOW, smallest_kept
 from common.sampling import gumbel_noise
-from common.testing.kernel_case import REFERENCE, Case, Target
+from common.testing.kernels.case import REFERENCE, Case, Target
 
 NUM_ROWS = 18
 TEMPERATURES = (1.0, 0.0, 0.7, 2.0, 100.0, 0.05, 1e-6)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from common.testing.kernel_case import EPS, REFERENCE, Case, Target, error_of, wide
+from common.testing.kernels.case import EPS, REFERENCE, Case, Target, error_of, wide
 
 
 def small_cases() -> Iterator[Case]:

@@ -4,7 +4,7 @@ Triton's interpreter runs kernels as Python and so passes much that its compiler
 type changes in a loop, tiles that do not fit into shared memory. Here the wrappers run on small CPU
 tensors, each launch is compiled down to machine code, and nothing is executed.
 
-`python -m common.testing.triton_compile ARCHITECTURE DTYPE [HEAD_DIM ...]` prints a line of JSON for
+`python -m common.testing.kernels.triton_compile ARCHITECTURE DTYPE [HEAD_DIM ...]` prints a line of JSON for
 each kernel. TRITON_INTERPRET must not be set.
 """
 
@@ -21,20 +21,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from common.kernels.triton_attention import Device
-from common.kernels.triton_ops import TritonOps
-from common.testing.kernel_attention_cases import DECODE, MIXED, Spec, make_attention
-from common.testing.kernel_case import Target
-from common.testing.kernel_sampler_cases import columns, drawn
+from common.kernels.triton.attention import Device
+from common.kernels.triton.ops import TritonOps
+from common.testing.kernels.attention_cases import DECODE, MIXED, Spec, make_attention
+from common.testing.kernels.case import Target
+from common.testing.kernels.sampler_cases import columns, drawn
 
 KERNELS = {  # where launches find them
-    "common.kernels.triton_elementwise": (
+    "common.kernels.triton.elementwise": (
         "norm_kernel",
         "silu_and_mul_kernel",
         "rotary_and_store_kernel",
     ),
-    "common.kernels.triton_attention": ("attention_kernel", "combine_kernel"),
-    "common.kernels.triton_sampler": (
+    "common.kernels.triton.attention": ("attention_kernel", "combine_kernel"),
+    "common.kernels.triton.sampler": (
         "extremes_kernel",
         "threshold_kernel",
         "noisy_kernel",

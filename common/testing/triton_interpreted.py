@@ -1,4 +1,4 @@
-"""`python -m common.testing.triton_interpreted`: Triton's kernels in its interpreter, on the CPU.
+"""`python -m common.testing.kernels.triton_interpreted`: Triton's kernels in its interpreter, on the CPU.
 
 A process of its own, since the variable must be set before Triton is imported. Prints the results of
 `check_all` as one line of JSON. bfloat16 is left out: the interpreter's products of it are wrong.
@@ -13,8 +13,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from common.kernels.triton_ops import TritonOps
-from common.testing.kernel_cases import check_all
+from common.kernels.triton.ops import TritonOps
+from common.testing.kernels.all_cases import check_all
 
 
 def main() -> None:

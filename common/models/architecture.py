@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from common.checkpoint import ModelError
+from common.models.errors import ModelError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 LAYER_TYPES = ("full_attention", "sliding_attention")
