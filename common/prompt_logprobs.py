@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.completions import TokenLogprobs
 from common.device import to_device
-from common.output import TokenLogprobs
 
 ROWS = 128  # positions whose logits are held at once
 

@@ -10,14 +10,14 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from common.checkpoint import context_length, eos_token_ids, load_transformers_model, resolve
+from common.completions import Completion, OutputProcessor
 from common.device import resolve_device, usable_cores
-from common.generation_config import sampling_defaults
-from common.output import Completion, OutputProcessor
+from common.models.checkpoint import context_length, eos_token_ids, load_transformers_model, resolve
+from common.models.generation_config import sampling_defaults
+from common.models.tokenizer import Tokenizer
+from common.models.transformers_names import cache_argument
 from common.prompts import ParamsForPrompts, Prompts, prepare_prompts
 from common.sampling import NO_TOKEN, SamplingBatch, SamplingParams
-from common.tokenizer import Tokenizer
-from common.transformers_names import cache_argument
 
 from .config import EngineConfig
 from .sampler import sample

@@ -9,7 +9,7 @@ logit that stays, and equal logits stay or go together, so no result depends on 
 import torch
 from torch import Tensor
 
-from common.output import TokenLogprobs
+from common.completions import TokenLogprobs
 from common.sampling import SamplingBatch, gumbel_noise, not_drawn
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy

@@ -8,10 +8,10 @@ import asyncio
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 
-from common.api import Job
-from common.cli import parse
-from common.frontend import Admission, Frontend
-from common.serving import ServerConfig, serve
+from common.http.app import Admission, Frontend
+from common.http.responses import Job
+from common.http.run import ServerConfig, serve
+from common.options import parse
 
 from .config import EngineConfig
 from .engine import LLMEngine

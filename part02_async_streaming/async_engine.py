@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from common.output import Delta, OutputProcessor
+from common.completions import Delta, OutputProcessor
 from common.sampling import SamplingParams
 
 from .engine import LLMEngine

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from common.cli import option, validate
 from common.device import DTYPES
-from common.generation_config import USES
+from common.models.generation_config import USES
+from common.options import option, validate
 
 
 @dataclass(frozen=True)

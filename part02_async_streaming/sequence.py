@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import DynamicCache
 
-from common.output import TokenLogprobs
+from common.completions import TokenLogprobs
 from common.sampling import SamplingParams
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import eos_token_ids, load_config, resolve
-from common.generation_config import sampling_defaults
-from common.output import Completion, OutputProcessor, TokenLogprobs
+from common.completions import Completion, OutputProcessor, TokenLogprobs
+from common.models.checkpoint import eos_token_ids, load_config, resolve
+from common.models.generation_config import sampling_defaults
+from common.models.tokenizer import Tokenizer
 from common.prompts import ParamsForPrompts, Prompts, check_prompt, prepare_prompts
 from common.sampling import NO_TOKEN, SamplingParams
-from common.tokenizer import Tokenizer
 from common.trace import Trace, phase
 
 from .config import EngineConfig

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import context_length, iter_weights, load_config
+from common.completions import TokenLogprobs
 from common.device import resolve_device, usable_cores
 from common.kernels import AttentionMetadata, select_ops
-from common.output import TokenLogprobs
+from common.models.checkpoint import context_length, iter_weights, load_config
 from common.sampling import SamplingBatch
 
 from .config import EngineConfig

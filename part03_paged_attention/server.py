@@ -9,12 +9,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from sse_starlette import EventSourceResponse
 
-from common import inspector
-from common.api import ApiError, Job, failure, to_json
-from common.cli import parse
-from common.frontend import Admission, Frontend, unless_disconnected
-from common.output import OutputProcessor
-from common.serving import ServerConfig, serve
+from common.completions import OutputProcessor
+from common.http import page
+from common.http.app import Admission, Frontend, unless_disconnected
+from common.http.errors import ApiError, failure
+from common.http.responses import Job, to_json
+from common.http.run import ServerConfig, serve
+from common.options import parse
 
 from .async_engine import AsyncEngine
 from .config import EngineConfig
@@ -70,7 +71,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
 
     frontend.route(answer)
     frontend.add_trace(engine.trace)
-    inspector.mount(frontend.app)
+    page.mount(frontend.app)
     return frontend.app
 
 

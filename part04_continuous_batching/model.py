@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from common.checkpoint import ModelError
 from common.kernels import AttentionMetadata, Ops
-from common.weights import collect, report_unused, take_tensor
+from common.models.errors import ModelError
+from common.models.weights import collect, report_unused, take_tensor
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 LAYER_TYPES = ("full_attention", "sliding_attention")

@@ -7,8 +7,8 @@ what else is in the batch. Filters and noise are one fused operation of `common.
 
 from torch import Tensor
 
+from common.completions import TokenLogprobs
 from common.kernels import Ops
-from common.output import TokenLogprobs
 from common.sampling import SamplingBatch, not_drawn
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from common.output import TokenLogprobs
+from common.completions import TokenLogprobs
 from common.sampling import SamplingParams
 
 

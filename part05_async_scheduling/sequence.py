@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 
-from common.output import TokenLogprobs
+from common.completions import TokenLogprobs
 from common.sampling import SamplingParams
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from common.completions import Delta, OutputProcessor
 from common.metrics import EngineMetrics
-from common.output import Delta, OutputProcessor
 from common.sampling import SamplingParams
 
 from .engine import LLMEngine

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.checkpoint import context_length, iter_weights, load_config
 from common.device import release_openmp_workers, resolve_device, usable_cores
 from common.kernels import AttentionMetadata, select_ops
+from common.models.checkpoint import context_length, iter_weights, load_config
 from common.prompt_logprobs import PromptPiece, PromptScores, prompt_pieces
 from common.sampling import (
     SMALLEST_TOP_P,

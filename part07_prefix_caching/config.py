@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from common.cli import option, validate
 from common.device import DTYPES
-from common.generation_config import USES
+from common.models.generation_config import USES
+from common.options import option, validate
 
 PREFIX_CACHES = ("hash", "radix", "off")
 

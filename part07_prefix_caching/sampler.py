@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from common.completions import TokenLogprobs
 from common.kernels import Ops
-from common.output import TokenLogprobs
 from common.prompt_logprobs import PromptScores
 from common.sampling import SamplingBatch, not_drawn
 

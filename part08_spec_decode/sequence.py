@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from common.output import NO_DRAFTS, DraftCounts, TokenLogprobs
+from common.completions import NO_DRAFTS, DraftCounts, TokenLogprobs
 from common.sampling import SamplingParams
 
 

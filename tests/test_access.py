@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from common.guard import Guard
-from common.serving import ServerConfig
+from common.http.middleware import Guard
+from common.http.run import ServerConfig
 from common.testing.http import check_error, raw_request, routes, send
 from common.testing.parts import HTTP_PARTS, engine_of, module_of
 from common.testing.server import serving_thread
@@ -162,7 +162,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
         seen.append(a)
         return compare(a, b)
 
-    monkeypatch.setattr("common.guard.hmac.compare_digest", spy)
+    monkeypatch.setattr("common.http.middleware.hmac.compare_digest", spy)
     app = app_of(1, ServerConfig(api_key=KEY))
     client = TestClient(app, base_url="http://127.0.0.1")
     given = [b"", b"Bearer s", b"Bearer " + KEY[:-1].encode(), b"Bearer " + KEY.encode()]

@@ -8,25 +8,22 @@ import openai.types.chat
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from common import neutral
-from common.api import (
+from common.completions import Completion, Delta, OutputProcessor, TokenLogprobs
+from common.http import neutral
+from common.http.errors import ApiError, field_error, internal_error
+from common.http.responses import Job, to_json
+from common.http.schemas import (
     MAX_KEYS,
     MAX_LOGPROBS_TOTAL,
     MAX_MESSAGES,
-    ApiError,
     ChatCompletionRequest,
     CompletionRequest,
-    Job,
     check_logprobs,
-    field_error,
-    internal_error,
-    to_json,
 )
-from common.checkpoint import resolve
-from common.output import Completion, Delta, OutputProcessor, TokenLogprobs
+from common.models.checkpoint import resolve
+from common.models.tokenizer import Tokenizer
 from common.sampling import MAX_LOGPROBS, SamplingParams
 from common.testing.threads import longest_wait
-from common.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(resolve("smollm2-135m"))
 assert TOKENIZER is not None

@@ -17,18 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.bench import BenchError, processes, report, startup, streaming
+from common.bench import BenchError, startup
 from common.bench.__main__ import SUBCOMMANDS, main
-from common.bench.client import Target
-from common.bench.costs import ModelShape, decode_cost, decode_steps, prefill_flops
-from common.bench.load import LoadReport, run_load
-from common.bench.machine import machine, versions
-from common.bench.metrics import RequestRecord, percentile, spread_percent, summarize
-from common.bench.noise import OtherWork, disturbance
-from common.bench.offline import offline_row
-from common.bench.results import column, load_result, make_result, save_result
-from common.bench.sse import Event, SSEParser
-from common.bench.workload import (
+from common.bench.core import processes, report
+from common.bench.core.latencies import RequestRecord, percentile, spread_percent, summarize
+from common.bench.core.machine import machine, versions
+from common.bench.core.noise import OtherWork, disturbance
+from common.bench.core.results import column, load_result, make_result, save_result
+from common.bench.core.workload import (
     Lengths,
     WorkItem,
     draw_lengths,
@@ -36,6 +32,12 @@ from common.bench.workload import (
     poisson_arrivals,
     random_work,
 )
+from common.bench.costs import ModelShape, decode_cost, decode_steps, prefill_flops
+from common.bench.offline import offline_row
+from common.bench.serving import streaming
+from common.bench.serving.client import Target
+from common.bench.serving.load import LoadReport, run_load
+from common.bench.serving.sse import Event, SSEParser
 from common.testing.parts import PARTS
 
 LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops": None}
@@ -730,7 +732,7 @@ def test_offline_on_part_01(tmp_path: Path) -> None:
 @pytest.mark.skipif(max(PARTS) < 6, reason="part 06 is not there")
 def test_a_long_prompt_among_streams(monkeypatch: Any, tmp_path: Path) -> None:
     """Counted in a real engine: tokens of each stream, and gaps that the newcomer falls into."""
-    from common.bench import arrival
+    from common.bench.serving import arrival
     from common.testing.parts import engine_of
 
     job = {"streams": 3, "stream_prompt_len": 4, "output_len": 20, "prompt_len": 60, "before": 5}

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.bench.kernel_cases import SHAPES, Maker, Shape
-from common.bench.kernels import cpu_samples, measure, numbered, row
-from common.kernels.cpu import CpuOps
+from common.bench.kernels.cases import SHAPES, Maker, Shape
+from common.bench.kernels.run import cpu_samples, measure, numbered, row
+from common.kernels.cpu.ops import CpuOps
 from common.kernels.reference import ReferenceOps
 
 TINY = Shape(

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from common.bench import _worker, kv
 from common.bench.__main__ import main
-from common.bench.kv_usage import Request, Strips, TraceUsage, Usage, run_requests
-from common.bench.results import load_result
-from common.bench.workload import draw_lengths, random_prompts
+from common.bench.core import worker
+from common.bench.core.results import load_result
+from common.bench.core.workload import draw_lengths, random_prompts
+from common.bench.kv import run as kv
+from common.bench.kv.usage import Request, Strips, TraceUsage, Usage, run_requests
 from common.testing.parts import engine_of
 from common.trace import StepRecord
 
@@ -114,7 +115,7 @@ def test_kv_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run_here(job: dict[str, Any], verbose: bool) -> dict[str, Any]:
         jobs.append(job)
-        return _worker.JOBS[job["job"]](job)
+        return worker.JOBS[job["job"]](job)
 
     monkeypatch.setattr(kv, "run_worker", run_here)
     flags = f"kv --model {MODEL} --memory 1 --requests 6 --max-model-len 500"

@@ -14,12 +14,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from common.bench import BenchError, compare, ladder, processes
+from common.bench import BenchError, compare, ladder
 from common.bench.__main__ import main
-from common.bench.costs import ModelShape, decode_cost, prefill_flops
-from common.bench.ladder import remarks
-from common.bench.pairs import Ratio, interval, paired_ratio
-from common.bench.rates import (
+from common.bench.core import processes
+from common.bench.core.pairs import Ratio, interval, paired_ratio
+from common.bench.core.rates import (
     decode_point,
     mixed_point,
     planned_runs,
@@ -28,8 +27,10 @@ from common.bench.rates import (
     same_tokens,
     shares,
 )
-from common.bench.results import load_result
-from common.bench.rounds import Entrant, measure_rounds, rows
+from common.bench.core.results import load_result
+from common.bench.core.rounds import Entrant, measure_rounds, rows
+from common.bench.costs import ModelShape, decode_cost, prefill_flops
+from common.bench.ladder import remarks
 from common.testing.parts import PARTS
 
 LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops": None}
@@ -381,7 +382,7 @@ def test_compare_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The same weights, prompts and lengths: so the same tokens, in a batch too."""
     import torch
 
-    from common.checkpoint import load_transformers_model, resolve
+    from common.models.checkpoint import load_transformers_model, resolve
 
     model = load_transformers_model(resolve("random:tiny-llama"), torch.float32)
     model.save_pretrained(tmp_path / "model")

@@ -11,9 +11,22 @@ from typing import Any
 
 import pytest
 
-from common.bench import BenchError, prefix, prefix_costs, prefix_variants, prefix_worker
+from common.bench import BenchError
 from common.bench.__main__ import main
-from common.bench.prefix_requests import (
+from common.bench.core.results import load_result
+from common.bench.prefix import (
+    costs as prefix_costs,
+)
+from common.bench.prefix import (
+    run as prefix,
+)
+from common.bench.prefix import (
+    variants as prefix_variants,
+)
+from common.bench.prefix import (
+    worker as prefix_worker,
+)
+from common.bench.prefix.requests import (
     Request,
     possible_hits,
     read_jsonl,
@@ -21,11 +34,10 @@ from common.bench.prefix_requests import (
     whole_prompts,
     write_jsonl,
 )
-from common.bench.prefix_rows import typical_ttft
-from common.bench.prefix_variants import part_kind
-from common.bench.prefix_worker import Driver, run_workload, warm_up_requests
-from common.bench.prefix_workloads import QUICK, WORKLOADS, Sizes, Workload, make_workload
-from common.bench.results import load_result
+from common.bench.prefix.rows import typical_ttft
+from common.bench.prefix.variants import part_kind
+from common.bench.prefix.worker import Driver, run_workload, warm_up_requests
+from common.bench.prefix.workloads import QUICK, WORKLOADS, Sizes, Workload, make_workload
 from common.testing.parts import PARTS
 
 LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops": None}

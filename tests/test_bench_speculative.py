@@ -11,10 +11,19 @@ from typing import Any
 
 import pytest
 
-from common.bench import BenchError, speculative, speculative_variants, speculative_worker
+from common.bench import BenchError
 from common.bench.__main__ import main
-from common.bench.results import load_result
-from common.bench.speculative_prompts import (
+from common.bench.core.results import load_result
+from common.bench.speculative import (
+    run as speculative,
+)
+from common.bench.speculative import (
+    variants as speculative_variants,
+)
+from common.bench.speculative import (
+    worker as speculative_worker,
+)
+from common.bench.speculative.prompts import (
     MATERIAL,
     PROGRAMS,
     RANDOM_BLOCK,
@@ -24,12 +33,12 @@ from common.bench.speculative_prompts import (
     prompt_token_ids,
     text_prompt,
 )
-from common.bench.speculative_rows import NUM_SINGLES, Point
-from common.bench.speculative_variants import Choice, choice
-from common.bench.speculative_worker import decode, merged
-from common.checkpoint import resolve
+from common.bench.speculative.rows import NUM_SINGLES, Point
+from common.bench.speculative.variants import Choice, choice
+from common.bench.speculative.worker import decode, merged
+from common.models.checkpoint import resolve
+from common.models.tokenizer import Tokenizer
 from common.testing.parts import PARTS
-from common.tokenizer import Tokenizer
 
 LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops": None}
 

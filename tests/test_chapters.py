@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.chapters import code_hash, count_code_lines, main
-from common.chapters_chain import ROOT
+from common.chapters.__main__ import main
+from common.chapters.chain import ROOT, code_hash, count_code_lines
 
 FOLDERS = ["part01_one", "part02_two", "part03_three", "part04_four", "part05_five"]
 
@@ -309,7 +309,7 @@ def test_a_failing_disk_leaves_the_tree_as_it_was(chain: Path, capsys, monkeypat
             raise OSError("disk full")
         return make(**options)
 
-    monkeypatch.setattr("common.chapters_propagate.tempfile.mkstemp", fail_at_third)
+    monkeypatch.setattr("common.chapters.propagate.tempfile.mkstemp", fail_at_third)
     assert main(["propagate", "part01/engine.py"], root=chain) == 1
     assert snapshot(chain) == before and "disk full" in capsys.readouterr().err
 

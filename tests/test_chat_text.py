@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from common.models.tokenizer import Tokenizer
 from common.testing.threads import longest_wait
-from common.tokenizer import Tokenizer
 
 CHARACTERS = [chr(code) for code in range(0x20, 0x7F)] + ["\n", "▁", "é", "你", "ꀀ"]
 SPECIALS = ("<unk>", "<s>", "</s>", "<|user|>", "<|end|>", "<|e|>", "[A]", "[A]b")

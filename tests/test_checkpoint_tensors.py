@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from common.checkpoint import (
-    ModelError,
+from common.kernels import AttentionMetadata
+from common.kernels.reference import ReferenceOps
+from common.models.checkpoint import (
     context_length,
     iter_weights,
     load_config,
@@ -27,8 +28,7 @@ from common.checkpoint import (
     resolve,
     weight_files,
 )
-from common.kernels import AttentionMetadata
-from common.kernels.reference import ReferenceOps
+from common.models.errors import ModelError
 from common.testing.parts import distinct_files, module_of
 
 OWN_PARTS = distinct_files("model.py")
@@ -252,7 +252,7 @@ def test_comparing_heads_takes_pieces(
     pieces: int,
 ) -> None:
     """Of 4,192 numbers no more than 256 are converted at a time, and none after one that differs."""
-    from common import weights
+    from common.models import weights
 
     sizes = []
     equal = torch.equal

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 
-from common.serving import ServerConfig
+from common.http.run import ServerConfig
 from common.testing.parts import PARTS, ROOT, folder_of, module_of
 from common.testing.server import RunningServer
 
@@ -173,7 +173,7 @@ def test_help_lists_every_field(
 # in a fork of one process that has imported what takes seconds.
 AS_MODULES = """
 import gc, json, os, runpy, sys
-import common.frontend, common.inspector, common.kernels, common.serving, torch
+import common.http.app, common.http.page, common.kernels, common.http.run, torch
 
 gc.freeze()
 sys.path.remove("")
@@ -230,8 +230,8 @@ def test_a_key_is_asked_for_beyond_this_machine(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_by_its_module() -> None:
-    """`python -m common.checkpoint` is what `make` runs to have the model there."""
-    command = [sys.executable, "-m", "common.checkpoint", "random:nosuchpreset"]
+    """`python -m common.models` is what `make` runs to have the model there."""
+    command = [sys.executable, "-m", "common.models", "random:nosuchpreset"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
     assert (result.returncode, result.stdout) == (1, "")
     check_one_line(result.stderr, "no such preset")

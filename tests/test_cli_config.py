@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint import _empty_model, iter_weights, load_config, resolve
-from common.cli import option, parse, validate, value_type
 from common.device import DTYPES, resolve_device, usable_cores
-from common.presets import PRESETS
-from common.serving import ServerConfig
+from common.http.run import ServerConfig
+from common.models.checkpoint import _empty_model, iter_weights, load_config, resolve
+from common.models.presets import PRESETS
+from common.options import option, parse, validate, value_type
 from common.testing.parts import distinct_files, module_of
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common.output import Completion
+from common.completions import Completion
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded
 from common.testing.parts import PARTS, engine_of

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common.api import Job, TextOffsets
-from common.detokenizer import CONTEXT, HALF, WINDOW, IncrementalDetokenizer
-from common.output import Completion, OutputProcessor, TokenLogprobs
+from common.completions import Completion, OutputProcessor, TokenLogprobs
+from common.http.responses import Job, TextOffsets
+from common.models.detokenizer import CONTEXT, HALF, WINDOW, IncrementalDetokenizer
+from common.models.tokenizer import Tokenizer
 from common.sampling import SamplingParams
-from common.tokenizer import Tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = ["▁", "▁a", "b", "▁▁", "▁é", "c▁", "A"]

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from common.kernels import Ops
 from common.kernels.reference import ReferenceOps
-from common.testing.kernel_attention_cases import DECODE, DRAFTS, Spec, make_attention
-from common.testing.kernel_case import Target
-from common.testing.kernel_cases import check_all
+from common.testing.kernels.all_cases import check_all
+from common.testing.kernels.attention_cases import DECODE, DRAFTS, Spec, make_attention
+from common.testing.kernels.case import Target
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 DTYPES = [torch.float16, torch.bfloat16]
@@ -219,7 +219,7 @@ def test_an_old_package_is_refused(package: ModuleType) -> None:
 
 
 def test_other_implementations_take_any_cache() -> None:
-    from common.kernels.triton_ops import TritonOps
+    from common.kernels.triton.ops import TritonOps
 
     for ops in (ReferenceOps(), TritonOps()):
         assert ops.default_block_size == 16

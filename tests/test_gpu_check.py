@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common.bench.results import load_result
+from common.bench.core.results import load_result
 from common.gpu_check import __main__ as gpu_check
 from common.gpu_check import correctness, oracle
 from common.gpu_check.items import FAILED, NOT_REACHED, OK, attempt
@@ -133,7 +133,7 @@ def test_a_failure_has_its_traceback_and_the_exit_status(
 
 
 def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from common.testing.kernel_cases import CaseResult
+    from common.testing.kernels.all_cases import CaseResult
 
     results = [
         CaseResult("linear", "good", "float32", 1e-7, 1e-5),

@@ -23,11 +23,12 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 
-from common import neutral
-from common.api import to_json
-from common.checkpoint import resolve
-from common.guard import MAX_SIGNS
-from common.serving import ServerConfig
+from common.http import neutral
+from common.http.middleware import MAX_SIGNS
+from common.http.responses import to_json
+from common.http.run import ServerConfig
+from common.models.checkpoint import resolve
+from common.models.tokenizer import Tokenizer
 from common.testing.http import INTERNALS, SECRET_PROMPT, check_error, raw_request, routes, send
 from common.testing.parts import (
     HTTP_PARTS,
@@ -38,7 +39,6 @@ from common.testing.parts import (
     wrap_model,
 )
 from common.testing.server import RunningServer, server_process, serving_thread
-from common.tokenizer import Tokenizer
 
 MODEL = "random:tiny-llama"  # context 1024, vocabulary 512, no tokenizer
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -492,7 +492,7 @@ def test_a_long_answer_is_written_elsewhere(part: int, monkeypatch: pytest.Monke
         assert go_on.wait(60)
         return to_json(answer)
 
-    monkeypatch.setattr("common.frontend.to_json", slowly)
+    monkeypatch.setattr("common.http.app.to_json", slowly)
     with serving_thread(app_of(part, ServerConfig(port=0))) as url, ThreadPoolExecutor(1) as pool:
         try:
             answer = pool.submit(httpx.post, url + COMPLETIONS, json=BASE | {"logprobs": 2})
@@ -643,7 +643,7 @@ def test_slow_headers_end_the_connection(
 ) -> None:
     """Slow-loris: bytes that keep coming do not keep it open; on a fresh one, after a request, or
     as the rest of a body that was answered already."""
-    monkeypatch.setattr("common.serving.HEADER_SECONDS", 0.5)
+    monkeypatch.setattr("common.http.run.HEADER_SECONDS", 0.5)
     with serving_thread(app_of(part, ServerConfig(port=0))) as url:
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
         with socket.create_connection(address) as sock:
@@ -665,7 +665,7 @@ def test_slow_headers_end_the_connection(
 
 
 def test_slow_bodies_are_answered_408(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.guard.BODY_SECONDS", 0.3)
+    monkeypatch.setattr("common.http.middleware.BODY_SECONDS", 0.3)
     with serving_thread(app_of(part, ServerConfig(port=0))) as url:
         data = raw_request("POST", COMPLETIONS, "Content-Length: 100") + b'{"prompt"'
         status, _, body = send(url, data)
@@ -677,7 +677,7 @@ def test_a_patient_limit_does_not_cut_a_running_answer(
     part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The header limit is for headers: an answer may take longer than it."""
-    monkeypatch.setattr("common.serving.HEADER_SECONDS", 0.05)
+    monkeypatch.setattr("common.http.run.HEADER_SECONDS", 0.05)
     with serving_thread(app_of(part, ServerConfig(port=0))) as url:
         body = BASE | {"max_tokens": 100, "ignore_eos": True}
         answer = httpx.post(url + COMPLETIONS, json=body, timeout=60)

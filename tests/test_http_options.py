@@ -16,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from common import neutral
-from common.api import ApiError, ChatCompletionRequest
-from common.checkpoint import resolve
-from common.generation_config import sampling_defaults
-from common.output import OutputProcessor
+from common.completions import OutputProcessor
+from common.http import neutral
+from common.http.errors import ApiError
+from common.http.run import ServerConfig
+from common.http.schemas import ChatCompletionRequest
+from common.models.checkpoint import resolve
+from common.models.generation_config import sampling_defaults
 from common.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
-from common.serving import ServerConfig
 from common.testing.http import check_error
 from common.testing.oracle import reference_logits, reference_model
 from common.testing.parts import HTTP_PARTS, PARTS, engine_of, module_of

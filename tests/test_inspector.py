@@ -23,8 +23,8 @@ from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from sse_starlette import EventSourceResponse
 
-from common import inspector
-from common.testing.browser import ENTER, ESCAPE, SHIFT, TAB, Page, chromium
+from common.http import page as inspector
+from common.testing.page.browser import ENTER, ESCAPE, SHIFT, TAB, Page, chromium
 from common.testing.parts import http_parts
 from common.testing.server import running_server
 

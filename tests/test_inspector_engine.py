@@ -11,8 +11,14 @@ from typing import Any
 
 import pytest
 
-from common.testing.browser import DOWN, END, HOME, LEFT, RIGHT, TAB, Page, chromium
-from common.testing.engine_page import EnginePage, random_trace, run_step, serving, static_batch
+from common.testing.page.browser import DOWN, END, HOME, LEFT, RIGHT, TAB, Page, chromium
+from common.testing.page.engine_page import (
+    EnginePage,
+    random_trace,
+    run_step,
+    serving,
+    static_batch,
+)
 from common.trace import Trace
 
 browser = pytest.mark.browser

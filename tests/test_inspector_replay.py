@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from common.serving import ServerConfig
-from common.testing.browser import ENTER, HOME, RIGHT, SPACE, TAB, chromium
-from common.testing.engine_page import (
+from common.http.run import ServerConfig
+from common.testing.page.browser import ENTER, HOME, RIGHT, SPACE, TAB, chromium
+from common.testing.page.engine_page import (
     EnginePage,
     app_of,
     random_trace,

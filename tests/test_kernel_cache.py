@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 
 import common
-from common.kernels import cpu_cache, cpu_compile
-from common.kernels.cpu_jit import KERNELS
+from common.kernels.cpu import cache as cpu_cache
+from common.kernels.cpu import compile as cpu_compile
+from common.kernels.cpu.jit import KERNELS
 
 ROOT = Path(common.__file__).parents[1]
 SMALLEST = "silu_and_mul"
 COUNT = """
-from common.kernels import cpu_compile
-from common.kernels.cpu import CpuOps
+from common.kernels.cpu import compile as cpu_compile
+from common.kernels.cpu.ops import CpuOps
 CpuOps(1)
 stats = [k.stats for k in cpu_compile.KERNELS.values()]
 print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.values()) for s in stats))
@@ -81,13 +82,13 @@ def test_another_clone_finds_the_kernels(base: Path, tmp_path: Path) -> None:
 
 def test_a_changed_source_is_another_generation(tmp_path: Path, monkeypatch) -> None:
     before = cpu_cache.generation()
-    for path in cpu_cache.SOURCES.glob("cpu*.py"):
+    for path in cpu_cache.SOURCES.glob("*.py"):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(cpu_cache, "SOURCES", tmp_path)
     assert (
         cpu_cache.generation() == before
     )  # where they lie, and when they were written, is nothing
-    with (tmp_path / "cpu_vector.py").open("a") as file:
+    with (tmp_path / "vector.py").open("a") as file:
         file.write("# another helper\n")
     changed = cpu_cache.generation()
     monkeypatch.setattr(cpu_cache.numba, "__version__", "0.0")
@@ -125,7 +126,7 @@ def test_what_processes_cannot_compile_is_compiled_here(empty: Path, monkeypatch
 def test_a_killed_compiler_leaves_nothing_broken(tmp_path: Path) -> None:
     """It is killed again and again, at other moments; what is there afterwards can be used."""
     code = f"""
-from common.kernels import cpu_compile
+from common.kernels.cpu import compile as cpu_compile
 cpu_compile.KERNELS = {{"{SMALLEST}": cpu_compile.KERNELS["{SMALLEST}"]}}
 print("ready", flush=True)
 cpu_compile.compile_missing()
@@ -170,7 +171,7 @@ def test_a_file_that_is_damaged_or_gone_is_not_used(
 
 def test_a_damaged_file_is_compiled_again(empty: Path) -> None:
     code = (
-        "from common.kernels.cpu_compile import KERNELS, compile_kernel\n"
+        "from common.kernels.cpu.compile import KERNELS, compile_kernel\n"
         f"compile_kernel({SMALLEST!r})\n"
         f"print(sum(KERNELS[{SMALLEST!r}].stats.cache_misses.values()))\n"
     )
@@ -184,7 +185,7 @@ def test_a_damaged_file_is_compiled_again(empty: Path) -> None:
 
 def test_two_processes_compile_a_kernel_once(tmp_path: Path) -> None:
     code = f"""
-from common.kernels import cpu_compile
+from common.kernels.cpu import compile as cpu_compile
 cpu_compile.KERNELS = {{"{SMALLEST}": cpu_compile.KERNELS["{SMALLEST}"]}}
 cpu_compile.compile_missing()
 """
@@ -200,7 +201,7 @@ cpu_compile.compile_missing()
 
 def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code = "from common.kernels.cpu_cache import cache_folder\nprint(cache_folder().is_dir(), cache_folder())"
+    code = "from common.kernels.cpu.cache import cache_folder\nprint(cache_folder().is_dir(), cache_folder())"
     place = tmp_path / "file" / "below"
     done = python("-c", code, NUMBA_CACHE_DIR="", FIFTEEN_ENGINES_CACHE=str(place))
     is_there, folder = done.stdout.split()

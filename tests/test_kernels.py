@@ -17,8 +17,8 @@ from part01.sampler import sample as sample_of_part01
 from torch import Tensor
 
 from common.kernels import AttentionMetadata, Ops, select_ops
-from common.kernels.cpu import CpuOps
-from common.kernels.cpu_vector import LANES
+from common.kernels.cpu.ops import CpuOps
+from common.kernels.cpu.vector import LANES
 from common.kernels.reference import ReferenceOps
 from common.sampling import SamplingBatch, SamplingParams
 
@@ -301,7 +301,7 @@ def test_weights_are_kept_once() -> None:
 
 def test_weights_share_memory_and_not_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """They lie one after another until a chunk is full; one larger than a chunk has its own."""
-    monkeypatch.setattr("common.kernels.cpu_weight.CHUNK", 4 << 20)
+    monkeypatch.setattr("common.kernels.cpu.weight.CHUNK", 4 << 20)
     ops, x = CpuOps(2), randn(3, 512)
     weights = [randn(size, 512, seed=size) for size in (992, 544, 4800, 33, 96)]
     prepared = [ops.prepare_weight(weight) for weight in weights]
@@ -580,7 +580,7 @@ def test_select_refuses(name: str) -> None:
 
 
 def test_select_without_numba(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setitem(sys.modules, "common.kernels.cpu", None)
+    monkeypatch.setitem(sys.modules, "common.kernels.cpu.ops", None)
     assert select_ops("auto", "cpu").name == "reference"
     assert len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(ValueError, match="'cpu'"):

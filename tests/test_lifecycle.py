@@ -31,7 +31,8 @@ import pytest
 import torch
 from fastapi import FastAPI
 
-from common.serving import ServerConfig
+from common.http.run import ServerConfig
+from common.http.trace_routes import add_trace_routes
 from common.testing.parts import (
     HTTP_PARTS,
     PARTS,
@@ -43,7 +44,6 @@ from common.testing.parts import (
 )
 from common.testing.server import RunningServer, server_process, serving_thread
 from common.trace import Trace
-from common.trace_routes import add_trace_routes
 
 MODEL = "random:tiny-llama"
 COMPLETIONS = "/v1/completions"
@@ -300,7 +300,7 @@ def test_clients_that_never_read(make_rig: Callable[..., Rig], part: int) -> Non
 @pytest.mark.parametrize("path", ["/trace.jsonl", "/trace.perfetto.json"])
 def test_a_download_that_nobody_reads_ends(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else it would keep the steps of its moment for as long as its client likes."""
-    monkeypatch.setattr("common.trace_routes.SEND_SECONDS", 0.3)
+    monkeypatch.setattr("common.http.trace_routes.SEND_SECONDS", 0.3)
     trace = Trace(capacity=1000)
 
     def fill() -> weakref.ref[Any]:
@@ -697,7 +697,7 @@ def test_the_end_waits_for_no_watcher(make_rig: Callable[..., Rig], part: int) -
 LOADING = """
 import signal, socket, sys, time
 from fastapi import FastAPI
-from common.serving import ServerConfig, serve
+from common.http.run import ServerConfig, serve
 
 def build():
     print("loading", flush=True)

@@ -25,12 +25,12 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 import common.metrics as metrics_module
-from common.exposition import OPENMETRICS, TEXT, make_registry, render
-from common.frontend import Frontend
+from common.completions import Delta
+from common.http.app import Frontend
+from common.http.metrics_routes import OPENMETRICS, TEXT, make_registry, render
+from common.http.run import ServerConfig
 from common.metrics import EngineMetrics
-from common.output import Delta
 from common.sampling import SamplingParams
-from common.serving import ServerConfig
 from common.testing.http import raw_request, send
 from common.testing.parts import PARTS, engine_of, module_of, wrap_model
 from common.testing.server import serving_thread

@@ -21,17 +21,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common import checkpoint, embedded
-from common.checkpoint import (
-    ModelError,
+from common.models import checkpoint, embedded
+from common.models.checkpoint import (
     context_length,
     eos_token_ids,
     iter_weights,
     load_transformers_model,
     resolve,
 )
-from common.presets import PRESETS
-from common.tokenizer import Tokenizer
+from common.models.errors import ModelError
+from common.models.presets import PRESETS
+from common.models.tokenizer import Tokenizer
 
 CONFIG = PRESETS["tiny-llama"]
 
@@ -489,8 +489,9 @@ def test_code_in_a_checkpoint_is_not_imported(
 LOAD_UNDER_O = """
 import sys, torch
 from pathlib import Path
-from common.checkpoint import ModelError, load_transformers_model, resolve, weight_files
-from common.tokenizer import Tokenizer
+from common.models.errors import ModelError
+from common.models.checkpoint import load_transformers_model, resolve, weight_files
+from common.models.tokenizer import Tokenizer
 assert False, "asserts are off, or this ends here"
 folder = Path(sys.argv[1])
 for action in (
@@ -599,7 +600,7 @@ def test_templates_do_not_get_out(
 def test_templates_that_fail_or_never_end(
     with_template: Callable[[str], Tokenizer], template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.tokenizer.TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("common.models.tokenizer.TEMPLATE_SECONDS", 0.3)
     tokenizer = with_template(template)
     with pytest.raises(ValueError, match=r"^messages: "):
         tokenizer.encode_chat(MESSAGES)
@@ -632,7 +633,8 @@ def test_a_model_without_template_says_so(with_template: Callable[[str], Tokeniz
 
 
 def test_templates_cannot_come_from_a_request() -> None:
-    from common.api import ApiError, ChatCompletionRequest
+    from common.http.errors import ApiError
+    from common.http.schemas import ChatCompletionRequest
 
     for name in ("chat_template", "chat_template_kwargs", "template", "documents", "add_special"):
         body = {"messages": MESSAGES, name: "{{ 1 }}"}
@@ -722,7 +724,7 @@ def test_a_damaged_conversion_heals(
 CONVERT = """
 import os, signal, sys, time
 from pathlib import Path
-from common import embedded
+from common.models import embedded
 embedded.gguf_path = lambda: Path(sys.argv[1])
 embedded.GGUF_SHA256 = sys.argv[2]
 embedded.BYTES_NEEDED = 1

@@ -16,16 +16,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint import (
+from common.models.checkpoint import (
     MAX_CONTEXT,
-    ModelError,
     context_length,
     iter_weights,
     load_config,
     load_transformers_model,
     resolve,
 )
-from common.presets import PRESETS
+from common.models.errors import ModelError
+from common.models.presets import PRESETS
 from common.testing.parts import PARTS, distinct_files, module_of
 
 LLAMA, QWEN3 = PRESETS["tiny-llama"], PRESETS["tiny-qwen3"]

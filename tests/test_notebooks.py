@@ -10,8 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from common import notebooks
-from common.notebooks import NotebookError
+from common.notebooks import __main__ as notebooks
+from common.notebooks.__main__ import NotebookError
 
 PATHS = notebooks.find()
 MIN_IMAGES = {
@@ -199,7 +199,7 @@ def test_an_interrupt_is_one_line_and_leaves_the_file(tmp_path: Path, number: in
     path = a_notebook(tmp_path, "print(1)", "import time; time.sleep(100)")
     before = path.read_bytes()
     code = (
-        "import pathlib, sys; from common import notebooks;"
+        "import pathlib, sys; from common.notebooks import __main__ as notebooks;"
         f"notebooks.FOLDER = pathlib.Path({str(tmp_path)!r}); sys.exit(notebooks.main())"
     )
     command = [sys.executable, "-c", code]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.checkpoint import resolve
+from common.models.checkpoint import resolve
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded, kept_sets, reference_model
 

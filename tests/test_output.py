@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.detokenizer import IncrementalDetokenizer
-from common.output import Delta, OutputProcessor, TokenLogprobs
+from common.completions import Delta, OutputProcessor, TokenLogprobs
+from common.models.detokenizer import IncrementalDetokenizer
 from common.sampling import SamplingParams
 
 

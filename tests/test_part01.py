@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from common.chapters import count_code_lines
+from common.chapters.chain import count_code_lines
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy
 from common.testing.parts import engine_of, folder_of

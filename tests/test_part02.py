@@ -114,9 +114,10 @@ def test_default_max_tokens_is_what_is_left_of_the_context(
     engine: Any, length: int, max_tokens: int
 ) -> None:
     """A client that did not send max_tokens must not be told that it is too large."""
-    from common.api import ApiError, CompletionRequest
-    from common.frontend import Frontend
-    from common.serving import ServerConfig
+    from common.http.app import Frontend
+    from common.http.errors import ApiError
+    from common.http.run import ServerConfig
+    from common.http.schemas import CompletionRequest
 
     frontend = Frontend(engine, ServerConfig(), streaming=True, max_n=1)
     job = asyncio.run(frontend.read(CompletionRequest(prompt=[2] * length)))

@@ -221,7 +221,7 @@ def test_model_families(part: int, kind: str, tmp_path: Any) -> None:
 
 
 def test_unsupported_models_are_refused_by_name(tmp_path: Any) -> None:
-    from common.checkpoint import ModelError
+    from common.models.errors import ModelError
 
     model_config = module_of(3, "model").ModelConfig
     import transformers

@@ -12,7 +12,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from common.serving import ServerConfig
+from common.http.run import ServerConfig
 from common.testing.http import check_error
 from common.testing.parts import PARTS, engine_of, module_of
 from common.testing.server import serving_thread

@@ -17,13 +17,13 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from common.checkpoint import resolve
-from common.serving import ServerConfig
+from common.http.run import ServerConfig
+from common.models.checkpoint import resolve
+from common.models.tokenizer import Tokenizer
 from common.testing.http import check_error
 from common.testing.oracle import check_greedy
 from common.testing.parts import PARTS, engine_of, module_of
 from common.testing.server import serving_thread
-from common.tokenizer import Tokenizer
 
 MODEL = "random:tiny-llama"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint import resolve
+from common.completions import NOT_FINITE, Completion
 from common.kernels.reference import ReferenceOps
-from common.output import NOT_FINITE, Completion
+from common.models.checkpoint import resolve
 from common.sampling import NO_TOKEN, SamplingBatch, SamplingParams
 from common.testing.oracle import reference_logits, reference_model
 from common.testing.parts import PARTS, distinct_files, engine_of, module_of

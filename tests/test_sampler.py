@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from common.completions import TokenLogprobs
 from common.kernels import select_ops
-from common.output import TokenLogprobs
 from common.sampling import SamplingBatch, SamplingParams
 from common.testing.oracle import kept_sets, seeded_gap
 from common.testing.parts import distinct_files, module_of

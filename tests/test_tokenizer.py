@@ -16,13 +16,14 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from common import tokenizer as tokenizer_module
-from common.api import Message
-from common.checkpoint import ModelError, resolve
-from common.detokenizer import WINDOW
-from common.template_sandbox import BoundedSandbox
+from common.http.schemas import Message
+from common.models import tokenizer as tokenizer_module
+from common.models.chat_sandbox import BoundedSandbox
+from common.models.checkpoint import resolve
+from common.models.detokenizer import WINDOW
+from common.models.errors import ModelError
+from common.models.tokenizer import Tokenizer
 from common.testing.threads import longest_wait
-from common.tokenizer import Tokenizer
 
 FOLDER = resolve("smollm2-135m")
 TOKENIZER = Tokenizer.load(FOLDER)

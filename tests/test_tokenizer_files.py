@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from common.checkpoint import ModelError
-from common.tokenizer import Tokenizer
-from common.tokenizer_files import PROBES
+from common.models.errors import ModelError
+from common.models.tokenizer import Tokenizer
+from common.models.tokenizer_files import PROBES
 
 LETTERS = [chr(code) for code in range(0x20, 0x7F)]
 CHARACTERS = [*LETTERS, "\n", "▁", "é", "你"]
@@ -101,7 +101,7 @@ def test_ids_and_text_are_the_files(
     tmp_path: Path, maker: str, cls: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = folder_of(tmp_path, MAKERS[maker](), cls)
-    with caplog.at_level(logging.WARNING, "common.tokenizer_files"):
+    with caplog.at_level(logging.WARNING, "common.models.tokenizer_files"):
         tokenizer = loaded(folder)
     library = library_of(folder)
     rebuilt = tokenizer._tokenizer

@@ -9,10 +9,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from common.http.trace_routes import add_trace_routes
 from common.sampling import SamplingParams
 from common.testing.parts import PARTS, engine_of
 from common.trace import EngineState, StepRecord, Trace, phase, to_perfetto
-from common.trace_routes import add_trace_routes
 
 
 def run_steps(trace: Trace, count: int) -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.traced_text import GIVEN, OWN, UNKNOWN, TracedText, marks_of, own
-from common.traced_text import given as from_message
+from common.models.traced_text import GIVEN, OWN, UNKNOWN, TracedText, marks_of, own
+from common.models.traced_text import given as from_message
 
 LOWER, UPPER = "abcxyz éß\n", "ABCXYZ "
 

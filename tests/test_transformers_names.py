@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from common.checkpoint import load_transformers_model, resolve
-from common.transformers_names import cache_argument
+from common.models.checkpoint import load_transformers_model, resolve
+from common.models.transformers_names import cache_argument
 
 
 class Old:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.kernels import Ops
-from common.kernels.cpu import CpuOps
+from common.kernels.cpu.ops import CpuOps
 from common.kernels.reference import ReferenceOps
-from common.testing.kernel_cases import CaseResult, check_all
+from common.testing.kernels.all_cases import CaseResult, check_all
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -50,7 +50,7 @@ def run_module(name: str, *arguments: str) -> list:
 
 @functools.cache
 def interpreted() -> list[CaseResult]:
-    [results] = run_module("common.testing.triton_interpreted")
+    [results] = run_module("common.testing.kernels.triton_interpreted")
     return [CaseResult(**result) for result in results]
 
 
@@ -80,7 +80,9 @@ def test_interpreted(op: str) -> None:
 
 
 def check_compiled(architecture: str, dtype: str, *head_dims: int) -> None:
-    kernels = run_module("common.testing.triton_compile", architecture, dtype, *map(str, head_dims))
+    kernels = run_module(
+        "common.testing.kernels.triton_compile", architecture, dtype, *map(str, head_dims)
+    )
     assert len({kernel["kernel"] for kernel in kernels}) == 9
     assert all(kernel["shared"] <= kernel["allowed"] for kernel in kernels)
     attentions = [kernel for kernel in kernels if kernel["kernel"] == "attention_kernel"]
@@ -112,7 +114,7 @@ def test_all_compiled(architecture: str, dtype: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_on_a_gpu(dtype: torch.dtype) -> None:
-    from common.kernels.triton_ops import TritonOps
+    from common.kernels.triton.ops import TritonOps
 
     assert not failures(check_all(TritonOps(), "cuda", [dtype]))
 
@@ -123,7 +125,7 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
 @needs_triton
 @given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 600))
 def test_splits(num_programs: int, most: int, resident: int) -> None:
-    from common.kernels.triton_attention import num_splits
+    from common.kernels.triton.attention import num_splits
 
     def busy(splits: int) -> float:
         rounds = num_programs * splits / resident
@@ -137,7 +139,7 @@ def test_splits(num_programs: int, most: int, resident: int) -> None:
 
 @needs_triton
 def test_splits_of_known_batches() -> None:
-    from common.kernels.triton_attention import num_splits
+    from common.kernels.triton.attention import num_splits
 
     h200 = 3 * 132
     assert num_splits(1 * 8, 1, h200) == 1  # too short
@@ -148,7 +150,7 @@ def test_splits_of_known_batches() -> None:
 @needs_triton
 @given(st.integers(1, 600), st.integers(1, 128))
 def test_few_queries(max_query_len: int, group: int) -> None:
-    from common.kernels.triton_attention import few_queries
+    from common.kernels.triton.attention import few_queries
 
     few = few_queries(max_query_len, group)
     assert 1 <= few <= max_query_len
@@ -160,7 +162,7 @@ def test_few_queries(max_query_len: int, group: int) -> None:
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("kibibytes", [48, 64, 99, 163, 227])
 def test_tiles_fit(kibibytes: int, head_dim: int, dtype: torch.dtype) -> None:
-    from common.kernels.triton_attention import Device, shared_bytes, tile_for
+    from common.kernels.triton.attention import Device, shared_bytes, tile_for
 
     device = Device(kibibytes << 10, 300, kibibytes == 227)
     for is_decode, rows in ((True, 1), (True, 60), (False, 4), (False, 71)):

@@ -25,20 +25,20 @@ from pathlib import Path
 from typing import Any
 
 from common.bench import BenchError
-from common.bench.arguments import (
+from common.bench.core.arguments import (
     add_engine_arguments,
     add_output_arguments,
     finish,
     positive,
     settings_of,
 )
+from common.bench.core.machine import usable_cores
+from common.bench.core.processes import ROOT, last_line, part_package, run_json, run_worker
+from common.bench.core.rates import BATCH_SIZES, Point, decode_point, prefill_point
+from common.bench.core.report import plural
+from common.bench.core.results import Result, column, make_result
+from common.bench.core.rounds import COLUMNS, Entrant, measure_rounds, rows
 from common.bench.ladder import known_vocab_size, most_rounds, part_entrant, remarks
-from common.bench.machine import usable_cores
-from common.bench.processes import ROOT, last_line, part_package, run_json, run_worker
-from common.bench.rates import BATCH_SIZES, Point, decode_point, prefill_point
-from common.bench.report import plural
-from common.bench.results import Result, column, make_result
-from common.bench.rounds import COLUMNS, Entrant, measure_rounds, rows
 
 PEERS = {  # name: what installs it
     "transformers": "transformers",
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     limits = run_worker({"job": "limits", "device": job["device"], "quick": args.quick_limits})
     result = compare_result(args, entrants, points, limits)
     if args.plot:
-        from common.bench.rates_plot import plot_rates
+        from common.bench.core.rates_plot import plot_rates
 
         plot_rates(result, args.plot)
     finish(args, result)
@@ -153,9 +153,9 @@ def peer_environment() -> dict[str, str]:
 
 def peer_job(args: argparse.Namespace, points: list[Point]) -> dict[str, Any]:
     """What all peers are told, but for the runs."""
-    from common.checkpoint import BUILT_IN, resolve
     from common.device import resolve_device
-    from common.embedded import gguf_path
+    from common.models.checkpoint import BUILT_IN, resolve
+    from common.models.embedded import gguf_path
 
     settings = settings_of(args)
     names = settings.get("device", "auto"), settings.get("dtype", "auto")
@@ -173,7 +173,7 @@ def peer_job(args: argparse.Namespace, points: list[Point]) -> dict[str, Any]:
 
 
 def peer_entrant(peer: Peer, job: dict[str, Any], args: argparse.Namespace) -> Entrant:
-    from common.checkpoint import read_json
+    from common.models.checkpoint import read_json
 
     facts = {"shape": read_json(Path(job["model"]) / "config.json"), "device": job["device"]}
 

@@ -18,17 +18,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from common.bench.arguments import (
+from common.bench.core.arguments import (
     add_engine_arguments,
     add_output_arguments,
     finish,
     positive,
     settings_of,
 )
-from common.bench.noise import disturbance
-from common.bench.pairs import MIN_CLAIM
-from common.bench.processes import ROOT, part_package, run_worker
-from common.bench.rates import (
+from common.bench.core.noise import disturbance
+from common.bench.core.pairs import MIN_CLAIM
+from common.bench.core.processes import ROOT, part_package, run_worker
+from common.bench.core.rates import (
     BATCH_SIZES,
     WORKLOADS,
     Point,
@@ -36,9 +36,9 @@ from common.bench.rates import (
     mixed_point,
     prefill_point,
 )
-from common.bench.report import plural
-from common.bench.results import Result, column, make_result
-from common.bench.rounds import COLUMNS, Entrant, measure_rounds, rows
+from common.bench.core.report import plural
+from common.bench.core.results import Result, column, make_result
+from common.bench.core.rounds import COLUMNS, Entrant, measure_rounds, rows
 
 TITLES = {
     "mixed": "The parts on a mixed workload",
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     limits = run_worker({"job": "limits", "device": device, "quick": args.quick_limits})
     result = ladder_result(args, parts, entrants, points, limits)
     if args.plot:
-        from common.bench.rates_plot import plot_rates
+        from common.bench.core.rates_plot import plot_rates
 
         plot_rates(result, args.plot)
     finish(args, result)
@@ -134,7 +134,7 @@ def part_entrant(part: int, points: list[Point], args: argparse.Namespace, round
 
 
 def known_vocab_size(model: str) -> int:
-    from common.checkpoint import read_json, resolve
+    from common.models.checkpoint import read_json, resolve
 
     return read_json(resolve(model) / "config.json")["vocab_size"]
 

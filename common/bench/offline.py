@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 from common.bench import BenchError
-from common.bench.arguments import (
+from common.bench.core.arguments import (
     add_engine_arguments,
     add_output_arguments,
     finish,
@@ -25,13 +25,13 @@ from common.bench.arguments import (
     setting,
     settings_of,
 )
+from common.bench.core.latencies import spread_percent
+from common.bench.core.noise import disturbance
+from common.bench.core.processes import part_package, run_worker
+from common.bench.core.report import plural
+from common.bench.core.results import Result, column, make_result
+from common.bench.core.workload import Lengths, draw_lengths
 from common.bench.costs import DTYPE_BYTES, ModelShape, decode_cost, prefill_flops
-from common.bench.metrics import spread_percent
-from common.bench.noise import disturbance
-from common.bench.processes import part_package, run_worker
-from common.bench.report import plural
-from common.bench.results import Result, column, make_result
-from common.bench.workload import Lengths, draw_lengths
 
 COLUMNS = [
     column("part", "part", digits=0),

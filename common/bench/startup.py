@@ -10,7 +10,7 @@ import argparse
 import statistics
 from typing import Any
 
-from common.bench.arguments import (
+from common.bench.core.arguments import (
     add_engine_arguments,
     add_output_arguments,
     finish,
@@ -18,10 +18,10 @@ from common.bench.arguments import (
     progress,
     settings_of,
 )
-from common.bench.memory import tree_memory
-from common.bench.noise import OtherWork, disturbance
-from common.bench.processes import PartServer, part_package, post_json, run_worker
-from common.bench.results import column, make_result
+from common.bench.core.memory import tree_memory
+from common.bench.core.noise import OtherWork, disturbance
+from common.bench.core.processes import PartServer, part_package, post_json, run_worker
+from common.bench.core.results import column, make_result
 
 COLUMNS = [
     column("part", "part", digits=0),

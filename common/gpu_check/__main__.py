@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import common.gpu_check
-from common.bench.arguments import positive
+from common.bench.core.arguments import positive
+from common.bench.core.processes import last_line, part_package
+from common.bench.core.results import Result, column, make_result, save_result
 from common.bench.ladder import existing_parts
-from common.bench.processes import last_line, part_package
-from common.bench.results import Result, column, make_result, save_result
 from common.gpu_check.items import FAILED, NOT_REACHED, OK, Item
 from common.gpu_check.runner import run_jobs
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from common.gpu_check.items import Item, attempt, failed
 
 if TYPE_CHECKING:
-    from common.testing.kernel_cases import CaseResult
+    from common.testing.kernels.all_cases import CaseResult
 
 KERNELS = {"cuda": "triton", "cpu": "cpu"}
 DTYPES = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32",)}
@@ -34,7 +34,7 @@ def run_cases(kernels: str, device: str, dtype: str) -> list["CaseResult"]:
     import torch
 
     from common.kernels import select_ops
-    from common.testing.kernel_cases import check_all
+    from common.testing.kernels.all_cases import check_all
 
     ops = select_ops(kernels, device)  # by name: "auto" would fall back to the reference
     return check_all(ops, device, [getattr(torch, dtype)])

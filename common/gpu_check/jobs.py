@@ -21,7 +21,7 @@ KINDS = {  # the job's kind: where its items come from
 
 def limits(job: dict[str, Any]) -> Iterator[Item]:
     """{"device", "quick"}"""
-    from common.bench.limits import measure_limits
+    from common.bench.core.limits import measure_limits
 
     yield attempt("limits", lambda: {"limits": measure_limits(job["device"], job["quick"])})
 

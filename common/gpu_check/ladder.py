@@ -4,8 +4,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from common.bench._worker import generate_job
-from common.bench.rates import Point, decode_point, planned_runs, prefill_point, rate, shares
+from common.bench.core.rates import Point, decode_point, planned_runs, prefill_point, rate, shares
+from common.bench.core.worker import generate_job
 from common.gpu_check.items import Item, attempt
 
 BATCH_SIZES = (1, 16, 64, 256)
@@ -27,7 +27,7 @@ def speeds(job: dict[str, Any]) -> dict[str, Any]:
     """Tokens a second, MBU and MFU at each point, and the most GPU memory that was allocated."""
     import torch
 
-    from common.checkpoint import read_json, resolve
+    from common.models.checkpoint import read_json, resolve
 
     vocab_size = read_json(resolve(job["model"]) / "config.json")["vocab_size"]
     chosen = points(job["quick"])

@@ -32,7 +32,7 @@ def items(job: dict[str, Any]) -> Iterator[Item]:
 
 def outputs_of(job: dict[str, Any], model: str, dtype: str) -> Pairs:
     """Greedy outputs of the part for prompts of many lengths, in batches and more than one."""
-    from common.bench.processes import part_package
+    from common.bench.core.processes import part_package
     from common.sampling import SamplingParams
 
     package = part_package(job["part"])
@@ -74,7 +74,7 @@ def closeness(job: dict[str, Any], model: str) -> dict[str, Any]:
     """Mean gaps of our bfloat16 tokens and of transformers' own, in logits of the reference."""
     import torch
 
-    from common.checkpoint import load_transformers_model, resolve
+    from common.models.checkpoint import load_transformers_model, resolve
 
     pairs = outputs_of(job, model, "bfloat16")
     yardstick = load_transformers_model(resolve(model), torch.bfloat16, job["device"])

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from common.bench._worker import start_engine
-from common.bench.workload import random_prompts
+from common.bench.core.worker import start_engine
+from common.bench.core.workload import random_prompts
 from common.gpu_check.items import Item, attempt
 
 BATCH_SIZES, QUICK_BATCH_SIZES = (1, 16, 64, 256), (2,)

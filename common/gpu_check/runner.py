@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from common.bench.processes import child_environment
+from common.bench.core.processes import child_environment
 from common.gpu_check.items import Item, failed, not_reached
 
 ERROR_CHARACTERS = 4000  # of what a dead process had said, from its end

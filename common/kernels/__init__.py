@@ -168,9 +168,9 @@ def select_ops(
     wanted = {"cpu": "cpu", "cuda": "triton"}.get(kind, "reference") if name == "auto" else name
     try:
         if wanted == "cpu":
-            return import_module("common.kernels.cpu").CpuOps(num_threads)
+            return import_module("common.kernels.cpu.ops").CpuOps(num_threads)
         if wanted == "triton":
-            return import_module("common.kernels.triton_ops").TritonOps()
+            return import_module("common.kernels.triton.ops").TritonOps()
         if wanted == "flash":
             return import_module("common.kernels.flash").FlashOps()
     except ImportError as error:

@@ -12,7 +12,7 @@ from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
 from common.kernels import AttentionMetadata
-from common.kernels.triton_ops import TritonOps, plain_metadata
+from common.kernels.triton.ops import TritonOps, plain_metadata
 
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK_MULTIPLE = 256  # tokens

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from common.checkpoint import load_transformers_model, resolve
+from common.models.checkpoint import load_transformers_model, resolve
 from common.sampling import SamplingParams, as_int64, gumbel_noise
 
 TOLERANCE = 1e-3  # of a logit

@@ -14,7 +14,7 @@ from typing import IO
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
-from common.serving import ServerConfig, bind, make_server
+from common.http.run import ServerConfig, bind, make_server
 
 START_SECONDS = 120.0  # for a server to be ready, on a busy machine
 STOP_SECONDS = 60.0  # for a server to end after SIGTERM
