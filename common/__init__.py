@@ -1,1 +1,15 @@
-"""What no chapter teaches, shared by all fifteen engines: checkpoints, tokenizer, protocol, tools."""
+"""What no part teaches, shared by all fifteen engines.
+
+    models/     from a model's name to weights, tokens and chat templates
+    http/       the server around an engine: app, schemas, routes, the page at `/`
+    kernels/    the operations of a transformer: in PyTorch, for a CPU, for a GPU
+    bench/      measurements of parts, servers and machines
+    gpu_check/  everything that needs a GPU, in one call
+    testing/    what the tests share: parts, servers, the oracle
+    chapters/   the tool that keeps the chain of parts in order
+    notebooks/  the tool that runs the notebooks, and their plots
+
+At the root lies what an engine imports first: `sampling` (a request's parameters and the noise),
+`prompts`, `completions` (from tokens to text), `prompt_logprobs`, `trace`, `metrics`, `device` and
+`options` (flags from a dataclass).
+"""

@@ -9,7 +9,7 @@ rest is read from the engine's `stats()` when somebody asks. A request's time fa
     '------------------------------- end to end ------------------------------'
 
 Here are plain numbers, each with one writer: `on_step` runs in the engine's thread, all else on the
-event loop. So nothing is locked, and a token costs about half a microsecond. `exposition.py` writes
+event loop. So nothing is locked, and a token costs about half a microsecond. `http/metrics_routes.py` writes
 them in Prometheus's format.
 """
 

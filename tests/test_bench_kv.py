@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.bench.__main__ import main
-from common.bench.core import worker as _worker
+from common.bench.core import worker
 from common.bench.core.results import load_result
 from common.bench.core.workload import draw_lengths, random_prompts
 from common.bench.kv import run as kv
@@ -115,7 +115,7 @@ def test_kv_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run_here(job: dict[str, Any], verbose: bool) -> dict[str, Any]:
         jobs.append(job)
-        return _worker.JOBS[job["job"]](job)
+        return worker.JOBS[job["job"]](job)
 
     monkeypatch.setattr(kv, "run_worker", run_here)
     flags = f"kv --model {MODEL} --memory 1 --requests 6 --max-model-len 500"

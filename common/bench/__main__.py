@@ -8,20 +8,23 @@ from typing import NoReturn
 
 from common.bench import BenchError
 
-SUBCOMMANDS = {
-    "limits": "measure what this machine can do",
-    "kernels": "each operation's kernels, against the limits",
-    "offline": "a part's generate: prefill, decode, memory, start-up, MBU, MFU",
-    "ladder": "all parts on the same work, side by side",
-    "compare": "a part beside transformers, vLLM or llama.cpp",
-    "serve": "load on an OpenAI-compatible server: TTFT, ITL, TPOT, E2E",
-    "arrival": "what streams notice of a long prompt that comes in",
-    "prefix": "what a prefix cache finds and saves, on four workloads",
-    "speculative": "decoding with and without speculation, on copies and on prose",
-    "kv": "how many sequences a piece of KV memory holds, in strips and in blocks",
-    "startup": "how long parts take to start, and their memory",
-    "streaming": "one part's whole responses against another's streams",
-    "report": "results as Markdown tables, in the READMEs too",
+SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
+    "limits": ("core.limits", "measure what this machine can do"),
+    "kernels": ("kernels.run", "each operation's kernels, against the limits"),
+    "offline": ("offline", "a part's generate: prefill, decode, memory, start-up, MBU, MFU"),
+    "ladder": ("ladder", "all parts on the same work, side by side"),
+    "compare": ("compare", "a part beside transformers, vLLM or llama.cpp"),
+    "serve": ("serving.serve", "load on an OpenAI-compatible server: TTFT, ITL, TPOT, E2E"),
+    "arrival": ("serving.arrival", "what streams notice of a long prompt that comes in"),
+    "prefix": ("prefix.run", "what a prefix cache finds and saves, on four workloads"),
+    "speculative": (
+        "speculative.run",
+        "decoding with and without speculation, on copies and on prose",
+    ),
+    "kv": ("kv.run", "how many sequences a piece of KV memory holds, in strips and in blocks"),
+    "startup": ("startup", "how long parts take to start, and their memory"),
+    "streaming": ("serving.streaming", "one part's whole responses against another's streams"),
+    "report": ("core.report", "results as Markdown tables, in the READMEs too"),
 }
 
 
@@ -39,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
-    for name, text in SUBCOMMANDS.items():
-        module = importlib.import_module(f"common.bench.{name}")
+    for name, (place, text) in SUBCOMMANDS.items():
+        module = importlib.import_module(f"common.bench.{place}")
         subparser = subparsers.add_parser(
             name,
             help=text,

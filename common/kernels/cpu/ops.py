@@ -1,0 +1,336 @@
+"""The operations on a CPU: numba's kernels behind checked wrappers, in float32.
+
+What the kernels do not take (other dtypes, head sizes that are no multiple of the vector width) goes
+to the reference, which is slower and right. Kernels work on raw addresses, so each wrapper checks
+its tensors: float32, contiguous, shapes that fit.
+
+An object serves one thread at a time; the number of threads is set for the thread that calls.
+"""
+
+import math
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import torch
+from torch import Tensor
+
+from common.device import usable_cores
+from common.kernels import AttentionMetadata, Ops
+from common.kernels.cpu import elementwise
+from common.kernels.cpu.attention import attention
+from common.kernels.cpu.compile import compile_missing
+from common.kernels.cpu.linear import linear
+from common.kernels.cpu.sampler import sample
+from common.kernels.cpu.vector import LANES, PANEL
+from common.kernels.cpu.weight import PanelWeight, WeightMemory
+from common.kernels.reference import ReferenceOps
+
+FLOAT = torch.float32
+# Elements from which a second core is worth its waking, some 3 to 5 microseconds.
+PARALLEL_NORM = 100_000
+PARALLEL_SILU = 12_000
+PARALLEL_ROTARY = 30_000
+
+_compile_lock = threading.Lock()
+_num_threads_of: dict[int, int] = {}  # thread id: what numba was last told there
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the kernels need to know of a KV cache, asked once and not 60 times a step."""
+
+    cache: weakref.ref[Tensor]
+    is_plain: bool
+    address: int
+    size: int  # floats
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    half: int  # floats of the keys, or values, of a block and layer
+
+    @classmethod
+    def of(cls, kv_cache: Tensor) -> "CacheLayout":
+        _, num_layers, _, *sizes = kv_cache.shape
+        known = weakref.ref(kv_cache), is_plain(kv_cache), kv_cache.data_ptr(), kv_cache.numel()
+        return cls(*known, num_layers, *sizes, math.prod(sizes))
+
+
+def is_plain(x: Tensor) -> bool:
+    return x.dtype is FLOAT and x.is_contiguous()
+
+
+def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, contiguous and in that dtype."""
+    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+class CpuOps(Ops):
+    """float32 on a CPU, on `num_threads` cores: all usable ones unless told, and not more.
+
+    Compiles, or loads from the cache, every kernel when it is made. ValueError if num_threads < 1.
+    """
+
+    name = "cpu"
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, not {num_threads}")
+        self.num_threads = min(num_threads or usable_cores(), numba.config.NUMBA_NUM_THREADS)
+        self.reference = ReferenceOps()
+        self.memory = WeightMemory()
+        self._layout: CacheLayout | None = None
+        self.warm_up()
+
+    def threads_for(self, is_large: bool = True) -> int:
+        """How many threads the next kernel uses; tells numba, which keeps a count for each thread."""
+        thread = threading.get_ident()
+        if _num_threads_of.get(thread) != self.num_threads:
+            numba.set_num_threads(self.num_threads)
+            _num_threads_of[thread] = self.num_threads
+        return self.num_threads if is_large else 1
+
+    def layout_of(self, kv_cache: Tensor) -> CacheLayout:
+        if self._layout is None or self._layout.cache() is not kv_cache:
+            self._layout = CacheLayout.of(kv_cache)
+        return self._layout
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not (is_plain(x) and is_plain(weight) and x.dim() == 2):
+            return self.reference.rms_norm(x, weight, eps)
+        return self._norm(x, x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        is_simple = is_plain(x) and is_plain(residual) and is_plain(weight) and x.dim() == 2
+        if not is_simple or x.data_ptr() == residual.data_ptr():
+            return self.reference.add_rms_norm(x, residual, weight, eps)
+        return self._norm(x, residual, weight, eps)
+
+    def _norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        num_rows, size = shape = x.shape
+        if residual.shape != shape or weight.shape != (size,):
+            raise ValueError(f"norm: x {shape}, residual {residual.shape}, weight {weight.shape}")
+        out = torch.empty(num_rows, size)
+        elementwise.norm(
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            eps,
+            num_rows,
+            size,
+            self.threads_for(num_rows * size >= PARALLEL_NORM),
+        )
+        return out
+
+    def rotary_and_store(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        positions: Tensor,
+        kv_cache: Tensor,
+        layer: int,
+        slot_mapping: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        layout = self.layout_of(kv_cache)
+        is_simple = layout.is_plain and is_plain(qkv) and is_plain(cos_sin)
+        is_simple = is_simple and (q_norm is None or is_plain(q_norm))
+        if not (is_simple and (k_norm is None or is_plain(k_norm))):
+            arguments = (qkv, cos_sin, positions, kv_cache, layer, slot_mapping)
+            return self.reference.rotary_and_store(*arguments, q_norm, k_norm, eps)
+        positions, slots = plain(positions, torch.int64), plain(slot_mapping, torch.int64)
+        num_kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
+        num_tokens, width = qkv.shape
+        num_heads = width // head_dim - 2 * num_kv_heads
+        if not 0 <= layer < layout.num_layers or head_dim % 2 or cos_sin.shape[1:] != (head_dim,):
+            raise ValueError(f"rotary: layer {layer}, head_dim {head_dim}, table {cos_sin.shape}")
+        if num_heads < 1 or width != (num_heads + 2 * num_kv_heads) * head_dim:
+            raise ValueError(f"rotary: qkv {qkv.shape}, {num_kv_heads} KV heads of {head_dim}")
+        if not positions.shape == slots.shape == (num_tokens,):
+            raise ValueError(f"rotary: qkv {qkv.shape}, positions {positions.shape}, {slots.shape}")
+        for norm in (q_norm, k_norm):
+            if norm is not None and norm.shape != (head_dim,):
+                raise ValueError(f"rotary: head_dim {head_dim}, norm {norm.shape}")
+        out = torch.empty(num_tokens, num_heads, head_dim)
+        half = layout.half
+        elementwise.rotary_and_store(
+            qkv.data_ptr(),
+            cos_sin.data_ptr(),
+            positions.data_ptr(),
+            layout.address + layer * 2 * half * 4,
+            slots.data_ptr(),
+            0 if q_norm is None else q_norm.data_ptr(),
+            0 if k_norm is None else k_norm.data_ptr(),
+            out.data_ptr(),
+            eps,
+            num_tokens,
+            cos_sin.shape[0],
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            layout.num_layers * 2 * half,
+            half,
+            layout.block_size,
+            layout.size - layer * 2 * half,
+            self.threads_for(num_tokens * width >= PARALLEL_ROTARY),
+        )
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        if not (is_plain(gate_up) and gate_up.dim() == 2):
+            return self.reference.silu_and_mul(gate_up)
+        num_rows, width = gate_up.shape
+        if width % 2:
+            raise ValueError(f"silu_and_mul: gate_up {gate_up.shape} has no halves")
+        size = width // 2
+        out = torch.empty(num_rows, size)
+        num_threads = self.threads_for(num_rows * size >= PARALLEL_SILU)
+        elementwise.silu_and_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, size, num_threads)
+        return out
+
+    def prepare_weight(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+        if weight.dtype is not FLOAT:
+            return self.reference.prepare_weight(weight, bias)
+        return PanelWeight.pack(weight, bias, self.memory)
+
+    def linear(self, x: Tensor, weight: Any) -> Tensor:
+        if not isinstance(weight, PanelWeight):
+            return self.reference.linear(x, weight)
+        x = plain(x, FLOAT)
+        num_tokens, in_features = x.shape
+        if in_features != weight.in_features:
+            raise ValueError(f"linear: x {x.shape}, weight takes {weight.in_features} features")
+        out = torch.empty(num_tokens, weight.out_features)
+        linear(
+            x.data_ptr(),
+            weight.panels_address,
+            weight.bias_address,
+            out.data_ptr(),
+            num_tokens,
+            in_features,
+            weight.out_features,
+            self.threads_for(weight.is_large or num_tokens > 4),
+        )
+        return out
+
+    def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
+        if not isinstance(weight, PanelWeight):
+            return self.reference.embedding(token_ids, weight)
+        return weight.panels[token_ids // PANEL, :, token_ids % PANEL]
+
+    def attention(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        layer: int,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> Tensor:
+        layout = self.layout_of(kv_cache)
+        num_kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
+        if query.dtype is not FLOAT or not layout.is_plain or head_dim % LANES:
+            arguments = (query, kv_cache, layer, metadata, scale, sliding_window)
+            return self.reference.attention(*arguments)
+        query = plain(query, FLOAT)
+        starts = plain(metadata.cu_seqlens_q, torch.int32)
+        lengths = plain(metadata.seq_lens, torch.int32)
+        tables = plain(metadata.block_tables, torch.int32)
+        num_tokens, num_heads, _ = query.shape
+        if num_heads % num_kv_heads or query.shape[2] != head_dim:
+            raise ValueError(
+                f"attention: query {query.shape}, {num_kv_heads} KV heads of {head_dim}"
+            )
+        if not 0 <= layer < layout.num_layers or not (sliding_window is None or sliding_window > 0):
+            raise ValueError(f"attention: layer {layer}, sliding window {sliding_window}")
+        if not len(starts) - 1 == len(lengths) == len(tables):
+            raise ValueError(f"attention: {starts.shape}, {lengths.shape}, tables {tables.shape}")
+        out = torch.empty(num_tokens, num_heads * head_dim)
+        if num_tokens == 0:
+            return out
+        half = layout.half * 4
+        attention(
+            query.data_ptr(),
+            out.data_ptr(),
+            layout.address + layer * 2 * half,
+            layout.num_layers * 2 * half,
+            half,
+            layout.block_size,
+            starts.data_ptr(),
+            lengths.data_ptr(),
+            tables.data_ptr(),
+            tables.shape[1],
+            num_tokens,
+            lengths.shape[0],
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            scale,
+            sliding_window or 0,
+            metadata.max_query_len,
+            self.threads_for(),
+        )
+        return out
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        choices: Tensor | None = None,
+    ) -> Tensor:
+        logits = plain(logits, FLOAT)
+        num_rows, vocab = logits.shape
+        floats = [plain(x, FLOAT) for x in (temperature, top_p, min_p.float().log())]
+        choices = torch.zeros_like(positions) if choices is None else choices
+        integers = [plain(x, torch.int64) for x in (top_k, seeds, positions, choices)]
+        out = torch.empty(num_rows, dtype=torch.int64)
+        if any(x.shape != (num_rows,) for x in floats + integers):
+            raise ValueError(f"sample: {num_rows} rows, {[x.shape for x in floats + integers]}")
+        temperature, top_p, log_min_p = (x.data_ptr() for x in floats)
+        top_k, seeds, positions, choices = (x.data_ptr() for x in integers)
+        sample(
+            logits.data_ptr(),
+            temperature,
+            top_k,
+            top_p,
+            log_min_p,
+            seeds,
+            positions,
+            choices,
+            out.data_ptr(),
+            num_rows,
+            vocab,
+            self.threads_for(),
+        )
+        return out
+
+    def warm_up(self) -> None:
+        """Compile every kernel, or load it from the cache, so that no request waits for it."""
+        with _compile_lock:
+            compile_missing()
+            self._run_each()
+
+    def _run_each(self) -> None:
+        """Every kernel once, on a token."""
+        token = torch.zeros(1, dtype=torch.int64)
+        x, kv_cache = torch.zeros(1, LANES), torch.zeros(1, 1, 2, 1, 1, LANES)
+        self.add_rms_norm(x, x.clone(), x[0], 1e-6)
+        self.silu_and_mul(torch.zeros(1, 2))
+        self.linear(x, self.prepare_weight(x))
+        query = self.rotary_and_store(x.repeat(1, 3), x, token, kv_cache, 0, token)
+        starts, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        metadata = AttentionMetadata(starts, one, token[None].int(), token, 1, 1)
+        self.attention(query, kv_cache, 0, metadata, 1.0)
+        column = torch.zeros(1)
+        self.sample(x, column, token, column, column, token, token)
