@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.parts import PARTS, engine_of, module_of
 
@@ -40,7 +41,7 @@ def drain(engine: Any) -> dict[str, tuple[list[int], str | None]]:
 def test_first_come_first_served(engine: Any) -> None:
     prompts = {f"r{i}": [2 + i, 3, 4] for i in range(4)}
     for request_id, prompt in prompts.items():
-        engine.add_request(request_id, prompt, GREEDY)
+        engine.add_request(Request(request_id, prompt, GREEDY))
     assert engine.stats()["num_waiting"] == 4
     results = drain(engine)
     assert list(results) == list(prompts)
@@ -52,7 +53,7 @@ def test_first_come_first_served(engine: Any) -> None:
 
 def test_one_step_is_one_token(engine: Any) -> None:
     """The first step is the prefill, and the trace says so."""
-    engine.add_request("a", [2, 3, 4, 5], GREEDY)
+    engine.add_request(Request("a", [2, 3, 4, 5], GREEDY))
     for number in range(8):
         [output] = engine.step()
         assert len(output.token_ids) == 1
@@ -67,7 +68,7 @@ def test_one_step_is_one_token(engine: Any) -> None:
 
 def test_abort_waiting_running_and_unknown(engine: Any) -> None:
     for name in "abc":
-        engine.add_request(name, [2, 3], GREEDY)
+        engine.add_request(Request(name, [2, 3], GREEDY))
     engine.step()
     engine.step()
     engine.abort("a")
@@ -80,11 +81,11 @@ def test_abort_waiting_running_and_unknown(engine: Any) -> None:
 
 
 def test_requests_are_checked(engine: Any) -> None:
-    engine.add_request("a", [2], GREEDY)
+    engine.add_request(Request("a", [2], GREEDY))
     with pytest.raises(ValueError, match="'a' is in use"):
-        engine.add_request("a", [2], GREEDY)
+        engine.add_request(Request("a", [2], GREEDY))
     with pytest.raises(ValueError, match="ids go from 0 to 511"):
-        engine.add_request("b", [512], GREEDY)
+        engine.add_request(Request("b", [512], GREEDY))
 
 
 def test_generate_leaves_nothing_behind_when_interrupted(
@@ -103,7 +104,7 @@ def test_generate_leaves_nothing_behind_when_interrupted(
 
 def test_generate_does_not_mix_with_add_request(engine: Any) -> None:
     """Its loop would swallow the other requests' outputs."""
-    engine.add_request("a", [2], GREEDY)
+    engine.add_request(Request("a", [2], GREEDY))
     with pytest.raises(ValueError, match="requests of add_request"):
         engine.generate([[2]], GREEDY, progress=False)
     assert drain(engine)["a"][1] == "length"
@@ -149,7 +150,7 @@ class QueueMachine(RuleBasedStateMachine):
         params = replace(GREEDY, temperature=temperature, seed=seed, max_tokens=max_tokens)
         request_id = f"q{self.count}"
         self.count += 1
-        self.engine.add_request(request_id, prompt, params)
+        self.engine.add_request(Request(request_id, prompt, params))
         self.requests[request_id] = (prompt, params)
         self.outputs[request_id] = []
 

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy
 from common.testing.parts import distinct_files, engine_of, module_of
@@ -82,7 +83,7 @@ def test_a_batch_is_what_the_blocks_hold() -> None:
     sixth waits until all five are done, also those that finished sooner."""
     engine = engine_of(3, MODEL, block_size=4, num_blocks=10, max_num_seqs=8)
     for i in range(6):
-        engine.add_request(f"r{i}", [2 + i, 3, 4], replace(GREEDY, max_tokens=5))
+        engine.add_request(Request(f"r{i}", [2 + i, 3, 4], replace(GREEDY, max_tokens=5)))
     engine.step()
     assert engine.stats()["num_running"] == 5 and engine.stats()["num_waiting"] == 1
     assert engine.stats()["num_used_blocks"] == 10
@@ -100,9 +101,9 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
     """The context is what the pool holds, so whatever is admitted can run alone to its end."""
     engine = engine_of(3, MODEL, block_size=4, num_blocks=10, max_num_seqs=8)
     with pytest.raises(ValueError, match="max_tokens is 8, but a prompt of 33 tokens leaves 7"):
-        engine.add_request("big", [2] * 33, GREEDY)
+        engine.add_request(Request("big", [2] * 33, GREEDY))
     with pytest.raises(ValueError, match="prompt has 40 tokens; with a context of 40 tokens"):
-        engine.add_request("bigger", [2] * 40, GREEDY)
+        engine.add_request(Request("bigger", [2] * 40, GREEDY))
     assert not engine.has_unfinished()
     config = module_of(3, "config").EngineConfig
     with pytest.raises(ValueError, match="max_model_len is 41; the KV cache holds 40 tokens"):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded
 from common.testing.parts import distinct_files, engine_of, module_of, wrap_model
@@ -36,10 +37,10 @@ def finish(engine: Any) -> None:
 
 def test_sequences_join_and_leave_at_every_step() -> None:
     engine = engine_with(num_blocks=64, block_size=4, max_num_seqs=8)
-    engine.add_request("a", [2] * 5, replace(GREEDY, max_tokens=3))
+    engine.add_request(Request("a", [2] * 5, replace(GREEDY, max_tokens=3)))
     assert step(engine) == {"a": 5}
-    engine.add_request("b", [3] * 7, GREEDY)
-    engine.add_request("c", [4] * 2, GREEDY)
+    engine.add_request(Request("b", [3] * 7, GREEDY))
+    engine.add_request(Request("c", [4] * 2, GREEDY))
     assert step(engine) == {"b": 7, "c": 2}, "a prefill step whenever somebody can join"
     assert step(engine) == {"a": 1, "b": 1, "c": 1}
     assert step(engine) == {"a": 1, "b": 1, "c": 1}
@@ -52,7 +53,7 @@ def test_sequences_join_and_leave_at_every_step() -> None:
 def test_prompts_of_a_step_stay_in_the_budget_but_for_the_first() -> None:
     engine = engine_with(num_blocks=64, block_size=4, max_num_seqs=8, max_num_batched_tokens=20)
     for name, length in (("a", 30), ("b", 12), ("c", 8), ("d", 1)):
-        engine.add_request(name, [2] * length, GREEDY)
+        engine.add_request(Request(name, [2] * length, GREEDY))
     assert step(engine) == {"a": 30}
     assert step(engine) == {"b": 12, "c": 8}
     assert step(engine) == {"d": 1}
@@ -62,9 +63,9 @@ def test_prompts_of_a_step_stay_in_the_budget_but_for_the_first() -> None:
 def test_nobody_overtakes() -> None:
     """The head of the queue needs more than is free; the small one behind it waits all the same."""
     engine = engine_with(num_blocks=10, block_size=4, max_num_seqs=8)
-    engine.add_request("a", [2] * 20, replace(GREEDY, max_tokens=4))
-    engine.add_request("big", [2] * 20, GREEDY)
-    engine.add_request("small", [2], GREEDY)
+    engine.add_request(Request("a", [2] * 20, replace(GREEDY, max_tokens=4)))
+    engine.add_request(Request("big", [2] * 20, GREEDY))
+    engine.add_request(Request("small", [2], GREEDY))
     assert step(engine) == {"a": 20}
     for _ in range(3):
         assert step(engine) == {"a": 1}
@@ -74,8 +75,8 @@ def test_nobody_overtakes() -> None:
 
 def test_who_joins_leaves_each_of_the_others_a_block_to_grow_into() -> None:
     engine = engine_with(num_blocks=6, block_size=4, max_num_seqs=8)
-    engine.add_request("a", [2] * 8, GREEDY)
-    engine.add_request("b", [2] * 16, GREEDY)
+    engine.add_request(Request("a", [2] * 8, GREEDY))
+    engine.add_request(Request("b", [2] * 16, GREEDY))
     assert step(engine) == {"a": 8}, "4 blocks are free and b needs 4, but a will want one"
     assert step(engine) == {"a": 1}
     finish(engine)
@@ -85,12 +86,12 @@ def test_the_newest_is_preempted_keeps_its_output_and_comes_back_first() -> None
     engine = engine_with(num_blocks=6, block_size=2, max_num_seqs=8)
     long = replace(GREEDY, max_tokens=7)
     for name in ("a", "b"):
-        engine.add_request(name, [2, 3, 4], long)
+        engine.add_request(Request(name, [2, 3, 4], long))
         step(engine)
     tokens: dict[str, list[int]] = {"a": [], "b": [], "c": []}
     seen: list[dict[str, int]] = []
     preempted: list[str] = []
-    engine.add_request("c", [5], long)
+    engine.add_request(Request("c", [5], long))
     while engine.has_unfinished():
         for output in engine.step():
             tokens[output.request_id] += output.token_ids
@@ -138,11 +139,11 @@ def test_a_failing_prompt_leaves_the_running_ones_alone(monkeypatch: pytest.Monk
     wrap_model(engine, monkeypatch, fail)
     got: list[int] = []
     reasons: dict[str, str] = {}
-    engine.add_request("good", [2, 3, 4], GREEDY)
+    engine.add_request(Request("good", [2, 3, 4], GREEDY))
     for number in range(20):
         if number == 3:
-            engine.add_request("bad", [13], GREEDY)
-            engine.add_request("beside", [5], GREEDY)
+            engine.add_request(Request("bad", [13], GREEDY))
+            engine.add_request(Request("beside", [5], GREEDY))
         try:
             outputs = engine.step()
         except RuntimeError:
@@ -221,7 +222,7 @@ def test_the_packed_batch_says_what_is_scheduled() -> None:
     assert batch.metadata.block_tables[1].tolist() == [9, 3]
     assert batch.metadata.block_tables[0, 0] == 5
     assert (batch.metadata.max_query_len, batch.metadata.max_seq_len) == (3, 7)
-    assert batch.sampled == [new, old] and batch.sampled_tokens.tolist() == [2, 3]
+    assert batch.sampled == [new, old] and batch.logits_indices.tolist() == [2, 3]
     assert batch.rows.tolist() == [0, 2]
     assert batch.sampling.seeds.tolist() == [[-1], [9]]
     assert batch.sampling.positions.tolist() == [[3], [7]]

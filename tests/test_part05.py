@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_seeded
 from common.testing.parts import PARTS, engine_of, module_of, wrap_model
@@ -65,7 +66,7 @@ def gate(engine: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
 
 
 def test_the_next_step_is_launched_before_the_last_is_read(engine: Any) -> None:
-    engine.add_request("a", PROMPT, replace(GREEDY, max_tokens=3))
+    engine.add_request(Request("a", PROMPT, replace(GREEDY, max_tokens=3)))
     expected = alone(PROMPT)[:3]
     assert step(engine) == ({"a": 3}, {})
     assert step(engine) == ({"a": 1}, {"a": expected[:1]})
@@ -76,7 +77,7 @@ def test_the_next_step_is_launched_before_the_last_is_read(engine: Any) -> None:
 
 def test_with_one_step_in_flight_every_step_reads_its_own() -> None:
     engine = engine_with(num_blocks=64, block_size=4, max_num_seqs=8, async_scheduling=False)
-    engine.add_request("a", PROMPT, replace(GREEDY, max_tokens=2))
+    engine.add_request(Request("a", PROMPT, replace(GREEDY, max_tokens=2)))
     expected = alone(PROMPT)[:2]
     assert step(engine) == ({"a": 3}, {"a": expected[:1]})
     assert step(engine) == ({"a": 1}, {"a": expected[1:]})
@@ -86,7 +87,7 @@ def test_with_one_step_in_flight_every_step_reads_its_own() -> None:
 def test_the_host_does_not_wait_for_the_device(engine: Any, gate: threading.Semaphore) -> None:
     """The device does nothing yet: the host has two steps out, in buffers of their own, and only a
     third would wait."""
-    engine.add_request("a", PROMPT, GREEDY)
+    engine.add_request(Request("a", PROMPT, GREEDY))
     assert step(engine) == ({"a": 3}, {})
     first = engine.runner.buffers[0]
     done = threading.Event()
@@ -115,7 +116,7 @@ def test_a_stop_costs_one_discarded_token(engine: Any) -> None:
         if whole[place] in whole[:place]:
             continue
         params = replace(GREEDY, max_tokens=20, stop_token_ids=(whole[place],))
-        engine.add_request("a", PROMPT, params)
+        engine.add_request(Request("a", PROMPT, params))
         before = engine.trace.last_record.step if engine.trace.last_record else -1
         assert finish(engine)["a"] == whole[: place + 1]
         records = [record for record in engine.trace.records() if record.step > before]
@@ -127,8 +128,8 @@ def test_who_gets_its_last_token_makes_room_at_once() -> None:
     """A pool for one sequence: the next starts while the last token of the first is on its way."""
     engine = engine_with(num_blocks=3, block_size=4, max_num_seqs=1)
     expected = alone([5] * 9)[:2]
-    engine.add_request("a", PROMPT, replace(GREEDY, max_tokens=2))
-    engine.add_request("b", [5] * 9, replace(GREEDY, max_tokens=2))
+    engine.add_request(Request("a", PROMPT, replace(GREEDY, max_tokens=2)))
+    engine.add_request(Request("b", [5] * 9, replace(GREEDY, max_tokens=2)))
     assert step(engine)[0] == {"a": 3}
     assert step(engine)[0] == {"a": 1}
     assert engine.stats()["num_running"] == 1 and engine.stats()["num_used_blocks"] == 0
@@ -141,7 +142,7 @@ def test_a_preempted_sequence_keeps_the_token_that_was_on_its_way() -> None:
     engine = engine_with(num_blocks=6, block_size=2, max_num_seqs=8)
     long = replace(GREEDY, max_tokens=7)
     for name in ("a", "b"):
-        engine.add_request(name, PROMPT, long)
+        engine.add_request(Request(name, PROMPT, long))
     tokens: dict[str, list[int]] = {"a": [], "b": []}
     caught = 0
     while engine.has_unfinished():
@@ -159,7 +160,7 @@ def test_a_preempted_sequence_keeps_the_token_that_was_on_its_way() -> None:
 
 def test_nobody_joins_with_a_token_on_its_way(engine: Any, gate: threading.Semaphore) -> None:
     """Preempted at once after its launch: it waits until that step is read."""
-    engine.add_request("a", PROMPT, GREEDY)
+    engine.add_request(Request("a", PROMPT, GREEDY))
     step(engine)
     [sequence] = engine.scheduler.running
     engine.scheduler.preempt(sequence)
@@ -173,12 +174,12 @@ def test_nobody_joins_with_a_token_on_its_way(engine: Any, gate: threading.Semap
 @pytest.mark.parametrize("same_id", [True, False])
 def test_an_abort_in_flight(engine: Any, same_id: bool) -> None:
     """What it still computes is dropped, also where its id has a new owner by then."""
-    engine.add_request("a", PROMPT, GREEDY)
+    engine.add_request(Request("a", PROMPT, GREEDY))
     step(engine)
     step(engine)
     engine.abort("a")
     name = "a" if same_id else "b"
-    engine.add_request(name, [9, 8], GREEDY)
+    engine.add_request(Request(name, [9, 8], GREEDY))
     launched, outputs = step(engine)
     assert launched == {name: 2}
     assert outputs["a"] == [], "the abort's own output, and not a token"
@@ -186,7 +187,7 @@ def test_an_abort_in_flight(engine: Any, same_id: bool) -> None:
 
 
 def test_aborting_all_leaves_a_step_to_read(engine: Any) -> None:
-    engine.add_request("a", PROMPT, GREEDY)
+    engine.add_request(Request("a", PROMPT, GREEDY))
     step(engine)
     engine.abort("a")
     assert [output.finish_reason for output in engine.step()] == ["abort"]
@@ -217,11 +218,11 @@ def test_a_failing_step_ends_only_what_it_ran(
         monkeypatch.setattr(engine.runner, "prepare", fail_to_prepare)
     got: dict[str, list[int]] = {"good": [], "bad": [], "beside": []}
     reasons: dict[str, str] = {}
-    engine.add_request("good", PROMPT, GREEDY)
+    engine.add_request(Request("good", PROMPT, GREEDY))
     for number in range(30):
         if number == 3:
-            engine.add_request("bad", [13], GREEDY)
-            engine.add_request("beside", [5], GREEDY)
+            engine.add_request(Request("bad", [13], GREEDY))
+            engine.add_request(Request("beside", [5], GREEDY))
         try:
             outputs = engine.step()
         except RuntimeError:
@@ -319,7 +320,7 @@ def test_the_trace_tells_when_the_device_worked(engine: Any) -> None:
 def test_shutdown_waits_for_what_is_in_flight_and_the_thread_ends_with_the_engine() -> None:
     config = module_of(5, "config").EngineConfig(model=MODEL, num_blocks=8, threads=1)
     engine = module_of(5, "engine").LLMEngine(config)
-    engine.add_request("a", PROMPT, GREEDY)
+    engine.add_request(Request("a", PROMPT, GREEDY))
     engine.step()
     engine.shutdown()
     assert not engine.in_flight and engine.kv.pool.num_free == 8
@@ -340,12 +341,12 @@ def test_penalties_of_others_do_not_notice_who_leaves(part: int) -> None:
     )
     engine = engine_of(part, MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8)
     [alone] = engine.generate([PROMPT], params, progress=False)
-    engine.add_request("a", PROMPT, params)
+    engine.add_request(Request("a", PROMPT, params))
     tokens: list[int] = []
     for number in range(60):
         if not engine.has_unfinished():
             break
-        engine.add_request(f"b{number}", [5, 6 + number], replace(params, max_tokens=1))
+        engine.add_request(Request(f"b{number}", [5, 6 + number], replace(params, max_tokens=1)))
         tokens += [t for o in engine.step() if o.request_id == "a" for t in o.token_ids]
         if len(tokens) == 24:
             break

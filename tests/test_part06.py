@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded
 from common.testing.parts import engine_of, module_of
@@ -44,16 +45,16 @@ def finish(engine: Any) -> dict[str, list[int]]:
 
 def test_a_prompt_runs_in_slices_beside_those_who_decode() -> None:
     engine = engine_with(max_num_batched_tokens=8)
-    engine.add_request("a", [2, 3, 4], GREEDY)
+    engine.add_request(Request("a", [2, 3, 4], GREEDY))
     assert step(engine) == {"a": 3}
-    engine.add_request("b", list(range(5, 25)), GREEDY)
+    engine.add_request(Request("b", list(range(5, 25)), GREEDY))
     assert step(engine) == {"a": 1, "b": 7}
     assert engine.sequences["b"].output_token_ids == [], "nothing is drawn before its last slice"
     assert step(engine) == {"a": 1, "b": 7}
     assert step(engine) == {"a": 1, "b": 6}
     assert len(engine.sequences["b"].output_token_ids) == 1
-    engine.add_request("c", [9] * 4, GREEDY)
-    engine.add_request("d", [9] * 4, GREEDY)
+    engine.add_request(Request("c", [9] * 4, GREEDY))
+    engine.add_request(Request("d", [9] * 4, GREEDY))
     assert step(engine) == {"a": 1, "b": 1, "c": 4, "d": 2}
     assert step(engine) == {"a": 1, "b": 1, "c": 1, "d": 2}
     prompts = {"a": [2, 3, 4], "b": list(range(5, 25)), "c": [9] * 4, "d": [9] * 4}
@@ -67,9 +68,9 @@ def test_who_decodes_comes_before_prompts() -> None:
     """With no budget left for it a prompt waits; nobody's turn is taken for it."""
     engine = engine_with(max_num_batched_tokens=2)
     for name in ("a", "b"):
-        engine.add_request(name, [2], GREEDY)
+        engine.add_request(Request(name, [2], GREEDY))
     assert step(engine) == {"a": 1, "b": 1}
-    engine.add_request("c", [3] * 5, GREEDY)
+    engine.add_request(Request("c", [3] * 5, GREEDY))
     for _ in range(7):
         assert step(engine) == {"a": 1, "b": 1}
     assert step(engine) == {"c": 2}
@@ -78,8 +79,8 @@ def test_who_decodes_comes_before_prompts() -> None:
 
 def test_a_threshold_leaves_room_beside_a_long_prompt() -> None:
     engine = engine_with(max_num_batched_tokens=16, long_prefill_threshold=6)
-    engine.add_request("long", [2] * 20, GREEDY)
-    engine.add_request("short", [3] * 5, GREEDY)
+    engine.add_request(Request("long", [2] * 20, GREEDY))
+    engine.add_request(Request("short", [3] * 5, GREEDY))
     assert step(engine) == {"long": 6, "short": 5}
     assert step(engine) == {"long": 6, "short": 1}
     finish(engine)
@@ -88,8 +89,8 @@ def test_a_threshold_leaves_room_beside_a_long_prompt() -> None:
 def test_who_joins_takes_the_blocks_of_its_whole_prompt() -> None:
     """Two prompts of 20 tokens and 7 blocks: the second waits, though its first slice would fit."""
     engine = engine_with(num_blocks=7, max_num_batched_tokens=4)
-    engine.add_request("a", [2] * 20, replace(GREEDY, max_tokens=2))
-    engine.add_request("b", [3] * 20, replace(GREEDY, max_tokens=2))
+    engine.add_request(Request("a", [2] * 20, replace(GREEDY, max_tokens=2)))
+    engine.add_request(Request("b", [3] * 20, replace(GREEDY, max_tokens=2)))
     assert step(engine) == {"a": 4}
     assert engine.stats()["num_used_blocks"] == 5
     for _ in range(4):
@@ -103,9 +104,9 @@ def test_who_joins_takes_the_blocks_of_its_whole_prompt() -> None:
 def test_a_prompt_preempted_in_its_middle_begins_again(is_async: bool) -> None:
     engine = engine_with(num_blocks=9, max_num_batched_tokens=4, async_scheduling=is_async)
     prompts = {"a": [2, 3], "b": list(range(5, 24))}
-    engine.add_request("a", prompts["a"], replace(GREEDY, max_tokens=30))
+    engine.add_request(Request("a", prompts["a"], replace(GREEDY, max_tokens=30)))
     step(engine)
-    engine.add_request("b", prompts["b"], GREEDY)
+    engine.add_request(Request("b", prompts["b"], GREEDY))
     step(engine)
     preempted = engine.sequences["b"]
     assert 0 < preempted.num_computed_tokens < 19
@@ -119,7 +120,7 @@ def test_a_prompt_preempted_in_its_middle_begins_again(is_async: bool) -> None:
 
 def test_an_abort_in_the_middle_of_a_prompt() -> None:
     engine = engine_with(max_num_batched_tokens=4, async_scheduling=True)
-    engine.add_request("a", [2] * 30, GREEDY)
+    engine.add_request(Request("a", [2] * 30, GREEDY))
     step(engine)
     step(engine)
     engine.abort("a")

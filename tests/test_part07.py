@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded
 from common.testing.parts import PARTS, engine_of, module_of, wrap_model
@@ -105,7 +106,7 @@ def test_salts_are_walls(kind: str) -> None:
         assert run(engine, PROMPT, cache_salt=salt)[0].num_cached_tokens == 28, salt
     tables = []
     for salt in salts:
-        engine.add_request(f"salt {salt!r}", PROMPT, GREEDY, cache_salt=salt)
+        engine.add_request(Request(f"salt {salt!r}", PROMPT, GREEDY, cache_salt=salt))
     engine.step()
     tables = [set(sequence.block_table) for sequence in engine.sequences.values()]
     assert sum(map(len, tables)) == len(set.union(*tables)), "a block with two tenants"
@@ -138,9 +139,9 @@ def test_blocks_of_who_leaves_are_waited_for() -> None:
     """Five blocks: a has two of them and its last token on its way when b and c need their second.
     One is there for b; c waits a step for a's, and is not preempted."""
     engine = engine_with(num_blocks=5, block_size=4, max_num_seqs=3)
-    engine.add_request("a", PROMPT[:3], replace(GREEDY, max_tokens=3))
-    engine.add_request("b", PROMPT[10:12], replace(GREEDY, max_tokens=5))
-    engine.add_request("c", PROMPT[20:22], replace(GREEDY, max_tokens=5))
+    engine.add_request(Request("a", PROMPT[:3], replace(GREEDY, max_tokens=3)))
+    engine.add_request(Request("b", PROMPT[10:12], replace(GREEDY, max_tokens=5)))
+    engine.add_request(Request("c", PROMPT[20:22], replace(GREEDY, max_tokens=5)))
     before = engine.stats()["num_preemptions"]
     waited = []
     while engine.has_unfinished():
@@ -179,7 +180,7 @@ def test_completions_of_one_prompt_share_its_blocks(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_shared_when_it_is_read_and_not_before(kind: str) -> None:
     engine = engine_with(kind, max_num_batched_tokens=8)
-    engine.add_request("a", PROMPT, GREEDY)
+    engine.add_request(Request("a", PROMPT, GREEDY))
     engine.step()
     assert engine.sequences["a"].num_computed_tokens == 8
     assert engine.sequences["a"].num_published_blocks == 0, "launched and not read"
@@ -202,7 +203,7 @@ def test_what_a_failed_step_left_is_never_found(kind: str, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         wrap_model(engine, patch, fail)
-        engine.add_request("a", PROMPT, GREEDY)
+        engine.add_request(Request("a", PROMPT, GREEDY))
         with pytest.raises(RuntimeError):
             for _ in range(4):
                 engine.step()
@@ -217,7 +218,7 @@ def test_what_a_failed_step_left_is_never_found(kind: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_preempted_sequence_finds_itself(kind: str, is_async: bool) -> None:
     engine = engine_with(kind, async_scheduling=is_async)
-    engine.add_request("a", PROMPT, replace(GREEDY, max_tokens=20))
+    engine.add_request(Request("a", PROMPT, replace(GREEDY, max_tokens=20)))
     tokens = [token for _ in range(8) for output in engine.step() for token in output.token_ids]
     sequence = engine.sequences["a"]
     engine.scheduler.preempt(sequence)
@@ -272,10 +273,10 @@ def test_who_was_used_last_stays(kind: str) -> None:
 def test_who_ended_last_was_used_last(kind: str) -> None:
     """Of two that ran side by side the one that went on for longer stays, though it began first."""
     engine = engine_with(kind, num_blocks=24)
-    engine.add_request("long", [5] * 16, replace(GREEDY, max_tokens=20))
+    engine.add_request(Request("long", [5] * 16, replace(GREEDY, max_tokens=20)))
     engine.step()
     engine.step()
-    engine.add_request("short", [6] * 16, replace(GREEDY, max_tokens=1))
+    engine.add_request(Request("short", [6] * 16, replace(GREEDY, max_tokens=1)))
     finish(engine)
     run(engine, [7] * 60, params=replace(GREEDY, max_tokens=1))  # takes 15 or 16 of 24 blocks
     one = replace(GREEDY, max_tokens=1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded, reference_logits
 from common.testing.parts import engine_of, module_of, wrap_model
@@ -113,7 +114,7 @@ def test_every_length_of_answer(proposer: str) -> None:
 @pytest.mark.parametrize("proposer", PROPOSERS)
 def test_a_preempted_sequence_drafts_again(proposer: str) -> None:
     engine = engine_with(proposer, prefix_cache="off")
-    engine.add_request("a", PROMPT, GREEDY)
+    engine.add_request(Request("a", PROMPT, GREEDY))
     tokens = [t for _ in range(3) for output in engine.step() for t in output.token_ids]
     sequence = engine.sequences["a"]
     engine.scheduler.preempt(sequence)
@@ -134,7 +135,7 @@ def test_a_failed_step_takes_its_own(proposer: str, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patch:
         wrap_model(engine, patch, fail)
-        engine.add_request("a", [3, 4, 5] * 4, GREEDY)
+        engine.add_request(Request("a", [3, 4, 5] * 4, GREEDY))
         with pytest.raises(RuntimeError):
             for _ in range(20):
                 engine.step()
@@ -205,7 +206,7 @@ def test_a_text_that_repeats_itself_takes_few_steps(monkeypatch: pytest.MonkeyPa
     engine = engine_with("ngram", num_speculative_tokens=5)
 
     def count(batch: Any) -> tuple[torch.Tensor, list[Any]]:
-        last = batch.token_ids[batch.sampled_tokens]
+        last = batch.token_ids[batch.logits_indices]
         return 50.0 * torch.nn.functional.one_hot((last + 1) % 7, engine.vocab_size).float(), []
 
     monkeypatch.setattr(engine.runner, "forward", count)
@@ -312,8 +313,8 @@ def test_unseeded_tokens_have_the_models_distribution(proposer: str) -> None:
 def test_drafting_that_fails_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once an answer that had just ended was lost with the exception, and its client waited on."""
     engine = engine_with("twin")
-    engine.add_request("short", PROMPT[:9], replace(GREEDY, max_tokens=1))
-    engine.add_request("long", PROMPT, GREEDY)
+    engine.add_request(Request("short", PROMPT[:9], replace(GREEDY, max_tokens=1)))
+    engine.add_request(Request("long", PROMPT, GREEDY))
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("drafting failed")
@@ -336,7 +337,7 @@ def test_drafts_of_the_old_take_no_token_from_the_young() -> None:
     """Eight sequences and a budget of 20: all of them get a token in every step."""
     engine = engine_with("twin", max_num_batched_tokens=20, num_speculative_tokens=6)
     for number in range(8):
-        engine.add_request(f"r{number}", [5, 6 + number], replace(GREEDY, max_tokens=30))
+        engine.add_request(Request(f"r{number}", [5, 6 + number], replace(GREEDY, max_tokens=30)))
     drafted = 0
     while len(engine.sequences) == 8:
         engine.step()
@@ -393,7 +394,7 @@ def test_accepted_tokens_beyond_a_stop_do_not_count() -> None:
 
 def test_a_draft_model_says_when_it_catches_up() -> None:
     engine = engine_with("twin", num_speculative_tokens=3, max_num_batched_tokens=16)
-    engine.add_request("a", PROMPT, GREEDY)
+    engine.add_request(Request("a", PROMPT, GREEDY))
     engine.step()  # all but the last 14 tokens of the prompt
     said = []
     while engine.has_unfinished():
@@ -409,7 +410,7 @@ def test_the_largest_step_has_all_that_rejection_needs(proposer: str) -> None:
     runner = engine.runner
     runner.tables.block_tables[:] = 0
     batch = runner.prepare(runner.largest_step(20))
-    logits = torch.zeros(len(batch.sampled_tokens), engine.vocab_size)
+    logits = torch.zeros(len(batch.logits_indices), engine.vocab_size)
     rows = runner.rejection_rows(batch, logits)
     if proposer == "ngram":
         assert rows is None

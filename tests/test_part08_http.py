@@ -313,7 +313,7 @@ def repeating() -> Iterator[tuple[str, Any, list[int]]]:
     following[cycle] = torch.tensor(cycle[1:] + cycle[:1])
 
     def forward(batch: Any) -> tuple[torch.Tensor, list[Any]]:
-        token_ids = following[batch.token_ids[batch.sampled_tokens]]
+        token_ids = following[batch.token_ids[batch.logits_indices]]
         return 9.0 * torch.nn.functional.one_hot(token_ids, engine.vocab_size).float(), []
 
     engine.runner.forward = forward

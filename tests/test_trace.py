@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from common.http.trace_routes import add_trace_routes
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.parts import PARTS, engine_of
 from common.trace import EngineState, StepRecord, Trace, phase, to_perfetto
@@ -390,7 +391,7 @@ def test_the_state_is_the_engines(part: int) -> None:
             length = rng.choice([1, 1, 30, 50])
             params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
             token = rng.randrange(2, 500) if number % 2 else 7
-            engine.add_request(f"r{number}", [token] * rng.randint(1, 40), params)
+            engine.add_request(Request(f"r{number}", [token] * rng.randint(1, 40), params))
             for _ in range(rng.choice([1, 5, 15])):
                 if rng.random() < 0.05:
                     engine.abort(f"r{rng.randrange(number + 1)}")

@@ -123,7 +123,7 @@ def wrap_model(
                 logits, scores[:] = logits
             return logits
 
-        logits = around(batch.token_ids.tolist(), len(batch.sampled_tokens), real)
+        logits = around(batch.token_ids.tolist(), len(batch.logits_indices), real)
         return (logits, scores) if hasattr(batch, "prompts") else logits
 
     patch.setattr(engine.runner, "forward", wrapped)

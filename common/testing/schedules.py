@@ -11,6 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded
 from common.testing.parts import PARTS, engine_of
@@ -112,7 +113,7 @@ class Drive:
         for number, event in enumerate(schedule):
             params, *expected = known[event.request].cut(event.max_tokens, event.stop_at)
             request_id = f"r{number}"
-            self.engine.add_request(request_id, known[event.request].prompt, params)
+            self.engine.add_request(Request(request_id, known[event.request].prompt, params))
             self.expected[request_id] = (expected[0], expected[1])
             self.outputs[request_id] = []
             if event.abort is not None and event.abort <= number:

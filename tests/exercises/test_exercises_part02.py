@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.parts import module_of
 
@@ -25,7 +26,7 @@ def test_take_turns(engine: Any) -> None:
         for name, prompt in prompts.items()
     }
     for name, prompt in prompts.items():
-        engine.add_request(name, prompt, GREEDY)
+        engine.add_request(Request(name, prompt, GREEDY))
     got: dict[str, list[int]] = {name: [] for name in prompts}
     for _ in range(15):
         for output in engine.step():

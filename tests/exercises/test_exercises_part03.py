@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_seeded
 from common.testing.parts import module_of
@@ -44,7 +45,7 @@ def test_a_fork_shares_full_blocks() -> None:
     engine = engine_with(block_size=4, num_blocks=16)
     prompt = [5, 6, 7, 8, 9, 10, 11, 12, 13]  # two full blocks, and one token
     params = SamplingParams(seed=1, max_tokens=7, ignore_eos=True)  # 16 tokens: four blocks
-    engine.add_request("a", prompt, params)
+    engine.add_request(Request("a", prompt, params))
     [first] = engine.step()
     engine.fork("a", "b", seed=2)
     engine.check_integrity()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.parts import module_of
 
@@ -44,7 +45,7 @@ def test_priorities() -> None:
     """Lower numbers run first; of equal ones, who came first. Memory is taken from the highest."""
     engine = engine_with(block_size=4, num_blocks=32, max_num_seqs=1)
     for name, priority in (("a", 0), ("b", 5), ("c", 1), ("d", 1)):
-        engine.add_request(name, [2, 3, 4], greedy(4), priority=priority)
+        engine.add_request(Request(name, [2, 3, 4], greedy(4), priority=priority))
     assert list(drain(engine)) == ["a", "c", "d", "b"]
 
 
@@ -52,9 +53,9 @@ def test_priorities() -> None:
 def test_memory_is_taken_from_the_highest(num_blocks: int) -> None:
     """Once it lacks the block itself, once it is in the step already when the other one does."""
     engine = engine_with(block_size=2, num_blocks=num_blocks, max_num_seqs=4)
-    engine.add_request("late", [2, 3, 4], greedy(8), priority=9)
+    engine.add_request(Request("late", [2, 3, 4], greedy(8), priority=9))
     engine.step()
-    engine.add_request("urgent", [5, 6, 7], greedy(8), priority=0)
+    engine.add_request(Request("urgent", [5, 6, 7], greedy(8), priority=0))
     outputs = drain(engine)
     preempted = [name for record in engine.trace.records() for name in record.preempted]
     assert preempted and set(preempted) == {"late"}, "though it joined first"
@@ -67,7 +68,7 @@ def run_crowd(**flags: Any) -> tuple[dict[str, list[int]], int, int]:
     """(tokens of each request, preemptions, tokens run) of twelve requests in little memory."""
     engine = engine_with(block_size=4, num_blocks=16, max_num_seqs=12, **flags)
     for number in range(12):
-        engine.add_request(str(number), [number + 2] * 6, greedy(20))
+        engine.add_request(Request(str(number), [number + 2] * 6, greedy(20)))
     outputs = drain(engine)
     num_run = sum(sum(record.scheduled.values()) for record in engine.trace.records())
     return outputs, engine.stats()["num_preemptions"], num_run
@@ -84,7 +85,7 @@ def test_a_watermark() -> None:
 
 
 def drain_one(engine: Any, prompt: list[int], max_tokens: int) -> list[int]:
-    engine.add_request("one", prompt, greedy(max_tokens))
+    engine.add_request(Request("one", prompt, greedy(max_tokens)))
     return drain(engine)["one"]
 
 
@@ -94,7 +95,7 @@ def test_preempt_the_shortest(length: int) -> None:
     engine = engine_with(block_size=4, num_blocks=12, max_num_seqs=4, preempt="shortest")
     prompts = {"short": [2] * length, "long": [5] * 25}
     for name, prompt in prompts.items():
-        engine.add_request(name, prompt, greedy(16))
+        engine.add_request(Request(name, prompt, greedy(16)))
         engine.step()
     outputs = drain(engine)
     preempted = [name for record in engine.trace.records() for name in record.preempted]

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.parts import module_of
 
@@ -30,7 +31,7 @@ def test_discarded_tokens_are_counted() -> None:
     stop = whole.token_ids[2]
     engine.generate([[2, 3, 4]], greedy(6, stop), progress=False)
     assert engine.stats()["num_discarded_tokens"] == 1
-    engine.add_request("a", [2, 3, 4], greedy(6))
+    engine.add_request(Request("a", [2, 3, 4], greedy(6)))
     engine.step()
     engine.step()
     engine.abort("a")
@@ -44,7 +45,7 @@ def test_three_steps_in_flight(count: int) -> None:
     """As many launches as asked for before the first token is read; the same tokens as ever."""
     expected = engine_with().generate([[2, 3, 4], [5]], greedy(9), progress=False)
     engine = engine_with(steps_in_flight=count)
-    engine.add_request("a", [2, 3, 4], greedy(9))
+    engine.add_request(Request("a", [2, 3, 4], greedy(9)))
     for number in range(count - 1):
         assert engine.step() == [], f"step {number} reads too early"
     assert [output.token_ids for output in engine.step()] == [expected[0].token_ids[:1]]

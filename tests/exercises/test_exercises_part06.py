@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.parts import module_of
 
@@ -32,7 +33,7 @@ def test_partial_prefills_share_the_budget() -> None:
     """Two prompts in their middle get half each; the third waits until one of them is done."""
     engine = engine_with(max_num_batched_tokens=12, max_partial_prefills=2)
     for name, length in (("a", 12), ("b", 30), ("c", 20)):
-        engine.add_request(name, [2] * length, greedy(20))
+        engine.add_request(Request(name, [2] * length, greedy(20)))
     assert step(engine) == {"a": 6, "b": 6}
     assert step(engine) == {"a": 6, "b": 6}
     scheduled = step(engine)
@@ -43,7 +44,7 @@ def test_partial_prefills_share_the_budget() -> None:
 def test_slices_shrink_as_the_context_grows() -> None:
     """With 32 tokens of context as dear as a token, a slice after 96 is a quarter of the first."""
     engine = engine_with(max_num_batched_tokens=64, attention_cost=32)
-    engine.add_request("a", [2] * 400, greedy(2))
+    engine.add_request(Request("a", [2] * 400, greedy(2)))
     slices = []
     while engine.has_unfinished() and len(slices) < 100:
         slices += step(engine).values()

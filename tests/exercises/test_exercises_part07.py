@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy
 from common.testing.parts import module_of
@@ -46,7 +47,7 @@ def test_a_reset_forgets_all_or_nothing(kind: str) -> None:
     """While somebody runs it does nothing and says so."""
     engine = engine_with(kind)
     assert (found(engine, PROMPT), found(engine, PROMPT)) == (0, 28)
-    engine.add_request("a", PROMPT[:8] + [3] * 9, greedy(6))
+    engine.add_request(Request("a", PROMPT[:8] + [3] * 9, greedy(6)))
     engine.step()
     assert engine.reset_prefix_cache() is False
     engine.check_integrity()
@@ -75,7 +76,7 @@ def test_who_finds_most_joins_first(kind: str) -> None:
         engine = engine_with(kind, max_num_seqs=1, **flags)
         found(engine, PROMPT)
         for name, prompt in prompts.items():
-            engine.add_request(name, prompt, greedy(3))
+            engine.add_request(Request(name, prompt, greedy(3)))
         tokens = finish(engine)
         assert list(tokens) == order
         for name, prompt in prompts.items():
@@ -88,7 +89,7 @@ def test_duplicates_are_merged(kind: str, is_async: bool) -> None:
     """Two that come at once compute the same twice, and keep it once."""
     engine = engine_with(kind, merge_duplicates=True, async_scheduling=is_async)
     for name in "ab":
-        engine.add_request(name, PROMPT, greedy(20))
+        engine.add_request(Request(name, PROMPT, greedy(20)))
     tokens: dict[str, list[int]] = {"a": [], "b": []}
     while len(tokens["b"]) < 12:
         for output in engine.step():
@@ -98,7 +99,7 @@ def test_duplicates_are_merged(kind: str, is_async: bool) -> None:
     assert a[:10] == b[:10], "40 tokens and more are computed and read"
     assert a[-1] != b[-1], "the last block is still written to"
     assert engine.stats()["num_used_blocks"] <= 10 + 2 * 2
-    engine.add_request("c", [4] * 60, greedy(8))  # gets the blocks that became free
+    engine.add_request(Request("c", [4] * 60, greedy(8)))  # gets the blocks that became free
     rest = finish(engine)
     for name, prompt in (("a", PROMPT), ("b", PROMPT), ("c", [4] * 60)):
         own = tokens.get(name, []) + rest[name]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded, reference_logits
 from common.testing.parts import module_of
@@ -35,7 +36,7 @@ def engine_with(**flags: Any) -> Any:
 
 def run(engine: Any, params: SamplingParams, name: str = "a", **more: Any) -> tuple[Any, int]:
     """(tokens of an answer to PROMPT, steps that made them)."""
-    engine.add_request(name, PROMPT, params, **more)
+    engine.add_request(Request(name, PROMPT, params, **more))
     tokens, num_steps = [], 0
     while engine.has_unfinished():
         outputs = engine.step()
@@ -78,11 +79,11 @@ def test_a_prediction_belongs_to_its_request() -> None:
     """It is no part of the text, and nobody else drafts from it."""
     engine = engine_with(**NGRAM)
     tokens, num_steps = run(engine, SEEDED)
-    engine.add_request("b", [9] * 8, replace(SEEDED, max_tokens=70), prediction=tokens)
+    engine.add_request(Request("b", [9] * 8, replace(SEEDED, max_tokens=70), prediction=tokens))
     assert list(engine.sequences["b"].prompt_token_ids) == [9] * 8
     engine.step()
     others, most = [], 0
-    engine.add_request("a", PROMPT, SEEDED)
+    engine.add_request(Request("a", PROMPT, SEEDED))
     while "a" in engine.sequences:
         outputs = [output for output in engine.step() if output.request_id == "a"]
         others += [token for output in outputs for token in output.token_ids]
@@ -133,7 +134,7 @@ def test_a_pool_is_no_way_to_read_what_others_said() -> None:
 
 def draft_lengths(engine: Any, params: SamplingParams) -> list[int]:
     """Verified tokens of each draft."""
-    engine.add_request("a", PROMPT, params)
+    engine.add_request(Request("a", PROMPT, params))
     sequence, lengths = engine.sequences["a"], []
     while engine.has_unfinished():
         engine.step()

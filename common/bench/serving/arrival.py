@@ -151,6 +151,7 @@ def measure(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     import time
 
     from common.bench.core.workload import random_prompts
+    from common.requests import Request
     from common.sampling import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=job["output_len"], ignore_eos=True)
@@ -161,12 +162,12 @@ def measure(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     times: dict[str, list[float]] = {str(number): [] for number in range(len(streams))}
     begin, arrival = time.perf_counter(), 0.0
     for name, prompt in zip(times, streams, strict=True):
-        engine.add_request(name, prompt, params)
+        engine.add_request(Request(name, prompt, params))
     while engine.has_unfinished():
         if not arrival and min(map(len, times.values())) >= job["before"]:
             arrival = time.perf_counter()
             times["newcomer"] = []
-            engine.add_request("newcomer", newcomer, params)
+            engine.add_request(Request("newcomer", newcomer, params))
         outputs = engine.step()
         now = time.perf_counter()
         for output in outputs:

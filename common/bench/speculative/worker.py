@@ -28,13 +28,14 @@ def decode(
     num_steps, num_turns (of a sequence in a step that gave it tokens), counters, and phases, the
     seconds of each by name. whole_s is from handing over; outputs are all tokens. Raises BenchError.
     """
+    from common.requests import Request
     from common.sampling import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     outputs: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
     handed_over = clock()
     for name, prompt in zip(outputs, prompts, strict=True):
-        engine.add_request(name, prompt, params)
+        engine.add_request(Request(name, prompt, params))
     num_tokens = num_steps = num_turns = 0
     begin, before = None, {}
     while engine.has_unfinished():
