@@ -105,7 +105,8 @@ class ModelProposer:
         if rejecting:
             rows = torch.tensor(rejecting, device=logits.device)
             columns = (about.temperature, about.top_k, about.top_p, about.min_p)
-            found = target_probs(logits[rows], *(column[rows, 0] for column in columns))
+            columns = [column[rows, 0] for column in columns]
+            found = target_probs(runner.ops, logits[rows], *columns)
             for i, row in zip(rejecting, found, strict=True):
                 probs[batch.sampled[i]].append(row)
         unbiased = replace(about, biases=None)  # they are in the logits

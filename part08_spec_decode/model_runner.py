@@ -428,7 +428,7 @@ class ModelRunner:
         columns = (about.temperature, about.top_k, about.top_p, about.min_p)
         return RejectionRows(
             torch.tensor(rows, device=self.device),
-            target_probs(logits[own], *(column[own, 0] for column in columns)),
+            target_probs(self.ops, logits[own], *(column[own, 0] for column in columns)),
             torch.cat([s.draft_probs[: len(s.draft_token_ids)] for s in sequences]),
             about.seeds[first, 0],
             about.positions[first, 0],
