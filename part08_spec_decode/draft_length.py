@@ -24,8 +24,8 @@ from .speculative import Draft, Proposer
 
 # Drafts must promise that much, or it is noise; where most sequences have none, they may cost that much.
 SMALLEST_GAIN, LARGEST_LOSS = 1.05, 1.03
-MEMORY = 0.96  # weight of old trials after one more: about the last 25 count
-PRIOR_TRIALS = 2  # at the rate of all sequences, added to a sequence's own trials
+MEMORY = 0.98  # weight of old trials after one more: about the last 50 count
+PRIOR_TRIALS = 4  # at the rate of all sequences, added to a sequence's own trials
 NUM_SAMPLES, ENOUGH = 9, 3  # durations that are kept, and how many are needed to believe them
 RETRY_AFTER = 256  # steps from probe to probe, and steps after which a duration is forgotten
 UNKNOWN = [(0, 1, 1.0), (0, 4, 1.0)]  # steps before any is measured: their size changes nothing

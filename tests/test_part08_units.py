@@ -647,7 +647,7 @@ class TestDraftLength:
     def test_good_sequences_draft_beside_bad_ones(self) -> None:
         draft_length = DraftLength()
         good, bad = sequence_of([1]), sequence_of([2])
-        for step in range(60):
+        for step in range(200):
             draft_length.observe_step(1 + step % 12, cpu_seconds(1 + step % 12))
             draft_length.observe(good, [1, 2, 3, 4], [1, 2, 3, 4, 5])
             draft_length.observe(bad, [1, 2, 3, 4], [9])
