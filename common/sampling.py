@@ -351,6 +351,11 @@ class SamplingBatch:
     choices: torch.Tensor | None = None  # int64: which of n completions a row is; None: all 0
     biases: LogitBiases | None = None
 
+    def filters(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What turns logits into the distribution that is drawn from, of some rows: [rows] each."""
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return {name: getattr(self, name)[rows, 0] for name in names}
+
     def biased(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits, [batch, vocab], with what is added to single ones of them."""
         return logits if self.biases is None else self.biases.add_to(logits)

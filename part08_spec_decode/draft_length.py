@@ -1,14 +1,20 @@
-"""How many tokens to draft: as many as make the sequences faster, and none where none do.
+"""The length of drafts: one more token is drafted as long as that makes the sequences faster.
 
-A draft token that stays saves a part of a step; one that does not has made a step longer for nothing.
-How likely it stays is counted, sequence by sequence. What it costs is measured while the engine runs:
-next to nothing on an idle GPU, a part of a step on a CPU, its full price in any batch that keeps the
-device busy. Nothing is assumed about the device, and where drafts do not pay they end.
+A step of T seconds from which a sequence expects E tokens gives it E / T tokens a second. One more draft
+token, accepted with probability p, raises E to E + p for one sequence, and T by the token's price for all.
+`DraftLength` takes draft tokens in the order of the factor (E + p) / E, over all sequences, and stops where
+the geometric mean of the speeds E / T is largest. (The largest sum of the speeds would let sequences that
+are easy to guess run ahead; the others would end later, in a smaller batch.)
+
+The acceptance rate a of each sequence is counted: with K drafts E = 1 + a + … + a^K (Leviathan et al.,
+"Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192). The price is measured:
+`StepTime` learns T by the number of query tokens from the steps that the engine runs. Verification costs
+almost nothing on an idle GPU, part of a step on a CPU, and its full share where a batch keeps the device busy.
 """
 
 import time
-from collections import deque
-from dataclasses import dataclass, field
+from collections import defaultdict, deque
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
@@ -16,238 +22,134 @@ import numpy as np
 from .proposer import Draft, Proposer
 from .sequence import Sequence
 
-NUM_SAMPLES = 9  # durations that a bucket of StepCost keeps
-ENOUGH = 3  # of them, before it is believed: one slow step tells nothing
-FORGET_AFTER = 500  # steps, after which what was not measured again is not believed any more
-FIRST_HORIZON = 8  # tokens that a step may have before anything is known of larger ones
-
-MEMORY = 0.93  # what a trial weighs after one more of its sequence: about the last 14 count
-MEMORY_OF_EVERYONE = 0.99  # and after one more of any sequence
-PRIOR_TRIALS = 4.0  # what everyone's acceptance weighs at first against a sequence's own trials
-FIRST_ACCEPTANCE = 0.5  # everyone's, before anything is known
-SMALLEST_GAIN = 1.05  # drafts must promise that much, or it is noise
-LARGEST_LOSS = 1.03  # so much longer a step may get by drafts that most sequences have none of
-FIRST_WAIT, LONGEST_WAIT = 32, 1024  # steps between the probes of a sequence that drafts nothing
-IDLE_AFTER = 8  # steps without a draft, after which a free proposer is not asked in every step
-MOST_IDLE = 8  # how many of such sequences it is asked for in a step
-NO_DRAFT = Draft([])
+# Drafts must promise that much, or it is noise; where most sequences have none, they may cost that much.
+SMALLEST_GAIN, LARGEST_LOSS = 1.05, 1.03
+MEMORY = 0.98  # weight of old trials after one more: about the last 50 count
+PRIOR_TRIALS = 4  # at the rate of all sequences, added to a sequence's own trials
+NUM_SAMPLES, ENOUGH = 9, 3  # durations that are kept, and how many are needed to believe them
+RETRY_AFTER = 256  # steps from probe to probe, and steps after which a duration is forgotten
+UNKNOWN = [(0, 1, 1.0), (0, 4, 1.0)]  # steps before any is measured: their size changes nothing
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
-    """Tokens of a step that verifies `length` drafts, each of which stays with that probability if
-    those before it do: (1 - a^(K + 1)) / (1 - a). (Leviathan et al., arXiv 2211.17192)"""
+    """E, the tokens of a step that verifies `length` drafts: (1 - a^(K + 1)) / (1 - a)."""
     return sum(acceptance**i for i in range(length + 1))
 
 
-@dataclass
-class Bucket:
-    """Steps of about the same size: the last of them, and when that was."""
+class StepTime:
+    """Seconds of a step by its number of query tokens: medians of recent steps.
 
-    sizes: deque[int] = field(default_factory=lambda: deque(maxlen=NUM_SAMPLES))
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_SAMPLES))
-    last_step: int = 0
-
-
-class StepCost:
-    """Seconds that a step takes, by its number of tokens; learnt from the steps that were run.
-
-    Sizes are put together by powers of two, each with the median of its last durations; between those
-    lie straight lines. So it fits a GPU, flat up to some hundred tokens, as well as a CPU. A size that
-    was not run for long is forgotten. Larger ones than any known are taken to go on as those do, and
-    smaller ones to cost in proportion; both invite to try them, and a few steps later they are known.
+    Sizes up to each power of two share a bucket. Straight lines lead from the origin to the smallest
+    bucket, from bucket to bucket, and on to twice the largest. Beyond that a step costs infinitely much:
+    larger steps are tried one doubling at a time.
     """
 
     def __init__(self) -> None:
-        self.buckets: dict[int, Bucket] = {}
-        self.num_steps = 0
+        self.buckets: dict[int, deque[tuple[int, int, float]]] = {}  # (step, num_tokens, seconds)
+        self.step = 0  # the number of the latest
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """A step that ran so many tokens took so long."""
-        self.num_steps += 1
-        oldest = self.num_steps - FORGET_AFTER
-        for place in [i for i, b in self.buckets.items() if b.last_step < oldest]:
-            del self.buckets[place]
-        bucket = self.buckets.setdefault((num_tokens - 1).bit_length(), Bucket())  # 1, 2, 3-4, …
-        bucket.sizes.append(num_tokens)
-        bucket.seconds.append(seconds)
-        bucket.last_step = self.num_steps
+        """Note the duration of a step; forget sizes that were not run for long."""
+        self.step += 1
+        self.buckets = {i: b for i, b in self.buckets.items() if b[-1][0] > self.step - RETRY_AFTER}
+        bucket = self.buckets.setdefault((num_tokens - 1).bit_length(), deque(maxlen=NUM_SAMPLES))
+        bucket.append((self.step, num_tokens, seconds))
 
-    def estimate(self, num_tokens: int, most: int) -> np.ndarray:
-        """Seconds of steps of num_tokens, num_tokens + 1, … tokens: up to `most` more, but not beyond
-        twice of what was run. At least one number."""
-        known = [b for _, b in sorted(self.buckets.items()) if len(b.sizes) >= ENOUGH]
-        if not known:
-            return np.ones(1 + min(most, max(FIRST_HORIZON - num_tokens, 0)))
-        sizes = [0.0, *(sum(b.sizes) / len(b.sizes) for b in known)]
-        seconds = [0.0, *(median(b.seconds) for b in known)]
-        slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]) if len(known) > 1 else 0.0
-        horizon = max(2 * sizes[-1], FIRST_HORIZON)
-        seconds.append(seconds[-1] + max(slope, 0.0) * (horizon - sizes[-1]))
-        sizes.append(horizon)
-        # A larger step is not faster: where it seems so, the smaller one was disturbed.
-        rising = np.minimum.accumulate(seconds[::-1])[::-1]
-        most = min(most, max(int(horizon) - num_tokens, 0))
-        return np.interp(num_tokens + np.arange(most + 1), sizes, rising)
+    def estimate(self, num_tokens: np.ndarray) -> np.ndarray:
+        """Seconds of steps of these sizes."""
+        full = [bucket for _, bucket in sorted(self.buckets.items()) if len(bucket) >= ENOUGH]
+        known = [[median(column) for column in zip(*b, strict=True)] for b in full] or UNKNOWN
+        _, sizes, seconds = (list(column) for column in zip((0, 0, 0.0), *known, strict=True))
+        slope = max(np.diff(seconds)[-1] / np.diff(sizes)[-1], 0.0) if len(known) > 1 else 0.0
+        sizes, seconds = [*sizes, 2 * sizes[-1]], [*seconds, seconds[-1] + slope * sizes[-1]]
+        return np.interp(num_tokens, sizes, seconds, right=np.inf)
 
 
 @dataclass
 class Acceptance:
-    """How often a draft token stays whose predecessors do; old trials weigh less."""
+    """How often a draft token is accepted if those before it are; old trials weigh less."""
 
     hits: float = 0.0
     trials: float = 0.0
-    memory: float = MEMORY
-    prior_trials: float = PRIOR_TRIALS  # what everyone's acceptance counts for
-    wait: int = FIRST_WAIT  # steps between probes
-    num_idle: int = 0  # steps since something was drafted
 
     def observe(self, hits: int, trials: int) -> None:
-        weight = self.memory**trials
+        """Count trials, so many of which were hits."""
+        weight = MEMORY**trials
         self.hits, self.trials = weight * self.hits + hits, weight * self.trials + trials
-        self.prior_trials *= weight
 
     def rate(self, prior: float) -> float:
-        """Between 0 and 1, and the prior without any trials."""
-        return (self.hits + self.prior_trials * prior) / (self.trials + self.prior_trials)
+        """Between 0 and 1; the prior without any trials."""
+        return (self.hits + PRIOR_TRIALS * prior) / (self.trials + PRIOR_TRIALS)
 
 
 class DraftLength:
-    """Divides a step's drafts among its sequences, so that they are fast."""
+    """Decides how many tokens each sequence of a step drafts, from what earlier steps have shown."""
 
     def __init__(self) -> None:
-        self.step_cost = StepCost()
-        self.draft_seconds: deque[float] = deque(maxlen=NUM_SAMPLES)  # of drafting one place
-        self.last_drafting = 0  # the step when they were measured last
-        self.everyone = Acceptance(memory=MEMORY_OF_EVERYONE)
-        self.acceptances: dict[Sequence, Acceptance] = {}
-        self.num_steps = 0
+        self.step_time = StepTime()
+        self.place_seconds: deque[float] = deque(maxlen=NUM_SAMPLES)  # of a model: to draft a token
+        self.shared = Acceptance()  # of all sequences
+        self.acceptances: dict[Sequence, Acceptance] = defaultdict(Acceptance)
 
     def propose(
         self, proposer: Proposer, sequences: list[Sequence], limits: list[int], num_tokens: int
     ) -> tuple[list[Draft], list[int]]:
         """(a draft for each sequence that decodes in this step, how much of it to verify).
 
-        limits: most tokens that each draft may have. num_tokens: how many the step runs without drafts,
-        all sequences and prompts together. `observe` wants each draft back, the whole of it.
+        limits: the most tokens that each draft may have. num_tokens: query tokens of the step without
+        drafts, prompts among them. `observe` wants each draft back whole, also what is not verified.
         """
-        self.num_steps += 1
         if proposer.is_free:
-            drafts = proposer.propose(sequences, self.worth_asking(sequences, limits))
-            lengths = [len(draft.token_ids) for draft in drafts]
-            return drafts, self.choose(sequences, lengths, num_tokens)
-        limits = self.choose(sequences, limits, num_tokens)
-        if not any(limits):
-            return [NO_DRAFT] * len(sequences), limits
+            drafts = proposer.propose(sequences, limits)
+            return drafts, self.choose(sequences, [len(d.token_ids) for d in drafts], num_tokens)
+        lengths = self.choose(sequences, limits, num_tokens)
+        if self.step_time.step % RETRY_AFTER == RETRY_AFTER - 1:
+            # A probe, of all sequences in one step; it counts for more without what came long ago.
+            lengths = [max(n, min(most, 1)) for n, most in zip(lengths, limits, strict=True)]
+            self.acceptances.clear()
         begin = time.perf_counter()
-        drafts = proposer.propose(sequences, limits)
-        self.observe_drafting(max(limits), time.perf_counter() - begin)
-        return drafts, [len(draft.token_ids) for draft in drafts]
-
-    def worth_asking(self, sequences: list[Sequence], limits: list[int]) -> list[int]:
-        """The limits, but 0 for some of those who drafted nothing for long.
-
-        Such are asked by turns, about MOST_IDLE of them in a step: even a look into a table adds up.
-        """
-        num_turns = 1 + len(sequences) // MOST_IDLE
-        if num_turns == 1:
-            return limits
-        turn = self.num_steps % num_turns
-        return [
-            0 if i % num_turns != turn and self.of(sequence).num_idle > IDLE_AFTER else limit
-            for i, (sequence, limit) in enumerate(zip(sequences, limits, strict=True))
-        ]
+        drafts = proposer.propose(sequences, lengths)
+        lengths = [len(draft.token_ids) for draft in drafts]
+        if any(lengths):  # none while the model catches up on a long prompt
+            self.place_seconds.append((time.perf_counter() - begin) / max(lengths))
+        return drafts, lengths
 
     def choose(self, sequences: list[Sequence], limits: list[int], num_tokens: int) -> list[int]:
-        """How much to draft for each, at most its limit."""
-        lengths = [0] * len(limits)
-        if any(limits):
-            lengths = self.most_worth(sequences, limits, num_tokens)
-        for i, sequence in enumerate(sequences):
-            acceptance = self.of(sequence)
-            if lengths[i] > 0:
-                acceptance.wait, acceptance.num_idle = FIRST_WAIT, 0
-                continue
-            acceptance.num_idle += 1
-            if limits[i] > 0 and self.num_steps % acceptance.wait == 0:
-                # Waits are multiples of each other, so those who probe mostly do so in one step.
-                lengths[i] = 1
-                acceptance.wait = min(2 * acceptance.wait, LONGEST_WAIT)
-        return lengths
-
-    def most_worth(
-        self, sequences: list[Sequence], limits: list[int], num_tokens: int
-    ) -> list[int]:
-        """The lengths with which the sequences are fastest on geometric average.
-
-        A sequence's speed is its expected tokens by the step's seconds. So draft tokens are taken in
-        the order of the factors that they make their sequences faster by, over all sequences; each
-        makes the step longer for all. (The most tokens a second in sum would let those who are
-        easy to guess run ahead at the cost of the rest, who then end later, in a smaller batch.) And
-        while less than half of them have a draft, the rest may lose no more than LARGEST_LOSS.
-        """
-        places = np.arange(1, max(limits) + 1)
-        prior = self.everyone.rate(FIRST_ACCEPTANCE)  # what is not known of one is as of everyone
-        rates = np.array([self.of(sequence).rate(prior) for sequence in sequences])
-        tokens = 1 + (rates[:, None] ** places).cumsum(axis=1)  # expected_tokens(rate, place)
-        gains = np.diff(np.log(tokens), axis=1, prepend=0.0)  # [num_sequences, places], falling
-        gains[places > np.array(limits)[:, None]] = -1
+        """The length of each draft, at most its limit, with which the sequences are fastest."""
+        most = max(limits, default=0)
+        if most == 0:
+            return limits
+        prior = self.shared.rate(0.5)
+        rates = np.array([self.acceptances[sequence].rate(prior) for sequence in sequences])
+        # log (E + p) - log E: [num_sequences, most], falling in each row
+        gains = np.diff(np.log((rates[:, None] ** np.arange(most + 1)).cumsum(axis=1)), axis=1)
+        gains[np.arange(most) >= np.array(limits)[:, None]] = -1
         order = np.argsort(-gains, axis=None, kind="stable")[: sum(limits)]
-        verify_seconds = self.step_cost.estimate(num_tokens, len(order))
-        order = order[: len(verify_seconds) - 1]
-        depth = np.append(0, np.maximum.accumulate(order % len(places) + 1))  # forwards to draft
-        seconds = verify_seconds + depth * self.seconds_per_place
-        speed = np.append(0, gains.flat[order].cumsum()) / len(sequences) - np.log(seconds)
-        num_drafting = np.append(0, (order % len(places) == 0).cumsum())  # sequences
-        is_for_few = 2 * num_drafting < len(sequences)
-        speed[is_for_few & (seconds > LARGEST_LOSS * seconds[0])] = -np.inf
-        best = int(speed.argmax())
-        if speed[best] < speed[0] + np.log(SMALLEST_GAIN):
-            best = 0
-        return np.bincount(order[:best] // len(places), minlength=len(limits)).tolist()
+        seconds = self.step_time.estimate(num_tokens + np.arange(len(order) + 1))  # T
+        if len(self.place_seconds) >= ENOUGH:  # the fastest: others had to catch up on a prompt
+            depth = np.append(0, np.maximum.accumulate(order % most + 1))  # forwards to draft
+            seconds += depth * min(self.place_seconds)
+        speeds = np.exp(np.append(0, gains.flat[order].cumsum()) / len(limits)) / seconds
+        num_drafting = np.append(0, (order % most == 0).cumsum())  # sequences
+        speeds[(2 * num_drafting < len(limits)) & (seconds > LARGEST_LOSS * seconds[0])] = 0
+        best = int(speeds.argmax()) if speeds.max() > SMALLEST_GAIN * speeds[0] else 0
+        return np.bincount(order[:best] // most, minlength=len(limits)).tolist()
 
-    @property
-    def seconds_per_place(self) -> float:
-        """What the proposer takes to draft one token of every sequence.
+    def observe(self, sequence: Sequence, draft: list[int], emitted: list[int]) -> None:
+        """Compare the tokens of a sequence's draft with those that came.
 
-        0 until it is measured, and again when that was long ago: then drafts are tried once more.
+        The whole draft counts, also what was not verified: a proposer that is free goes on being judged
+        where its drafts are not used.
         """
-        if self.num_steps - self.last_drafting > FORGET_AFTER:
-            self.draft_seconds.clear()
-        return median(self.draft_seconds) if self.draft_seconds else 0.0
-
-    def of(self, sequence: Sequence) -> Acceptance:
-        """What is known of a sequence's drafts."""
-        acceptance = self.acceptances.get(sequence)
-        if acceptance is None:
-            acceptance = self.acceptances[sequence] = Acceptance()
-        return acceptance
-
-    def observe(
-        self, sequence: Sequence, draft_token_ids: list[int], emitted_token_ids: list[int]
-    ) -> None:
-        """What a sequence's draft was and what came.
-
-        The draft is the whole one, also what was not verified: it is compared with what came anyway,
-        so a proposer that is free goes on being judged where its drafts are not used.
-        """
-        num_compared = min(len(draft_token_ids), len(emitted_token_ids))
-        if num_compared == 0:
-            return
-        hits = 0
-        while hits < num_compared and draft_token_ids[hits] == emitted_token_ids[hits]:
-            hits += 1
-        trials = hits + (hits < num_compared)
-        self.of(sequence).observe(hits, trials)
-        self.everyone.observe(hits, trials)
+        num_compared = min(len(draft), len(emitted))
+        hits = next((i for i in range(num_compared) if draft[i] != emitted[i]), num_compared)
+        trials = min(hits + 1, num_compared)
+        self.acceptances[sequence].observe(hits, trials)
+        self.shared.observe(hits, trials)
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
-        """A step ran so many tokens, drafts among them, in so long; drafting them does not count."""
-        self.step_cost.observe(num_tokens, seconds)
-
-    def observe_drafting(self, num_places: int, seconds: float) -> None:
-        """Drafting at most num_places tokens a sequence took so long."""
-        self.draft_seconds.append(seconds / num_places)
-        self.last_drafting = self.num_steps
+        """Note how long a step took that ran num_tokens, drafts among them; drafting does not count."""
+        self.step_time.observe(num_tokens, seconds)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence: it has ended."""

@@ -106,13 +106,8 @@ class ModelProposer:
         logits = batch.sampling.biased(logits)
         if rejecting:
             places = torch.tensor([place for place, _ in rejecting], device=logits.device)
-            found = target_probs(
-                logits[places],
-                sampling.temperature[places, 0],
-                sampling.top_k[places, 0],
-                sampling.top_p[places, 0],
-                sampling.min_p[places, 0],
-            )
+            filters = sampling.filters(places)
+            found = target_probs(self.runner.ops, logits[places], **filters)
             for (_, rows), row in zip(rejecting, found, strict=True):
                 rows.append(row)
         token_ids = sample(self.runner.ops, logits, sampling).clamp(min=0)  # any draft will do

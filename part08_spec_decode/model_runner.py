@@ -238,13 +238,7 @@ class ModelRunner:
         sampling = batch.sampling
         return RejectionRows(
             torch.tensor(batch.rejecting, device=self.device),
-            target_probs(
-                logits[own],
-                sampling.temperature[own, 0],
-                sampling.top_k[own, 0],
-                sampling.top_p[own, 0],
-                sampling.min_p[own, 0],
-            ),
+            target_probs(self.ops, logits[own], **sampling.filters(own)),
             batch.draft_probs,
             sampling.seeds[first, 0],
             sampling.positions[first, 0],

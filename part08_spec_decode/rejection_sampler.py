@@ -1,19 +1,21 @@
-"""Which draft tokens stay, and what follows them: the output is distributed as without drafts.
+"""The rejection sampler: which draft tokens are accepted, and which token follows them.
 
-One forward gives the target's logits at all places of a draft of K tokens and at the place after
-it. There are two ways from there to the tokens, and a batch may have rows of both.
+One forward gives the target's logits after each of the K tokens of a draft and before the first. The output is
+distributed as without drafts. There are two ways to it, and a batch may have rows of both.
 
-Sample and match: the target's own token is drawn at each place with its ordinary noise, and the draft
-stays as long as it is equal. What is emitted is what would have been without drafts, token for
-token, so greedy and seeded rows keep their contract, whatever the drafts are worth.
+Sample and match: the target's token is drawn at each place with its ordinary noise, and draft tokens are
+accepted as long as they equal it. The output is token for token what it would be without drafts. Greedy
+and seeded requests are verified so.
 
 Rejection (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding",
-arXiv 2211.17192): draft x, drawn from q, stays with probability min(1, p(x) / q(x)); at the first that
-does not, the token is drawn from max(p - q, 0), normalised. More drafts stay than by matching, and
-each place still has exactly p, because the first way to emit x has probability min(p, q)(x), the second
-(1 - Σ min(p, q)) * max(p - q, 0)(x) / Σ max(p - q, 0), and 1 - Σ min(p, q) = Σ max(p - q, 0).
+arXiv 2211.17192): draft token x, drawn from q, is accepted with probability min(1, p(x) / q(x)). In place
+of the first rejected one a token is drawn from max(p - q, 0), normalised. More tokens are accepted than by
+matching, and each place still has exactly p: x is emitted as an accepted draft with probability
+min(p, q)(x), and after a rejection with (1 - Σ min(p, q)) * max(p - q, 0)(x) / Σ max(p - q, 0), where
+1 - Σ min(p, q) = Σ max(p - q, 0). Temperature and filters are part of p and q: the operation that filters
+the logits of ordinary rows filters them here too.
 
-Where all K stay, the last place gives one token more from p, the bonus.
+A draft that is accepted whole is followed by one more token from p, the bonus.
 """
 
 from dataclasses import dataclass
@@ -21,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.kernels import Ops
 from common.sampling import uniforms
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy, as in common.kernels
-LIKELY = 1024  # most likely tokens that mostly reach top_p: the rest need not be sorted
 ACCEPT_STREAM, RESIDUAL_STREAM = 1, 2  # of noise; stream 0 is the ordinary one, which draws drafts
 
 
@@ -184,57 +186,24 @@ def verification_noise(
 
 
 def target_probs(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    ops: Ops,
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
 ) -> Tensor:
-    """What `ops.sample` draws from: probabilities after temperature, top-k, top-p and min-p.
+    """The distribution that `ops.sample` draws from, after temperature, top-k, top-p and min-p.
 
     logits: [rows, vocab]; the others [rows], as for `ops.sample`. Returns [rows, vocab] float64. At
-    temperature 0 all is on the largest logit. Reads two numbers back from the device.
+    temperature 0 all is on the largest logit.
     """
     limits = torch.finfo(torch.float32)
     scaled = logits.float() / temperature.float().clamp(min=GREEDY_BELOW).unsqueeze(1)
     scaled = scaled.nan_to_num_(limits.min, limits.max, limits.min)
-    smallest = smallest_kept(scaled, top_k, top_p, min_p)
-    largest = scaled.amax(dim=1)
+    largest, smallest = scaled.amax(dim=1), ops.smallest_kept(scaled, top_k, top_p, min_p)
     smallest = torch.where(temperature < GREEDY_BELOW, largest, smallest)
     scaled = scaled.masked_fill_(scaled < smallest.unsqueeze(1), -torch.inf)
     # By hand: torch's softmax in float64 took five times as long on a CPU.
     weights = scaled.double().sub_(largest.unsqueeze(1)).exp_()
     return weights.div_(weights.sum(dim=1, keepdim=True))
-
-
-def smallest_kept(
-    scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, num_candidates: int = LIKELY
-) -> Tensor:
-    """The smallest logit that stays in each row of [rows, vocab]: top-k, then top-p over what it left,
-    then min-p. As `common.kernels.reference.smallest_kept`, which sorts the vocabulary. [rows]
-    """
-    vocab = scaled.shape[1]
-    smallest = scaled.amax(dim=1) + min_p.float().log()
-    largest_k, has_top_p = int(top_k.max()), bool((top_p < 1).any())
-    if largest_k <= 0 and not has_top_p:
-        return smallest
-    count = min(vocab, max(largest_k, num_candidates if has_top_p else 1))
-    top = scaled.topk(count, dim=1).values
-    has_top_k = top_k > 0
-    num_allowed = torch.where(has_top_k, top_k, vocab).clamp(max=vocab).unsqueeze(1)
-    kth = top.gather(1, (num_allowed - 1).clamp(max=count - 1))[:, 0]
-    smallest = torch.maximum(smallest, kth.where(has_top_k, -torch.inf))
-    if not has_top_p:
-        return smallest
-
-    weights = (top.double() - top[:, :1]).exp()
-    in_top_k = torch.arange(count, device=top.device) < num_allowed
-    weights = weights.where(in_top_k, 0.0)
-    sums = weights.cumsum(dim=1)
-    total = (scaled.double() - top[:, :1]).exp().sum(dim=1)
-    target = top_p.double() * torch.where(has_top_k, sums[:, -1], total)
-    # A token stays while those before it do not reach top_p: so the one that crosses it stays.
-    num_kept = (sums - weights < target.unsqueeze(1)).sum(dim=1, keepdim=True).clamp(min=1)
-    pth = top.gather(1, num_kept - 1)[:, 0]
-    smallest = torch.maximum(smallest, pth.where(top_p < 1, -torch.inf))
-    is_beyond = (top_p < 1) & ~has_top_k & (sums[:, -1] < target)
-    if count < vocab and bool(is_beyond.any()):
-        columns = (x[is_beyond] for x in (scaled, top_k, top_p, min_p))
-        smallest[is_beyond] = smallest_kept(*columns, num_candidates=vocab)
-    return smallest

@@ -283,6 +283,9 @@ WRONG_SHAPES = {
     "attention, tables": lambda: attention_with(block_tables=torch.zeros(0, 1)),
     "sample": lambda: sample_with(seeds=torch.zeros(1, dtype=torch.int64)),
     "sample, columns": lambda: sample_with(temperature=torch.ones(2, 1)),
+    "filters": lambda: CPU.smallest_kept(
+        randn(2, 9), torch.zeros(1, dtype=torch.int64), torch.ones(2), torch.ones(2)
+    ),
 }
 
 

@@ -145,6 +145,20 @@ class Ops(ABC):
         rounding of logits that are equal within it. Returns [batch] int64.
         """
 
+    @abstractmethod
+    def smallest_kept(
+        self,
+        logits: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+    ) -> torch.Tensor:
+        """The filters of `sample` alone: the smallest logit that stays in each row.
+
+        logits: [batch, vocab] float32, finite, divided by their temperatures; the others are [batch]
+        (top_k int64). Returns [batch] float32; below all logits where no filter is set.
+        """
+
 
 KERNELS = ("auto", "reference", "cpu", "triton", "flash")
 

@@ -149,6 +149,9 @@ class ReferenceOps(Ops):
         noisy[rows, tokens] = scaled[rows, tokens] + noise
         return torch.where(is_greedy, greedy, noisy.argmax(dim=-1))
 
+    def smallest_kept(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        return smallest_kept(logits, top_k, top_p, min_p)
+
 
 def smallest_kept(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """The smallest logit that stays in each row of [batch, vocab]: top-k, then top-p over what it

@@ -23,7 +23,7 @@ from common.kernels.cpu import elementwise
 from common.kernels.cpu.attention import attention
 from common.kernels.cpu.compile import compile_missing
 from common.kernels.cpu.linear import linear
-from common.kernels.cpu.sampler import sample
+from common.kernels.cpu.sampler import sample, smallest_kept
 from common.kernels.cpu.vector import LANES, PANEL
 from common.kernels.cpu.weight import PanelWeight, WeightMemory
 from common.kernels.reference import ReferenceOps
@@ -315,6 +315,18 @@ class CpuOps(Ops):
         )
         return out
 
+    def smallest_kept(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        logits, top_k = plain(logits, FLOAT), plain(top_k, torch.int64)
+        num_rows, vocab = logits.shape
+        floats = [plain(x, FLOAT) for x in (top_p, min_p.float().log())]
+        if any(x.shape != (num_rows,) for x in (top_k, *floats)):
+            shapes = [x.shape for x in (top_k, *floats)]
+            raise ValueError(f"smallest_kept: {num_rows} rows, {shapes}")
+        out = torch.empty(num_rows)
+        columns = [x.data_ptr() for x in (logits, top_k, *floats, out)]
+        smallest_kept(*columns, num_rows, vocab, self.threads_for())
+        return out
+
     def warm_up(self) -> None:
         """Compile every kernel, or load it from the cache, so that no request waits for it."""
         with _compile_lock:
@@ -334,3 +346,4 @@ class CpuOps(Ops):
         self.attention(query, kv_cache, 0, metadata, 1.0)
         column = torch.zeros(1)
         self.sample(x, column, token, column, column, token, token)
+        self.smallest_kept(x, token, column, column)

@@ -257,6 +257,15 @@ def threshold(scaled, largest, top_k, top_p, scratch):
 
 
 @helper(exact=True)
+def lowest_allowed(scaled, largest, top_k, top_p, log_min_p, scratch):
+    """The smallest logit that top-k, then top-p, then min-p keep."""
+    smallest = np.float32(largest + log_min_p)
+    if 0 < top_k < len(scaled) or top_p < 1:
+        smallest = max(smallest, threshold(scaled, largest, top_k, top_p, scratch))
+    return smallest
+
+
+@helper(exact=True)
 def find_largest(values):
     """The largest value and its first place; NaN counts as impossible."""
     whole = len(values) // LANES * LANES
@@ -308,9 +317,7 @@ def sample_row(
     largest, first = find_largest(scaled)
     if not math.isfinite(largest):
         return first
-    smallest = np.float32(largest + log_min_p)
-    if 0 < top_k < len(scaled) or top_p < 1:
-        smallest = max(smallest, threshold(scaled, largest, top_k, top_p, scratch[1:]))
+    smallest = lowest_allowed(scaled, largest, top_k, top_p, log_min_p, scratch[1:])
     return draw(scaled, largest, first, smallest, seed, position, choice, noise)
 
 
@@ -354,5 +361,24 @@ def sample(
                 np.uint64(choices_of[row]),
                 scratch,
                 noise,
+            )
+            row = next_index(next.ctypes.data)
+
+
+@kernel(exact=True)
+def smallest_kept(logits, top_k, top_p, log_min_p, out, num_rows, vocab, num_threads):
+    rows = float32_array(logits, (num_rows, vocab))
+    top_ks, top_ps = int64_array(top_k, (num_rows,)), float32_array(top_p, (num_rows,))
+    log_min_ps = float32_array(log_min_p, (num_rows,))
+    smallest = float32_array(out, (num_rows,))
+    next = np.zeros(1, np.int64)
+    for _ in prange(num_threads):
+        spare = np.empty((4, vocab), np.float32)
+        scratch = (spare[0], spare[1], spare[2], spare[3])
+        row = next_index(next.ctypes.data)
+        while row < num_rows:
+            largest = find_largest(rows[row])[0]
+            smallest[row] = lowest_allowed(
+                rows[row], largest, top_ks[row], top_ps[row], log_min_ps[row], scratch
             )
             row = next_index(next.ctypes.data)

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.kernels import AttentionMetadata, Ops
 from common.kernels.reference import ReferenceOps
 from common.kernels.triton import attention, elementwise
-from common.kernels.triton.sampler import sample
+from common.kernels.triton.sampler import sample, smallest_kept
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -179,6 +179,15 @@ class TritonOps(Ops):
         noise += [None] * (choices is None)
         with device_of(logits):
             return sample(logits, temperature, top_k, top_p, min_p, *noise)
+
+    def smallest_kept(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        logits, top_k = logits.float().contiguous(), plain(top_k, torch.int64)
+        floats = [plain(x, torch.float32) for x in (top_p, min_p)]
+        assert all(x.shape == (len(logits),) for x in (top_k, *floats)), len(logits)
+        if len(logits) == 0:
+            return logits.new_empty(0)
+        with device_of(logits):
+            return smallest_kept(logits, top_k, *floats)
 
 
 def plain_metadata(metadata: AttentionMetadata) -> AttentionMetadata:

@@ -29,6 +29,7 @@ def sampler_cases() -> Iterator[Case]:
     yield Case("sample", "impossible tokens", lambda t: wrong_rows(t, impossible()), 0)
     yield Case("sample", "edges of filters", lambda t: wrong_rows(t, drawn(8) * 0.3, edges()), 0)
     yield Case("sample", "choices", lambda t: wrong_rows(t, drawn(200), with_choices()), 0)
+    yield Case("sample", "filters alone", wrong_filters, 0)
     yield Case("sample", "views and other formats", views_error, 0)
     for value in (torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e-45):
         yield Case("sample", f"odd logits, {value}", lambda t, v=value: odd_rows(t, v), 0)
@@ -110,6 +111,22 @@ def is_close_call(logits: Tensor, own: list[Tensor], row: int, token: int) -> bo
     best = noisy[surely_kept].max()
     is_kept = bool(scaled[0, token] >= threshold(CLOSE)[0])
     return is_kept and bool(noisy[token] >= best - CLOSE * max(1.0, best.abs().item() * 1e-2))
+
+
+def wrong_filters(t: Target) -> float:
+    """Rows of which `smallest_kept` keeps other tokens than the reference, by more than rounding."""
+    wrong = 0
+    for vocab, spread in ((1, 1.0), (5, 3.0), (300, 3.0), (5003, 3.0)):
+        logits, own = drawn(vocab) * spread, columns(NUM_ROWS, vocab)[1:4]
+        smallest = t.ops.smallest_kept(logits.to(t.device), *(x.to(t.device) for x in own)).cpu()
+        kept, (top_k, top_p, min_p) = logits >= smallest.unsqueeze(1), own
+        for change in (-CLOSE, CLOSE):  # fewer tokens than must stay, more than may
+            allowed = torch.where(top_p < 1, (top_p + change).clamp(1e-37, 1), top_p)
+            bound = REFERENCE.smallest_kept(logits, top_k, allowed, min_p * (1 - change))
+            expected = logits >= (bound - change * 0.01).unsqueeze(1)
+            differ = expected & ~kept if change < 0 else kept & ~expected
+            wrong += int(differ.any(dim=1).sum())
+    return wrong
 
 
 def views_error(t: Target) -> float:
