@@ -469,7 +469,9 @@ class Twins(Drive):
             for sequence in self.engine.scheduler.running:
                 num_tokens = min(sequence.num_drafter_tokens, sequence.num_computed_tokens)
                 blocks = sequence.block_table[: kv.blocks_for(num_tokens)]
-                drafts, own = (x[blocks].movedim(3, 1).flatten(0, 1) for x in (kv.draft_data, kv.data))
+                drafts, own = (
+                    x[blocks].movedim(3, 1).flatten(0, 1) for x in (kv.draft_data, kv.data)
+                )
                 torch.testing.assert_close(drafts[:num_tokens], own[:num_tokens], rtol=0, atol=1e-4)
                 self.num_compared += num_tokens
 

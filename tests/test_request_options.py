@@ -276,13 +276,15 @@ def test_add_request_refuses_what_its_part_has_not(part: int) -> None:
     refused leaves nothing behind, and its id is free."""
     engine = engine_of(part, MODEL)
     several = dataclasses.replace(SEEDED, n=2)
-    with pytest.raises(ValueError, match="^n is 2; a request is for one completion: send n of them"):
+    with pytest.raises(
+        ValueError, match=r"^n is 2; a request is for one completion: send n of them"
+    ):
         engine.add_request(Request("a", PROMPT, several))
     scored = dataclasses.replace(GREEDY, prompt_logprobs=0, max_tokens=2)
     if part in SCORING:
         engine.add_request(Request("a", PROMPT, scored))
     else:
-        with pytest.raises(ValueError, match="^prompt_logprobs is not supported by this part"):
+        with pytest.raises(ValueError, match=r"^prompt_logprobs is not supported by this part"):
             engine.add_request(Request("a", PROMPT, scored))
         assert not engine.has_unfinished() and engine.stats()["num_waiting"] == 0
         engine.add_request(Request("a", PROMPT, dataclasses.replace(scored, prompt_logprobs=None)))
