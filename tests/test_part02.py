@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.requests import Request
+from common.requests import Request, fan_out
 from common.sampling import SamplingParams
 from common.testing.parts import PARTS, engine_of, module_of
 
@@ -205,7 +205,7 @@ def run_async(engine: Any, body: Any) -> Any:
 
 async def collect(async_engine: Any, prompt: list[int], params: SamplingParams) -> list[int]:
     token_ids: list[int] = []
-    async for _, _, delta in async_engine.generate([prompt], params):
+    async for _, _, delta in async_engine.generate(fan_out([(prompt, params)])):
         token_ids += delta.token_ids
     return token_ids
 
@@ -232,7 +232,7 @@ def test_a_step_that_hangs_does_not_keep_the_server_alive(
     async def main() -> threading.Thread:
         async_engine = module.AsyncEngine(engine)
         async with async_engine.lifespan():
-            stream = async_engine.generate([[2, 3]], GREEDY)
+            stream = async_engine.generate(fan_out([([2, 3], GREEDY)]))
             waiting = asyncio.ensure_future(anext(stream))
             await asyncio.sleep(0.1)
             waiting.cancel()
@@ -251,7 +251,7 @@ def test_a_dropped_stream_frees_the_engine_within_one_token(engine: Any) -> None
     long = replace(GREEDY, max_tokens=900)
 
     async def body(async_engine: Any) -> int:
-        stream = async_engine.generate([[2, 3]], long)
+        stream = async_engine.generate(fan_out([([2, 3], long)]))
         async for _, output, _ in stream:
             if len(output.token_ids) == 5:
                 break
@@ -299,7 +299,7 @@ def test_stop_string_ends_the_engines_work() -> None:
 
     async def body(async_engine: Any) -> tuple[str, int, str | None]:
         text, last = "", None
-        async for _, output, delta in async_engine.generate([prompt], params):
+        async for _, output, delta in async_engine.generate(fan_out([(prompt, params)])):
             text, last = text + delta.text, output
         while engine.has_unfinished():
             await asyncio.sleep(0.001)

@@ -1,9 +1,13 @@
-"""Part 03's own invariants: the block pool, static batches, model shapes."""
+"""Part 03's own invariants: the block pool, static batches, what a batch holds, model shapes."""
 
 import random
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -13,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy
-from common.testing.parts import distinct_files, engine_of, module_of
+from common.testing.parts import PARTS, distinct_files, engine_of, module_of
 
 MODEL = "random:tiny-llama"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -233,3 +237,87 @@ def test_unsupported_models_are_refused_by_name(tmp_path: Any) -> None:
     yarn.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ModelError, match="rope_type is 'yarn'"):
         model_config.from_transformers(yarn, 100)
+
+
+# A batch is a snapshot: tensors and plain numbers.
+
+
+def inside(thing: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """A thing and all that it holds: attributes, items, what functions have captured."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    yield thing
+    if isinstance(thing, str | bytes | int | float | torch.Tensor | np.ndarray | type | ModuleType):
+        return
+    held: list[Any] = [*vars(thing).values()] if hasattr(thing, "__dict__") else []
+    if isinstance(thing, dict):
+        held += [*thing.keys(), *thing.values()]
+    elif isinstance(thing, list | tuple | set | frozenset | deque):
+        held += thing
+    elif isinstance(thing, FunctionType):
+        held += [cell.cell_contents for cell in thing.__closure__ or ()]
+    for part in held:
+        yield from inside(part, seen)
+
+
+def test_inside_finds_what_lies_deep() -> None:
+    @dataclass
+    class Box:
+        content: Any
+
+    needle = Box(1)
+    wrappings = (Box(needle), {needle.content: [needle]}, (Box({"a": deque([needle])}),))
+    for thing in (*wrappings, lambda: needle):
+        assert any(found is needle for found in inside(thing))
+    assert not any(found is needle for found in inside([Box(2), "needle", {1: 2.0}]))
+
+
+BATCHES: list[tuple[int, dict[str, Any]]] = [(part, {}) for part in PARTS if part >= 3] + [
+    (8, {"speculative": "ngram", "prompt_lookup_min": 1}),
+    (8, {"speculative": "self", "draft_layers": 1}),
+    (8, {"speculative": "draft", "draft_model": MODEL}),
+]
+
+
+@pytest.mark.parametrize(("part", "flags"), BATCHES, ids=str)
+def test_a_batch_holds_no_sequence(
+    part: int, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device may read it while the host changes the sequences. Whatever they ask for."""
+    engine = engine_of(part, MODEL, threads=1, num_blocks=64, **flags)
+    sequence_class = module_of(part, "sequence").Sequence
+    forward, batches = engine.runner.forward, []
+
+    def look(batch: Any, *drafter: Any) -> Any:
+        batches.append(batch)
+        assert not [x for x in inside(batch) if isinstance(x, sequence_class)]
+        return forward(batch, *drafter)
+
+    monkeypatch.setattr(engine.runner, "forward", look)
+    if flags:  # as many drafts as there is room for
+        lengths = engine.speculator.lengths
+        monkeypatch.setattr(lengths, "choose", lambda sequences, limits, num_tokens: list(limits))
+    penalties = {"presence_penalty": 1.0, "frequency_penalty": 0.5}
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"seed": 3, "logprobs": 2, **penalties},
+        {"logit_bias": {5: 3.0}, "min_tokens": 4},
+    ]
+    if part >= 4:
+        kinds += [{"prompt_logprobs": 2}, {"n": 2}]
+    params = [SamplingParams(max_tokens=8, ignore_eos=True, **kind) for kind in kinds]
+    engine.generate([[3, 4, 5] * 6] * len(kinds), params, progress=False)
+    assert len(batches) >= 3
+    assert any(len(batch.logits_indices) > 1 for batch in batches)
+    if part >= 4:
+        assert any(batch.prompts for batch in batches)
+    if part >= 5:
+        assert any(batch.has_penalties for batch in batches)
+        assert any(batch.counted for batch in batches)
+        assert any(batch.sampling.biases is not None for batch in batches)
+    if flags:
+        assert any(any(batch.draft_lengths) for batch in batches)
+    assert not [x for batch in batches for x in inside(batch) if isinstance(x, sequence_class)]

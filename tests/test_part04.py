@@ -1,4 +1,4 @@
-"""Part 04's own invariants: who joins and who is preempted, the packed input, n completions."""
+"""Part 04's own invariants: who joins and who is preempted, statuses, a step's input, n completions."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,13 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded
-from common.testing.parts import distinct_files, engine_of, module_of, wrap_model
+from common.testing.parts import PARTS, distinct_files, engine_of, folder_of, module_of, wrap_model
 
 MODEL = "random:tiny-llama"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -112,7 +110,7 @@ def test_the_newest_is_preempted_keeps_its_output_and_comes_back_first() -> None
 
 
 def test_penalties_count_on_after_a_preemption() -> None:
-    """Output counts live on the device by row; a sequence that comes back may get another row."""
+    """What counts is the whole output of a sequence, also that from before it gave up its blocks."""
     params = SamplingParams(seed=5, presence_penalty=1.5, frequency_penalty=1.5, ignore_eos=True)
     params = replace(params, max_tokens=30, temperature=0.3)
     prompts = [[i + 2] * 3 for i in range(6)]
@@ -175,61 +173,50 @@ def test_n_completions_of_one_prompt() -> None:
     assert check_greedy(MODEL, [([5, 6], greedy[1].token_ids)]).is_right
 
 
-SHAPES = st.tuples(*[st.integers(1, 40)] * 4)
-
-
-@pytest.mark.parametrize("part", distinct_files("input_buffers.py"))
-@given(SHAPES)
-@settings(max_examples=100, deadline=None)
-def test_packed_fields_do_not_overlap(part: int, numbers: tuple[int, int, int, int]) -> None:
-    """Each field is written with its own number; all are read back whole, at aligned addresses."""
-    module = module_of(part, "input_buffers")
-    shape = module.BatchShape(*numbers)
-    buffers = module.InputBuffers(module.BatchShape(40, 40, 40, 40), torch.device("cpu"))
-    arrays, tensors = buffers.arrays(shape), buffers.tensors(shape)
-    for number, array in enumerate(arrays.values()):
-        array[:] = number
-    buffers.copy_to_device(shape)
-    for number, (name, tensor) in enumerate(tensors.items()):
-        assert tensor.data_ptr() % 64 == buffers.device.data_ptr() % 64, name
-        assert (tensor == number).all(), name
-        assert len(tensor) == len(arrays[name]) == shape.lengths()[module.FIELDS[name][1]], name
-    largest = module.BatchShape(40, 40, 40, 40)
-    assert len(buffers.tensors(largest)["token_ids"]) == 40 == len(buffers.arrays(largest)["rows"])
-    again = buffers.tensors(module.BatchShape(*numbers))
-    assert {n: t.data_ptr() for n, t in again.items()} == {
-        n: t.data_ptr() for n, t in tensors.items()
-    }, "batches of one shape lie at the same addresses"
-
-
-def test_the_packed_batch_says_what_is_scheduled() -> None:
-    """A prompt beside a decode row, read back from the buffer and held against plain arithmetic."""
+def test_the_batch_says_what_is_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt beside a decode row, as tensors and held against plain arithmetic."""
     engine = engine_with(num_blocks=64, block_size=4, max_num_seqs=8)
     sequence_class = module_of(4, "sequence").Sequence
-    old = sequence_class("old", [7] * 6, GREEDY, seed=9, row=2, num_computed_tokens=6)
+    no_end = frozenset({1})
+    old = sequence_class(Request("old", [7] * 6, GREEDY), 9, no_end, 20, num_computed_tokens=6)
     old.output_token_ids, old.block_table = [42], [9, 3]
-    new = sequence_class("new", [11, 12, 13], SamplingParams(top_k=5), seed=2**64 - 1, row=0)
+    params = SamplingParams(top_k=5, min_tokens=2)
+    new = sequence_class(Request("new", [11, 12, 13], params, choice=2), 2**64 - 1, no_end, 20)
     new.block_table = [5]
-    output = module_of(4, "scheduler").SchedulerOutput(
-        {new: 3, old: 1}, [new, old], {new: [5], old: [9, 3]}
-    )
+    output = module_of(4, "scheduler").SchedulerOutput()
+    output.run(new, 3)
+    output.run(old, 1)
+    assert output.num_tokens == 4 and output.sampled == [new, old]
     batch = engine.runner.prepare(output)
     assert batch.token_ids.tolist() == [11, 12, 13, 42]
     assert batch.positions.tolist() == [0, 1, 2, 6]
     assert batch.metadata.cu_seqlens_q.tolist() == [0, 3, 4]
     assert batch.metadata.seq_lens.tolist() == [3, 7]
     assert batch.metadata.slot_mapping.tolist() == [20, 21, 22, 14]
-    assert batch.metadata.block_tables[1].tolist() == [9, 3]
-    assert batch.metadata.block_tables[0, 0] == 5
+    assert batch.metadata.block_tables.tolist() == [[5, 0], [9, 3]]
     assert (batch.metadata.max_query_len, batch.metadata.max_seq_len) == (3, 7)
-    assert batch.sampled == [new, old] and batch.logits_indices.tolist() == [2, 3]
-    assert batch.rows.tolist() == [0, 2]
-    assert batch.sampling.seeds.tolist() == [[-1], [9]]
-    assert batch.sampling.positions.tolist() == [[3], [7]]
-    assert batch.sampling.top_k.tolist() == [[5], [0]]
-    assert np.allclose(batch.sampling.temperature, [[1.0], [0.0]])
-    half = module_of(4, "scheduler").SchedulerOutput({new: 2}, [], {})
-    assert engine.runner.prepare(half).sampled == [], "sampled only after its last token"
+    assert batch.logits_indices.tolist() == [2, 3]
+    drawn: list[Any] = []
+
+    def sample(ops: Any, logits: torch.Tensor, sampling: Any) -> torch.Tensor:
+        drawn.append(sampling)
+        return torch.tensor([300, 301])
+
+    monkeypatch.setattr(module_of(4, "model_runner"), "sample", sample)
+    logits = torch.zeros(2, engine.vocab_size)
+    assert engine.runner.sample(output.sampled, logits)[0] == [[300], [301]]
+    [sampling] = drawn
+    assert sampling.seeds.tolist() == [[-1], [9]]
+    assert sampling.choices.tolist() == [[2], [0]]
+    assert sampling.positions.tolist() == [[3], [7]]
+    assert sampling.top_k.tolist() == [[5], [0]]
+    assert np.allclose(sampling.temperature, [[1.0], [0.0]])
+    biased = sampling.biased(logits)
+    assert biased[0, 1] == -torch.inf and (biased[1] == 0).all(), "not its end before min_tokens"
+    half = module_of(4, "scheduler").SchedulerOutput()
+    half.run(new, 2)
+    assert half.sampled == [], "sampled only after its last token"
+    assert engine.runner.prepare(half).logits_indices.tolist() == []
 
 
 def test_a_step_says_what_it_holds() -> None:
@@ -237,19 +224,135 @@ def test_a_step_says_what_it_holds() -> None:
     stats = engine.stats()
     per_token = 2 * engine.runner.model.config.num_layers * engine.kv.data[0, 0, 0, 0].nbytes
     assert stats["kv_cache_bytes"] == 64 * 4 * per_token
-    assert stats["buffer_bytes"] > 0 and stats["weight_bytes"] > 0
+    assert stats["weight_bytes"] == engine.runner.model.num_bytes > 0
 
 
-def test_the_buffers_hold_the_largest_step() -> None:
+@pytest.mark.parametrize(
+    ("budget", "lengths"),
+    [(30, [1] * 40), (60, [12, 10] + [1] * 38), (5, [1] * 40)],
+)
+def test_the_largest_step(budget: int, lengths: list[int]) -> None:
     """What a GPU's memory is sized by; here it must only run. And more rows than tokens of context."""
     engine = engine_with(
-        max_model_len=12, max_num_seqs=40, max_num_batched_tokens=30, num_blocks=40
+        max_model_len=12, max_num_seqs=40, max_num_batched_tokens=budget, num_blocks=40
     )
     runner = engine.runner
-    runner.tables.block_tables[:] = 0
-    batch = runner.prepare(runner.largest_step(12))
-    assert batch.metadata.seq_lens.tolist() == [12, 12, 6] + [1] * 37
-    tokens, _ = runner.sample(batch, runner.forward(batch)[0])
+    largest = runner.largest_step(12)
+    batch = runner.prepare(largest)
+    assert batch.metadata.seq_lens.tolist() == lengths
+    assert len(batch.token_ids) == largest.num_tokens == sum(lengths)
+    tokens, _ = runner.sample(largest.sampled, runner.forward(batch)[0])
     assert len(tokens) == 40
+    runner.run_largest_step(12)
     outputs = engine.generate([[2]] * 45, replace(GREEDY, max_tokens=4), progress=False)
     assert len({tuple(output.token_ids) for output in outputs}) == 1
+
+
+def test_the_largest_step_has_the_longest_prompt() -> None:
+    """The first prompt of a step may be longer than the budget."""
+    runner = engine_with(max_model_len=64, max_num_seqs=3, max_num_batched_tokens=8).runner
+    batch = runner.prepare(runner.largest_step(64))
+    assert batch.metadata.seq_lens.tolist() == [62, 1, 1]
+
+
+# A sequence's status.
+
+LEGAL = {
+    "waiting": {"running", "finished"},
+    "running": {"waiting", "ending", "finished"},
+    "ending": {"finished"},
+    "finished": set(),
+}
+
+
+def statuses(part: int) -> dict[str, Any]:
+    """Each status by its name."""
+    return {status.value: status for status in module_of(part, "sequence").Status}
+
+
+def sequence_of(part: int, **fields: Any) -> Any:
+    return module_of(part, "sequence").Sequence(
+        Request("x", [2, 3], GREEDY), 0, frozenset(), 10, **fields
+    )
+
+
+@pytest.mark.parametrize("part", distinct_files("scheduler.py"))
+def test_an_illegal_transition_names_both_statuses(part: int) -> None:
+    """Every pair of statuses: what is legal happens, the rest is an error and changes nothing."""
+    scheduler = engine_of(part, MODEL, threads=1, num_blocks=64, block_size=4).scheduler
+    known = statuses(part)
+    assert known.keys() == LEGAL.keys() - ({"ending"} if part == 4 else set())
+    for was in known:
+        for status in known:
+            sequence = sequence_of(part, status=known[was])
+            if status in LEGAL[was]:
+                scheduler.become(sequence, known[status])
+                assert sequence.status is known[status]
+            else:
+                with pytest.raises(AssertionError, match=f"^x: {was} -> {status}"):
+                    scheduler.become(sequence, known[status])
+                assert sequence.status is known[was]
+
+
+@pytest.mark.parametrize("part", distinct_files("scheduler.py"))
+def test_what_may_not_happen_to_a_sequence_leaves_it_as_it_was(part: int) -> None:
+    """By the methods that change a status: the error comes before anything is moved or freed."""
+    engine = engine_of(part, MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8)
+    scheduler = engine.scheduler
+    for name in ("a", "b"):
+        engine.add_request(Request(name, [2, 3, 4], GREEDY))
+    engine.step()
+    engine.add_request(Request("waiting", [5], GREEDY))
+    running, waiting = engine.sequences["a"], engine.sequences["waiting"]
+
+    def refused(method: Any, sequence: Any, transition: str) -> None:
+        before = list(scheduler.running), list(scheduler.waiting), list(sequence.block_table)
+        with pytest.raises(AssertionError, match=f"^{sequence.request_id}: {transition}$"):
+            method(sequence)
+        assert before == (
+            list(scheduler.running),
+            list(scheduler.waiting),
+            list(sequence.block_table),
+        )
+
+    refused(scheduler.start, running, "running -> running")
+    refused(scheduler.preempt, waiting, "waiting -> waiting")
+    if part > 4:
+        refused(scheduler.end, waiting, "waiting -> ending")
+        scheduler.end(engine.sequences["b"])
+        refused(scheduler.end, engine.sequences["b"], "ending -> ending")
+        refused(scheduler.preempt, engine.sequences["b"], "ending -> waiting")
+        refused(scheduler.start, engine.sequences["b"], "ending -> running")
+    engine.check_integrity()
+    engine.abort("a")
+    for method, status in ((scheduler.preempt, "waiting"), (scheduler.finish, "finished")):
+        refused(method, running, f"finished -> {status}")
+    engine.shutdown()
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("part", distinct_files("scheduler.py"))
+def test_a_status_that_is_not_true_is_noticed(part: int) -> None:
+    engine = engine_of(part, MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8)
+    engine.add_request(Request("a", [2, 3, 4], GREEDY))
+    sequence, known = engine.sequences["a"], statuses(part)
+    for right in ("waiting", "running"):
+        for wrong in known.keys() - {right}:
+            sequence.status = known[wrong]
+            with pytest.raises(AssertionError, match=f"a: Status.{wrong.upper()}"):
+                engine.check_integrity()
+        sequence.status = known[right]
+        engine.check_integrity()
+        engine.step()
+    engine.shutdown()
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part >= 4])
+def test_nothing_but_the_scheduler_changes_a_status(part: int) -> None:
+    places = [
+        (path.name, line.strip())
+        for path in folder_of(part).glob("*.py")
+        for line in path.read_text().splitlines()
+        if ".status = " in line
+    ]
+    assert places == [("scheduler.py", "sequence.status = status")]

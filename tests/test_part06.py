@@ -1,6 +1,7 @@
 """Part 06's own invariants: prompts in slices, one budget for all that a step runs."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +17,21 @@ MODEL = "random:tiny-llama"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
 
-def engine_with(**flags: Any) -> Any:
-    flags = {
-        "num_blocks": 64,
-        "block_size": 4,
-        "max_num_seqs": 8,
-        "async_scheduling": False,
-    } | flags
-    return engine_of(6, MODEL, threads=1, **flags)
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def engine_with(monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes an engine; unless it is to be asynchronous, each step reads its own tokens."""
+
+    def make(is_async: bool = False, **flags: Any) -> Any:
+        flags = {"num_blocks": 64, "block_size": 4, "max_num_seqs": 8} | flags
+        engine = engine_of(6, MODEL, threads=1, **flags)
+        assert engine.num_in_flight == 2 and not engine.has_unfinished()
+        monkeypatch.setattr(engine, "num_in_flight", 2 if is_async else 1)
+        return engine
+
+    return make
 
 
 def step(engine: Any) -> dict[str, int]:
@@ -43,7 +51,7 @@ def finish(engine: Any) -> dict[str, list[int]]:
     return tokens
 
 
-def test_a_prompt_runs_in_slices_beside_those_who_decode() -> None:
+def test_a_prompt_runs_in_slices_beside_those_who_decode(engine_with: Make) -> None:
     engine = engine_with(max_num_batched_tokens=8)
     engine.add_request(Request("a", [2, 3, 4], GREEDY))
     assert step(engine) == {"a": 3}
@@ -64,7 +72,7 @@ def test_a_prompt_runs_in_slices_beside_those_who_decode() -> None:
     assert check_greedy(MODEL, pairs).is_right
 
 
-def test_who_decodes_comes_before_prompts() -> None:
+def test_who_decodes_comes_before_prompts(engine_with: Make) -> None:
     """With no budget left for it a prompt waits; nobody's turn is taken for it."""
     engine = engine_with(max_num_batched_tokens=2)
     for name in ("a", "b"):
@@ -77,7 +85,7 @@ def test_who_decodes_comes_before_prompts() -> None:
     finish(engine)
 
 
-def test_a_threshold_leaves_room_beside_a_long_prompt() -> None:
+def test_a_threshold_leaves_room_beside_a_long_prompt(engine_with: Make) -> None:
     engine = engine_with(max_num_batched_tokens=16, long_prefill_threshold=6)
     engine.add_request(Request("long", [2] * 20, GREEDY))
     engine.add_request(Request("short", [3] * 5, GREEDY))
@@ -86,7 +94,7 @@ def test_a_threshold_leaves_room_beside_a_long_prompt() -> None:
     finish(engine)
 
 
-def test_who_joins_takes_the_blocks_of_its_whole_prompt() -> None:
+def test_who_joins_takes_the_blocks_of_its_whole_prompt(engine_with: Make) -> None:
     """Two prompts of 20 tokens and 7 blocks: the second waits, though its first slice would fit."""
     engine = engine_with(num_blocks=7, max_num_batched_tokens=4)
     engine.add_request(Request("a", [2] * 20, replace(GREEDY, max_tokens=2)))
@@ -101,8 +109,8 @@ def test_who_joins_takes_the_blocks_of_its_whole_prompt() -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_prompt_preempted_in_its_middle_begins_again(is_async: bool) -> None:
-    engine = engine_with(num_blocks=9, max_num_batched_tokens=4, async_scheduling=is_async)
+def test_a_prompt_preempted_in_its_middle_begins_again(engine_with: Make, is_async: bool) -> None:
+    engine = engine_with(num_blocks=9, max_num_batched_tokens=4, is_async=is_async)
     prompts = {"a": [2, 3], "b": list(range(5, 24))}
     engine.add_request(Request("a", prompts["a"], replace(GREEDY, max_tokens=30)))
     step(engine)
@@ -118,8 +126,8 @@ def test_a_prompt_preempted_in_its_middle_begins_again(is_async: bool) -> None:
     assert check_greedy(MODEL, pairs).is_right
 
 
-def test_an_abort_in_the_middle_of_a_prompt() -> None:
-    engine = engine_with(max_num_batched_tokens=4, async_scheduling=True)
+def test_an_abort_in_the_middle_of_a_prompt(engine_with: Make) -> None:
+    engine = engine_with(max_num_batched_tokens=4, is_async=True)
     engine.add_request(Request("a", [2] * 30, GREEDY))
     step(engine)
     step(engine)
@@ -128,13 +136,13 @@ def test_an_abort_in_the_middle_of_a_prompt() -> None:
     finish(engine)
 
 
-def test_penalties_and_seeds_count_from_the_first_token_drawn() -> None:
+def test_penalties_and_seeds_count_from_the_first_token_drawn(engine_with: Make) -> None:
     """A slice that ends in the middle of a prompt draws nothing and counts nothing."""
     params = SamplingParams(
         seed=5, presence_penalty=1.5, frequency_penalty=1.5, max_tokens=20, ignore_eos=True
     )
     prompts = [[i + 2] * (3 * i + 1) for i in range(6)]
-    engine = engine_with(max_num_batched_tokens=5, async_scheduling=True)
+    engine = engine_with(max_num_batched_tokens=5, is_async=True)
     outputs = [c.token_ids for c in engine.generate(prompts, params, progress=False)]
     rows = [(p, o, params) for p, o in zip(prompts, outputs, strict=True)]
     assert check_seeded(MODEL, rows).is_right
@@ -142,9 +150,9 @@ def test_penalties_and_seeds_count_from_the_first_token_drawn() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 2, 7, 16])
-def test_no_step_exceeds_its_budget(budget: int) -> None:
+def test_no_step_exceeds_its_budget(engine_with: Make, budget: int) -> None:
     """And each uses all of it while somebody could run more."""
-    engine = engine_with(max_num_batched_tokens=budget, async_scheduling=True)
+    engine = engine_with(max_num_batched_tokens=budget, is_async=True)
     rng = random.Random(budget)
     prompts = [[rng.randrange(2, 500)] * rng.randint(1, 40) for _ in range(8)]
     last = engine.trace.last_record
@@ -169,6 +177,6 @@ def test_the_budget_depends_on_the_device() -> None:
     runner = engine_of(
         6, MODEL, threads=1, max_num_batched_tokens=30, max_num_seqs=40, num_blocks=40
     ).runner
-    runner.tables.block_tables[:] = 0
+    runner.inputs.block_tables[:] = 0
     batch = runner.prepare(runner.largest_step(12))
     assert batch.metadata.seq_lens.tolist() == [1] * 30

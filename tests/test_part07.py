@@ -1,5 +1,6 @@
 """Part 07's own invariants: what may be found in a prefix cache, and what must never be."""
 
+import copy
 from array import array
 from dataclasses import replace
 from typing import Any
@@ -21,8 +22,19 @@ PROMPT = [(7 * i) % 500 + 2 for i in range(30)]
 KINDS = ["hash", "radix"]
 
 cache_module = module_of(7, "prefix_cache")
-Sequence = module_of(7, "sequence").Sequence
 BlockPool = module_of(7, "kv_cache").BlockPool
+
+
+def sequence_of(name: str, tokens: list[int], salt: str | None = None, part: int = 7) -> Any:
+    request = Request(name, tokens, GREEDY, cache_salt=salt)
+    return module_of(part, "sequence").Sequence(request, 0, frozenset(), 1024)
+
+
+def take(cache: Any, sequence: Any) -> None:
+    """Let a sequence begin with what is found for it."""
+    found = cache.match(sequence)
+    cache.take(sequence, found)
+    sequence.block_table = found.blocks
 
 
 def engine_with(kind: str = "hash", **flags: Any) -> Any:
@@ -116,10 +128,10 @@ def test_salts_are_walls(kind: str) -> None:
 def test_a_salt_that_looks_like_a_block_opens_nothing() -> None:
     """The first block's key must not be had by a salt that spells another block's key."""
     cache = cache_module.HashPrefixCache(BlockPool(8), 4)
-    victim = Sequence("v", PROMPT[:8], GREEDY, 0)
+    victim = sequence_of("v", PROMPT[:8])
     first = cache.keys(victim, 8)[0]
     for salt in (first.decode("latin-1"), first.hex(), ""):
-        thief = Sequence("t", PROMPT[4:8], GREEDY, 0, cache_salt=salt)
+        thief = sequence_of("t", PROMPT[4:8], salt)
         assert not set(cache.keys(thief, 4)) & set(cache.keys(victim, 8))
 
 
@@ -129,9 +141,9 @@ def test_no_salt_has_the_key_of_a_block(part: int) -> None:
     whoever sends the second block as a prompt has written what the victim reads as its second."""
     module = module_of(part, "prefix_cache")
     cache = module.HashPrefixCache(module_of(part, "kv_cache").BlockPool(8), 4)
-    victim = Sequence("v", PROMPT[:8], GREEDY, 0)
+    victim = sequence_of("v", PROMPT[:8])
     salt = bytes(32) + array("i", PROMPT[:4]).tobytes()
-    thief = Sequence("t", PROMPT[4:8], GREEDY, 0, cache_salt=salt.decode())
+    thief = sequence_of("t", PROMPT[4:8], salt.decode())
     assert cache.keys(thief, 4) != cache.keys(victim, 8)[1:]
 
 
@@ -216,8 +228,11 @@ def test_what_a_failed_step_left_is_never_found(kind: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_preempted_sequence_finds_itself(kind: str, is_async: bool) -> None:
-    engine = engine_with(kind, async_scheduling=is_async)
+def test_a_preempted_sequence_finds_itself(
+    kind: str, is_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_with(kind)
+    monkeypatch.setattr(engine, "num_in_flight", 2 if is_async else 1)
     engine.add_request(Request("a", PROMPT, replace(GREEDY, max_tokens=20)))
     tokens = [token for _ in range(8) for output in engine.step() for token in output.token_ids]
     sequence = engine.sequences["a"]
@@ -299,11 +314,11 @@ def test_an_answer_that_is_there_already_is_not_held_twice(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_that_begin_alike_and_part(kind: str) -> None:
     """Each goes on behind the blocks that they share, and both ways can be found."""
-    cache = cache_module.make_prefix_cache(kind, BlockPool(16), 2)
+    cache = cache_module.make_block_cache(kind, BlockPool(16), 2)
 
     def begin(name: str, tokens: list[int]) -> Any:
-        sequence = Sequence(name, tokens, GREEDY, 0)
-        sequence.block_table = cache.match(sequence)
+        sequence = sequence_of(name, tokens)
+        take(cache, sequence)
         missing = (len(tokens) + 1) // 2 - len(sequence.block_table)
         sequence.block_table += cache.allocate(missing)
         cache.publish(sequence, len(tokens))
@@ -325,10 +340,10 @@ def test_two_that_begin_alike_and_part(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_of_the_cache_is_bounded(kind: str) -> None:
     """Ten thousand prompts, each with its salt: no structure grows beyond what the pool holds."""
-    cache = cache_module.make_prefix_cache(kind, BlockPool(8), 2)
+    cache = cache_module.make_block_cache(kind, BlockPool(8), 2)
     for i in range(10_000):
-        sequence = Sequence(f"s{i}", [i, i + 1, i % 7, 1, 2], GREEDY, 0, cache_salt=f"{i % 97}")
-        sequence.block_table = cache.match(sequence)
+        sequence = sequence_of(f"s{i}", [i, i + 1, i % 7, 1, 2], f"{i % 97}")
+        take(cache, sequence)
         sequence.block_table += cache.allocate(3 - len(sequence.block_table))
         cache.publish(sequence, 5)
         cache.release(sequence)
@@ -377,6 +392,90 @@ def test_what_others_left_behind_is_never_read(kind: str, part: int) -> None:
         assert drive.num_poisoned > 30
 
 
+# To look for something is not to take it.
+
+
+def eviction_order(cache: Any) -> list[int]:
+    """The blocks that can be had, in the order in which they are given away: that of a copy."""
+    cache = copy.deepcopy(cache)
+    return [block for _ in range(cache.num_free) for block in cache.allocate(1)]
+
+
+def state_of(cache: Any) -> tuple[Any, ...]:
+    """Owners and order of all blocks. A tree may be cut into other nodes, with the same in them."""
+    last_used: dict[int, tuple[int, int]] = {}
+    nodes = [cache.root] if hasattr(cache, "root") else []
+    for node in nodes:  # which grows
+        nodes += node.children.values()
+        last_used |= dict.fromkeys(node.blocks, (node.last_used, node.num_locks))
+    return (
+        list(cache.pool.ref_counts),
+        list(cache.pool.free_blocks),
+        cache.num_free,
+        last_used,
+        eviction_order(cache),
+    )
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part >= 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_is_refused_leaves_everything_as_it_was(kind: str, part: int) -> None:
+    """It finds 20 tokens of one chain, and too few blocks are left for the rest: it waits, step
+    after step, and what it found is still what was not used for longest."""
+    flags: dict[str, Any] = {"num_blocks": 24, "block_size": 4, "max_num_seqs": 8}
+    engine = engine_of(part, MODEL, threads=1, prefix_cache=kind, **flags)
+    scheduler = engine.scheduler
+    cache = scheduler.cache
+    cache.pool.free(cache.allocate(cache.num_free))  # which forgets all
+    one = replace(GREEDY, max_tokens=1)
+    for prompt in (PROMPT, [5] * 13, [*PROMPT[:12], 3, 3, 3, 3, 3]):
+        engine.generate([prompt], one, progress=False)
+    engine.add_request(Request("long", [9] * 31, replace(GREEDY, max_tokens=10)))
+    for _ in range(3):
+        engine.step()
+    head = Request("head", [*PROMPT[:22], *[8] * 50], GREEDY)
+    engine.add_request(head)
+    before = state_of(cache)
+    assert len(before[-1]) < 19 and before[2] == len(before[-1])
+    for _ in range(3):
+        output = module_of(part, "scheduler").SchedulerOutput()
+        scheduler.admit(output)
+        assert not output.num_new_tokens and not output.admitted and not output.new_blocks
+        assert state_of(cache) == before
+        engine.check_integrity()
+    sequence = engine.sequences["head"]
+    assert sequence.block_table == [] and sequence.num_cached_tokens is None
+    assert sequence.num_computed_tokens == 0 and sequence.row is None
+    finish(engine)
+    assert sequence.num_cached_tokens == 20, "it is found once there is room"
+    assert check_greedy(MODEL, [(head.prompt_token_ids, sequence.output_token_ids)]).is_right
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_looked_at_and_not_taken_can_be_evicted_to_the_last_block(kind: str) -> None:
+    """Looking cuts nodes of the tree in two; all of them stay known to who evicts."""
+    cache = cache_module.make_block_cache(kind, BlockPool(16), 2)
+    for name, tokens in {"a": [1] * 12, "b": [1, 1, 1, 1, 2, 2, 2, 2], "c": [3] * 8}.items():
+        sequence = sequence_of(name, tokens)
+        take(cache, sequence)
+        missing = len(tokens) // 2 - len(sequence.block_table)
+        sequence.block_table += cache.allocate(missing)
+        cache.publish(sequence, len(tokens))
+        cache.release(sequence)
+    before = state_of(cache)
+    looks = [[1, 1, 9], [1] * 7, [3, 3, 3], [3] * 7, [1, 1, 1, 1, 2, 2, 9], [1] * 11, [7, 7, 7]]
+    found = [len(cache.match(sequence_of("look", tokens)).blocks) for tokens in looks * 2]
+    assert found == [1, 3, 1, 3, 3, 5, 0] * 2
+    assert state_of(cache) == before
+    cache.check_integrity([])
+    given = [block for _ in range(16) for block in cache.allocate(1)]
+    assert given == before[-1] and sorted(given) == list(range(16))
+    assert cache.num_free == 0
+    assert not cache.match(sequence_of("look", [1] * 11)).blocks, "all of it is forgotten"
+    cache.pool.free(given)
+    cache.check_integrity([])
+
+
 # Against a brute-force model of what may be found.
 
 
@@ -389,7 +488,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(num_blocks=st.integers(4, 24), block_size=st.integers(1, 3))
     def start(self, num_blocks: int, block_size: int) -> None:
         self.pool, self.block_size = BlockPool(num_blocks), block_size
-        self.cache = cache_module.make_prefix_cache(self.kind, self.pool, block_size)
+        self.cache = cache_module.make_block_cache(self.kind, self.pool, block_size)
         self.sequences: list[Any] = []
         self.computed: dict[Any, int] = {}
         self.holds: dict[int, Any] = {}  # block -> (salt, all tokens up to its end)
@@ -401,7 +500,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def beginning(self, sequence: Any, num_blocks: int) -> Any:
         tokens = sequence.prompt_token_ids + sequence.output_token_ids
-        return sequence.cache_salt, tuple(tokens[: num_blocks * self.block_size])
+        return sequence.request.cache_salt, tuple(tokens[: num_blocks * self.block_size])
 
     def allocate(self, count: int) -> list[int]:
         before = self.cache.num_free
@@ -425,9 +524,13 @@ class CacheMachine(RuleBasedStateMachine):
         salt=st.sampled_from([None, None, "a", "b"]),
     )
     def begin(self, tokens: list[int], salt: str | None) -> None:
-        sequence = Sequence(f"s{self.count}", tokens, GREEDY, 0, cache_salt=salt)
+        sequence = sequence_of(f"s{self.count}", tokens, salt)
         self.count += 1
-        found = self.cache.match(sequence)
+        before = state_of(self.cache)
+        match = self.cache.match(sequence)
+        assert state_of(self.cache) == before, "to look for something changes nothing"
+        self.cache.check_integrity([other.block_table for other in self.sequences])
+        found = match.blocks
         most = best = 0
         while (most + 1) * self.block_size < len(tokens):
             if self.beginning(sequence, most + 1) not in self.found_in:
@@ -439,11 +542,15 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.kind != "hash" or best == most
         for place, block in enumerate(found):
             assert self.holds[block] == self.beginning(sequence, place + 1)
-        sequence.block_table = found
+        num_used = sum(self.pool.ref_counts[block] > 0 for block in found)
+        assert self.kind != "hash" or match.num_free == len(found) - num_used
         missing = -(-len(tokens) // self.block_size) - len(found)
-        if missing > self.cache.num_free:
-            self.cache.release(sequence)
-            return
+        if missing > self.cache.num_free - match.num_free:
+            return  # refused; nothing was taken
+        num_free = self.cache.num_free
+        self.cache.take(sequence, match)
+        assert self.cache.num_free == num_free - match.num_free
+        sequence.block_table = found
         sequence.block_table += self.allocate(missing)
         self.sequences.append(sequence)
         self.computed[sequence] = len(found) * self.block_size
@@ -453,7 +560,7 @@ class CacheMachine(RuleBasedStateMachine):
     def compute(self, which: int, count: int) -> None:
         """Some more of what is known, read and published."""
         sequence = self.sequences[which % len(self.sequences)]
-        end = min(self.computed[sequence] + count, sequence.num_known_tokens)
+        end = min(self.computed[sequence] + count, sequence.num_tokens)
         self.computed[sequence] = end
         for place in range(end // self.block_size):
             key = self.beginning(sequence, place + 1)
@@ -468,7 +575,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99), token=st.integers(0, 1))
     def grow(self, which: int, token: int) -> None:
         sequence = self.sequences[which % len(self.sequences)]
-        missing = -(-(sequence.num_known_tokens + 1) // self.block_size)
+        missing = -(-(sequence.num_tokens + 1) // self.block_size)
         missing -= len(sequence.block_table)
         if missing <= self.cache.num_free:
             sequence.block_table += self.allocate(missing)

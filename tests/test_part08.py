@@ -62,7 +62,7 @@ def finish(engine: Any) -> dict[str, list[int]]:
             tokens[output.request_id] = tokens.get(output.request_id, []) + output.token_ids
         engine.check_integrity()
         for sequence in engine.scheduler.running:
-            final = min(sequence.num_computed_tokens, sequence.num_known_tokens)
+            final = min(sequence.num_computed_tokens, sequence.num_tokens)
             published = sequence.num_published_blocks * engine.kv.block_size
             assert published <= final, "drafts that may not stay can be found by others"
     return tokens
@@ -226,6 +226,9 @@ class KnownProposer:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
+    def catch_up(self, sequences: list[Any], max_lengths: list[int]) -> list[int]:
+        return max_lengths
+
     def propose(self, sequences: list[Any], max_lengths: list[int]) -> list[Any]:
         outputs = {tuple(known.prompt): known.output for known in known_requests(MODEL)}
         drafts = []
@@ -233,7 +236,7 @@ class KnownProposer:
             begin = len(sequence.output_token_ids)
             draft = outputs[tuple(sequence.prompt_token_ids)][begin : begin + most]
             draft = [t if self.rng.random() < 0.8 else self.rng.randrange(512) for t in draft]
-            drafts.append(module_of(8, "speculative").Draft(draft))
+            drafts.append(module_of(8, "proposer").Draft(draft))
         return drafts
 
     def forget(self, sequence: Any) -> None:
@@ -333,6 +336,46 @@ def test_drafting_that_fails_loses_no_answer(monkeypatch: pytest.MonkeyPatch) ->
     engine.check_integrity()
 
 
+@pytest.mark.parametrize("proposer", PROPOSERS)
+@pytest.mark.parametrize("method", ["catch_up", "propose"])
+def test_what_was_ready_when_drafting_failed_comes_with_the_next_step(
+    proposer: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of the step that failed, of requests that it ends and of others, in the outbox."""
+    engine = engine_with(proposer)
+    short, long = PROMPT[:9], PROMPT
+    expected = {
+        "short": run(engine, [short], replace(GREEDY, max_tokens=1))[0].token_ids,
+        "long": run(engine, [long], GREEDY)[0].token_ids[:1],
+    }
+    engine.add_request(Request("short", short, replace(GREEDY, max_tokens=1)))
+    engine.add_request(Request("long", long, GREEDY))
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("drafting failed")
+
+    if method == "catch_up" and engine.speculator.proposer.is_free:
+        method = "propose"  # what is free has nothing to catch up on
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="drafting failed"):
+        patch.setattr(engine.speculator.proposer, method, fail)
+        engine.step()
+    ready = {output.request_id: output for output in engine.outbox}
+    assert {name: output.token_ids for name, output in ready.items()} == expected
+    assert ready["short"].finish_reason == "length" and ready["long"].finish_reason is None
+    assert engine.has_unfinished()
+    engine.fail_step()
+    engine.add_request(Request("later", short, GREEDY))
+    outputs = engine.step()
+    assert outputs[:2] == list(ready.values())
+    assert [(o.request_id, o.token_ids, o.finish_reason) for o in outputs[2:3]] == [
+        ("long", [], "error")
+    ]
+    assert engine.outbox == []
+    engine.check_integrity()
+    rest = [token for output in outputs[3:] for token in output.token_ids]
+    assert check_greedy(MODEL, [(short, rest + finish(engine)["later"])]).is_right
+
+
 def test_drafts_of_the_old_take_no_token_from_the_young() -> None:
     """Eight sequences and a budget of 20: all of them get a token in every step."""
     engine = engine_with("twin", max_num_batched_tokens=20, num_speculative_tokens=6)
@@ -357,7 +400,6 @@ def test_blocks_that_no_draft_model_has_seen_are_caught_up_on(prefix_cache: str)
     for _ in range(2):
         [c] = run(engine, [prompt], GREEDY)
         assert c.num_cached_tokens > 0 and c.num_accepted_tokens == c.num_draft_tokens > 9
-    assert engine.scheduler.drafted_blocks
 
 
 def test_a_pause_in_drafting_leaves_nothing_stale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,15 +434,102 @@ def test_accepted_tokens_beyond_a_stop_do_not_count() -> None:
     assert c.token_ids == whole.token_ids[:4] and c.num_accepted_tokens <= 3
 
 
-def test_a_draft_model_says_when_it_catches_up() -> None:
+def test_a_draft_model_says_when_it_catches_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of 30 tokens, 16 a step: no draft while it is read, and then one in every step."""
     engine = engine_with("twin", num_speculative_tokens=3, max_num_batched_tokens=16)
-    engine.add_request(Request("a", PROMPT, GREEDY))
-    engine.step()  # all but the last 14 tokens of the prompt
-    said = []
-    while engine.has_unfinished():
-        engine.step()
-        said.append(engine.speculator.proposer.was_catching_up)
-    assert said[:3] == [True, True, False] and not any(said[3:])
+    catch_up, said = engine.speculator.proposer.catch_up, []
+
+    def listen(sequences: list[Any], limits: list[int]) -> list[int]:
+        lengths = catch_up(sequences, limits)
+        for sequence, limit, length in zip(sequences, limits, lengths, strict=True):
+            if limit > 0:
+                assert length in (0, limit)
+                said.append((length, sequence.num_drafter_tokens, sequence.num_tokens))
+        return lengths
+
+    monkeypatch.setattr(engine.speculator.proposer, "catch_up", listen)
+    engine.add_request(Request("a", PROMPT, replace(GREEDY, max_tokens=10)))
+    finish(engine)
+    assert said[:2] == [(0, 16, 31), (3, 30, 32)]
+    assert all(length > 0 for length, _, _ in said[1:])
+    assert all(num_tokens - 2 <= num_read < num_tokens for _, num_read, num_tokens in said[1:])
+
+
+class Twins(Drive):
+    """After each step, compares what the draft model has of each sequence with the model's own."""
+
+    num_compared = 0
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            if not self.engine.has_unfinished():
+                break
+            super().steps(1)
+            kv = self.engine.kv
+            for sequence in self.engine.scheduler.running:
+                num_tokens = min(sequence.num_drafter_tokens, sequence.num_computed_tokens)
+                blocks = sequence.block_table[: kv.blocks_for(num_tokens)]
+                drafts, own = (
+                    x[blocks].movedim(3, 1).flatten(0, 1) for x in (kv.draft_data, kv.data)
+                )
+                torch.testing.assert_close(drafts[:num_tokens], own[:num_tokens], rtol=0, atol=1e-4)
+                self.num_compared += num_tokens
+
+
+@pytest.mark.parametrize(
+    ("pool", "prefix_cache"), [(0, "off"), (0, "hash"), (1, "radix"), (2, "hash"), (3, "radix")]
+)
+def test_what_a_draft_model_has_is_what_it_would_compute(
+    pool: int, prefix_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A twin: its keys and values are the model's, after preemptions, hits in the prefix cache,
+    drafts that were wrong, and steps in which nothing was drafted."""
+    rng = random.Random(pool)
+    flags = POOLS[pool] | {"prefix_cache": prefix_cache, "num_speculative_tokens": 3}
+    engine = engine_with("twin", max_num_batched_tokens=20, **flags)
+    propose = engine.speculator.proposer.propose
+
+    def choose(sequences: list[Any], limits: list[int], num_tokens: int) -> list[int]:
+        return [limit if rng.random() < 0.7 else 0 for limit in limits]
+
+    def spoilt(sequences: list[Any], limits: list[int]) -> list[Any]:
+        drafts = propose(sequences, limits)
+        for draft in drafts:
+            if draft.token_ids and rng.random() < 0.3:
+                place = rng.randrange(len(draft.token_ids))
+                draft.token_ids[place] = (draft.token_ids[place] + 1) % 512
+        return drafts
+
+    monkeypatch.setattr(engine.speculator.lengths, "choose", choose)
+    monkeypatch.setattr(engine.speculator.proposer, "propose", spoilt)
+    before = engine.stats()
+    for _ in range(2):
+        drive = Twins(engine, MODEL)
+        drive.run([Event(i * 5 % 12, 24, None, i - 4 if i == 11 else None, 0) for i in range(14)])
+        assert drive.num_compared > 1000
+    after = engine.stats()
+    assert after["num_preemptions"] - before["num_preemptions"] >= 4
+    num_hits = after["num_prefix_cache_hits"] - before["num_prefix_cache_hits"]
+    assert (num_hits > 0) == (prefix_cache != "off")
+    assert after["num_accepted_tokens"] - before["num_accepted_tokens"] > 100
+
+
+@pytest.mark.parametrize("prefix_cache", ["off", "hash", "radix"])
+def test_a_twin_is_right_after_every_preemption(prefix_cache: str) -> None:
+    """It reads again what was freed; where the model finds its own, the draft model does not."""
+    engine = engine_with("twin", prefix_cache=prefix_cache, num_speculative_tokens=3)
+    engine.add_request(Request("a", PROMPT, replace(GREEDY, max_tokens=60)))
+    sequence, tokens = engine.sequences["a"], []
+    for _ in range(4):
+        for _ in range(3):
+            tokens += [token for output in engine.step() for token in output.token_ids]
+        assert sequence.num_drafter_tokens > len(PROMPT)
+        engine.scheduler.preempt(sequence)
+        assert sequence.num_drafter_tokens == 0 and sequence.draft_token_ids == []
+    tokens += finish(engine)["a"]
+    counts = sequence.draft_counts
+    assert len(tokens) == 60 and check_greedy(MODEL, [(PROMPT, tokens)]).is_right
+    assert counts.num_accepted_tokens == counts.num_draft_tokens > 20
 
 
 @pytest.mark.parametrize("proposer", ["self", "twin", "ngram"])
@@ -408,7 +537,7 @@ def test_the_largest_step_has_all_that_rejection_needs(proposer: str) -> None:
     """What a GPU's memory is kept for: the probabilities of every draft, and of the model."""
     engine = engine_with(proposer, num_speculative_tokens=3, max_num_seqs=5)
     runner = engine.runner
-    runner.tables.block_tables[:] = 0
+    runner.inputs.block_tables[:] = 0
     batch = runner.prepare(runner.largest_step(20))
     logits = torch.zeros(len(batch.logits_indices), engine.vocab_size)
     rows = runner.rejection_rows(batch, logits)

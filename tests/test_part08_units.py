@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from part08 import draft_length as lengths_module
 from part08.draft_length import DraftLength, StepTime, expected_tokens
+from part08.proposer import Draft, NgramIndex, NgramProposer
 from part08.rejection_sampler import (
     RejectionRows,
     Verified,
@@ -23,11 +24,11 @@ from part08.rejection_sampler import (
     verify,
 )
 from part08.sequence import Sequence
-from part08.speculative import Draft, NgramIndex, NgramProposer
 from scipy.stats import chisquare
 from torch import Tensor
 
 from common.kernels import Ops, reference, select_ops
+from common.requests import Request
 from common.sampling import SamplingParams, uniforms
 
 COUNT = 50_000
@@ -433,7 +434,8 @@ class TestTargetProbs:
 
 def sequence_of(token_ids: list[int], num_output: int = 0) -> Sequence:
     cut = len(token_ids) - num_output
-    sequence = Sequence("a", token_ids[:cut], SamplingParams(), seed=0)
+    request = Request("a", token_ids[:cut], SamplingParams())
+    sequence = Sequence(request, 0, frozenset(), len(token_ids) + 1000)
     sequence.output_token_ids = token_ids[cut:]
     return sequence
 
@@ -707,13 +709,16 @@ class TestDraftLength:
         class Model:
             is_free = False
             num_slices = 12
-            was_catching_up = False
+
+            def catch_up(self, sequences: list[Sequence], max_lengths: list[int]) -> list[int]:
+                self.num_slices -= 1
+                if self.num_slices >= 0:
+                    time.sleep(0.02)
+                return [0] if self.num_slices > 0 else max_lengths
 
             def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
-                self.num_slices -= 1
-                self.was_catching_up = self.num_slices >= 0
-                time.sleep(0.02 if self.was_catching_up else 0.0001)
-                return [Draft([] if self.num_slices > 0 else [7] * max_lengths[0])]
+                time.sleep(0.0001)
+                return [Draft([7] * max_lengths[0])]
 
             def forget(self, sequence: Sequence) -> None:
                 pass
@@ -740,8 +745,11 @@ class TestDraftLength:
 
     def test_a_proposer_with_a_model_is_asked_for_what_is_worth_it(self) -> None:
         class Model:
-            is_free = was_catching_up = False
+            is_free = False
             asked: list[list[int]] = []  # noqa: RUF012
+
+            def catch_up(self, sequences: list[Sequence], max_lengths: list[int]) -> list[int]:
+                return max_lengths
 
             def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
                 self.asked.append(max_lengths)

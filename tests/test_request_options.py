@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from common.completions import NOT_FINITE, Completion
 from common.kernels.reference import ReferenceOps
 from common.models.checkpoint import resolve
+from common.requests import Request
 from common.sampling import NO_TOKEN, SamplingBatch, SamplingParams
 from common.testing.oracle import reference_logits, reference_model
 from common.testing.parts import PARTS, distinct_files, engine_of, module_of
@@ -267,6 +268,42 @@ def test_parts_that_do_not_score_say_so(part: int) -> None:
     engine = engine_of(part, MODEL)
     with pytest.raises(ValueError, match="prompt_logprobs is not supported by this part"):
         run(engine, PROMPT, dataclasses.replace(GREEDY, prompt_logprobs=0))
+
+
+@pytest.mark.parametrize("part", PARTS[1:])
+def test_add_request_refuses_what_its_part_has_not(part: int) -> None:
+    """Several completions are several requests in every part; scores come with part 04. What is
+    refused leaves nothing behind, and its id is free."""
+    engine = engine_of(part, MODEL)
+    several = dataclasses.replace(SEEDED, n=2)
+    with pytest.raises(
+        ValueError, match=r"^n is 2; a request is for one completion: send n of them"
+    ):
+        engine.add_request(Request("a", PROMPT, several))
+    scored = dataclasses.replace(GREEDY, prompt_logprobs=0, max_tokens=2)
+    if part in SCORING:
+        engine.add_request(Request("a", PROMPT, scored))
+    else:
+        with pytest.raises(ValueError, match=r"^prompt_logprobs is not supported by this part"):
+            engine.add_request(Request("a", PROMPT, scored))
+        assert not engine.has_unfinished() and engine.stats()["num_waiting"] == 0
+        engine.add_request(Request("a", PROMPT, dataclasses.replace(scored, prompt_logprobs=None)))
+    engine.check_integrity()
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert [output.request_id for output in outputs] == ["a", "a"] and outputs[-1].finished
+    assert (outputs[-1].prompt_logprobs is not None) == (part in SCORING)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_generate_refuses_n_where_its_part_has_it_not(part: int) -> None:
+    params = dataclasses.replace(SEEDED, n=3, max_tokens=2)
+    if part in SCORING:
+        assert len(run(engine_of(part, MODEL), PROMPT, params)) == 3
+    else:
+        with pytest.raises(ValueError, match="n must be at most 1 in this part, not 3"):
+            run(engine_of(part, MODEL), PROMPT, params)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)

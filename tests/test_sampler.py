@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 
 from common.completions import TokenLogprobs
 from common.kernels import select_ops
+from common.logprobs import SampledLogprobs
 from common.sampling import SamplingBatch, SamplingParams
 from common.testing.oracle import kept_sets, seeded_gap
 from common.testing.parts import distinct_files, module_of
@@ -32,10 +33,11 @@ def sample_rows(
         return sampler.sample(logits, batch)
     batch = replace(batch, choices=torch.zeros_like(batch.positions))
     drawn = sampler.sample(select_ops(), logits, batch)
+    found = SampledLogprobs.of(logits, drawn, batch.num_logprobs)
     if part < 5:
         token_ids = drawn.tolist()
-        return token_ids, sampler.logprobs_of(logits, token_ids, batch)
-    tokens, logprobs = sampler.with_logprobs(logits, drawn, batch).lists()
+        return token_ids, found.lists(token_ids)
+    tokens, logprobs = sampler.Sampled(drawn, found).lists()
     return [token_id for [token_id] in tokens], [logprob for [logprob] in logprobs]
 
 

@@ -102,7 +102,7 @@ def wrap_model(
     """Stand between an engine and its model, in any part.
 
     patch: pytest's monkeypatch, which undoes it. around(token_ids, num_rows, real) gives the logits,
-    [num_rows, vocab], of a forward over these tokens; real() gives the model's own.
+    [num_rows, vocab], of a forward over these tokens; real() gives the model's own. Drafting passes by it.
     """
     if not hasattr(engine, "runner"):
         run_model = engine.run_model
@@ -114,7 +114,9 @@ def wrap_model(
         return
     forward = engine.runner.forward
 
-    def wrapped(batch: Any) -> Any:
+    def wrapped(batch: Any, drafter: Any = None) -> Any:
+        if drafter is not None:
+            return forward(batch, drafter)
         scores: list[Any] = []  # of prompts; from part 04 on
 
         def real() -> torch.Tensor:

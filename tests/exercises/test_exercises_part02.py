@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from common.requests import Request
+from common.requests import Request, fan_out
 from common.sampling import SamplingParams
 from common.testing.parts import module_of
 
@@ -43,7 +43,8 @@ def test_a_deadline(engine: Any) -> None:
         async_engine = module_of(2, "async_engine").AsyncEngine(engine)
         async with async_engine.lifespan():
             params = SamplingParams(temperature=0.0, max_tokens=1000, ignore_eos=True)
-            async for _, output, _ in async_engine.generate([[2, 3]], params, timeout=0.3):
+            requests = fan_out([([2, 3], params)])
+            async for _, output, _ in async_engine.generate(requests, timeout=0.3):
                 last = output
         return last.finish_reason, len(last.token_ids)
 

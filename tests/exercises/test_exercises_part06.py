@@ -14,9 +14,11 @@ MODEL = "random:tiny-llama"
 
 def engine_with(**flags: Any) -> Any:
     config = module_of(6, "config").EngineConfig(
-        model=MODEL, threads=1, num_blocks=128, block_size=4, async_scheduling=False, **flags
+        model=MODEL, threads=1, num_blocks=128, block_size=4, **flags
     )
-    return module_of(6, "engine").LLMEngine(config)
+    engine = module_of(6, "engine").LLMEngine(config)
+    engine.num_in_flight = 1  # each step reads its own tokens
+    return engine
 
 
 def greedy(max_tokens: int) -> SamplingParams:

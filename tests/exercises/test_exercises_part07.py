@@ -87,7 +87,8 @@ def test_who_finds_most_joins_first(kind: str) -> None:
 @pytest.mark.parametrize("is_async", [False, True])
 def test_duplicates_are_merged(kind: str, is_async: bool) -> None:
     """Two that come at once compute the same twice, and keep it once."""
-    engine = engine_with(kind, merge_duplicates=True, async_scheduling=is_async)
+    engine = engine_with(kind, merge_duplicates=True)
+    engine.num_in_flight = 2 if is_async else 1
     for name in "ab":
         engine.add_request(Request(name, PROMPT, greedy(20)))
     tokens: dict[str, list[int]] = {"a": [], "b": []}

@@ -145,7 +145,7 @@ def draft_lengths(engine: Any, params: SamplingParams) -> list[int]:
 
 def change_drafter(engine: Any, scale: float, bias: torch.Tensor | float = 0.0) -> None:
     """Change the logits of the model that drafts."""
-    model = engine.runner.draft_model
+    model = engine.runner.drafter.model
     logits = type(model).logits
     model.logits = lambda hidden: scale * logits(model, hidden) + bias
 
