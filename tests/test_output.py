@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.completions import Delta, OutputProcessor, TokenLogprobs
+from common.completions import Delta, OutputProcessor, RequestOutput, TokenLogprobs
 from common.models.detokenizer import IncrementalDetokenizer
 from common.sampling import SamplingParams
 
@@ -31,6 +31,13 @@ def processor(pieces: list[bytes], **params: Any) -> OutputProcessor:
     return OutputProcessor(FakeTokenizer(pieces), SamplingParams(**params))  # type: ignore[arg-type]
 
 
+def new(
+    token_ids: list[int], finish_reason: str | None = None, logprobs: Any = ()
+) -> RequestOutput:
+    """What a step adds."""
+    return RequestOutput("a", token_ids, list(logprobs), finish_reason)
+
+
 def run(
     pieces: list[str | bytes], stop: Any = (), finish_reason: str = "length", chunk: int = 1
 ) -> tuple[OutputProcessor, list[Delta]]:
@@ -40,7 +47,7 @@ def run(
     deltas = []
     for start in range(0, len(pieces), chunk):
         ids = list(range(start, min(start + chunk, len(pieces))))
-        deltas.append(output.process(ids, finish_reason if len(pieces) - 1 in ids else None))
+        deltas.append(output.process(new(ids, finish_reason if len(pieces) - 1 in ids else None)))
     return output, deltas
 
 
@@ -166,7 +173,7 @@ class TestEnds:
     def test_an_end_without_tokens(self) -> None:
         for reason in ("stop", "abort", "error"):
             output = processor([b"ab", b"\xf0"], stop="bc")
-            deltas = [output.process([0]), output.process([1]), output.process([], reason)]
+            deltas = [output.process(new(*x)) for x in (([0],), ([1],), ([], reason))]
             assert [delta.text for delta in deltas] == ["a", "", "b\ufffd"]
             assert [delta.finish_reason for delta in deltas] == [None, None, reason]
             assert output.completion().token_ids == [0, 1]
@@ -179,7 +186,7 @@ class TestEnds:
         """An engine may run ahead: it learns of a stop string only by the abort."""
         output, deltas = run(["ab", "cd", "ef", "gh"], "d", "length")
         assert deltas[2:] == [Delta("", [])] * 2
-        assert output.process([3], "abort", [TokenLogprobs(3, -1.0)]) == Delta("", [])
+        assert output.process(new([3], "abort", [TokenLogprobs(3, -1.0)])) == Delta("", [])
         completion = output.completion()
         assert (completion.text, completion.token_ids) == ("abc", [0, 1])
         assert completion.finish_reason == "stop"
@@ -191,7 +198,7 @@ class TestEnds:
 
     def test_no_completion_before_the_end(self) -> None:
         output = processor([b"a"])
-        output.process([0])
+        output.process(new([0]))
         with pytest.raises(AssertionError):
             output.completion()
 
@@ -208,7 +215,7 @@ class TestLogprobs:
         for start in range(0, 4, chunk):
             ids = list(range(start, start + chunk))
             last = "length" if ids[-1] == 3 else None
-            deltas.append(output.process(ids, last, [self.ITEMS[id] for id in ids]))
+            deltas.append(output.process(new(ids, last, [self.ITEMS[id] for id in ids])))
         completion = output.completion()
         assert completion.logprobs == list(self.ITEMS[:num_tokens])
         assert completion.token_ids == list(range(num_tokens))
@@ -217,21 +224,21 @@ class TestLogprobs:
 
     def test_none_when_none_were_asked_for(self) -> None:
         output = processor([b"ab"])
-        delta = output.process([0], "length", [None])  # type: ignore[list-item]
+        delta = output.process(new([0], "length", [None]))
         assert delta.logprobs == []
         assert output.completion().logprobs is None
 
     def test_an_empty_list_when_there_are_no_tokens(self) -> None:
         output = processor([b"ab"], logprobs=0)
-        output.process([], "abort")
+        output.process(new([], "abort"))
         assert output.completion().logprobs == []
 
 
 class TestWithoutTokenizer:
     def test_text_is_empty_and_tokens_count(self) -> None:
         output = OutputProcessor(None, SamplingParams(stop="a", logprobs=0), list(range(7)))
-        first = output.process([5, 6], None, [TokenLogprobs(5, -1.0), TokenLogprobs(6, -1.0)])
-        last = output.process([1], "stop", [TokenLogprobs(1, -2.0)])
+        first = output.process(new([5, 6], None, [TokenLogprobs(5, -1.0), TokenLogprobs(6, -1.0)]))
+        last = output.process(new([1], "stop", [TokenLogprobs(1, -2.0)]))
         assert (first.text, first.token_ids, last.text, last.token_ids) == ("", [5, 6], "", [1])
         completion = output.completion(index=3)
         assert (completion.text, completion.token_ids) == ("", [5, 6, 1])
