@@ -73,8 +73,8 @@ def test_it_runs_through_without_a_web_framework(
     names = " ".join(item["name"] for item in found["speed"])
     for operation in ("attention", "linear", "add_rms_norm", "rotary", "silu", "sample"):
         assert operation in names
-    for overlap in found["overlap"]:
-        assert overlap["tok/s at 2"] > 0 and overlap["step us at 2"] > 0
+    for loop in found["overlap"]:
+        assert loop["tok/s at 2"] > 0 and loop["step us at 2"] > 0
     assert len(found["overlap"]) == 2 * (max(PARTS) > 4)
     [ladder] = found["ladder"]
     assert [row["point"] for row in ladder["rows"]][-1].startswith("prefill")
