@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -184,6 +185,14 @@ def test_wrong_tokens_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     job = {"part": 3, "device": "cpu", "quick": True}
     for item in oracle.items(job):
         assert item["status"] == FAILED and "AssertionError" in item["error"], item
+
+
+def test_help_describes_every_section(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.main(["--help"])
+    assert stop.value.code == 0
+    described = re.findall(r"^ {4}(\w+)  +\S", capsys.readouterr().out, re.MULTILINE)
+    assert described == list(gpu_check.SECTIONS), "each has its line, in the order of the run"
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,23 @@
 """From tokens to text: stop strings wherever they are cut, held text, usage, finish reasons."""
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.completions import Delta, OutputProcessor, RequestOutput, TokenLogprobs
+from common.completions import (
+    NO_DRAFTS,
+    NOT_FINITE,
+    Delta,
+    DraftCounts,
+    OutputProcessor,
+    RequestOutput,
+    TokenLogprobs,
+)
 from common.models.detokenizer import IncrementalDetokenizer
-from common.sampling import SamplingParams
+from common.sampling import NO_TOKEN, SamplingParams
 
 
 class FakeTokenizer:
@@ -232,6 +241,88 @@ class TestLogprobs:
         output = processor([b"ab"], logprobs=0)
         output.process(new([], "abort"))
         assert output.completion().logprobs == []
+
+
+class TestDrafts:
+    """What became of drafts: the engine counts all it verified, an answer what the client has."""
+
+    STEPS = st.lists(
+        st.integers(0, 5).flatmap(lambda most: st.tuples(st.just(most), st.integers(0, most))),
+        min_size=1,
+        max_size=6,
+    )
+
+    @given(STEPS)
+    def test_counts_are_sums_over_the_steps(self, steps: list[tuple[int, int]]) -> None:
+        counts = NO_DRAFTS
+        for num_tokens, num_accepted in steps:
+            counts = counts.plus(num_tokens, num_accepted)
+        drafts = [num_tokens for num_tokens, _ in steps if num_tokens]
+        assert counts == (len(drafts), sum(drafts), sum(accepted for _, accepted in steps))
+        assert NO_DRAFTS == (0, 0, 0)
+
+    @given(STEPS, st.integers(0, 40))
+    def test_what_a_stop_string_cuts_off_has_not_stayed(
+        self, steps: list[tuple[int, int]], stops_after: int
+    ) -> None:
+        """Of each step's tokens the drafts come first, and one that was drawn is the last."""
+        total = sum(accepted + 1 for _, accepted in steps)
+        pieces = [b"!" if token == stops_after else b"a" for token in range(total)]
+        output = processor(pieces, stop="!")
+        counts, place, stayed = NO_DRAFTS, 0, 0
+        for num_tokens, num_accepted in steps:
+            ids = list(range(place, place + num_accepted + 1))
+            counts = counts.plus(num_tokens, num_accepted)
+            output.process(RequestOutput("a", ids, draft_counts=counts))
+            stayed += sum(token <= stops_after for token in ids[:-1])
+            place += len(ids)
+            if stops_after < place:
+                break
+        output.process(RequestOutput("a", finish_reason="length", draft_counts=counts))
+        completion = output.completion()
+        assert completion.token_ids == list(range(min(stops_after + 1, place)))
+        assert completion.finish_reason == ("stop" if stops_after < total else "length")
+        assert (completion.num_drafts, completion.num_draft_tokens) == counts[:2]
+        assert completion.num_accepted_tokens == stayed <= completion.num_draft_tokens
+
+    def test_drafts_beyond_the_token_that_ends_it_have_not_stayed(self) -> None:
+        """The engine drops the tokens behind it, and its counts have them."""
+        output = processor([b"a", b"b", b"c"])
+        output.process(RequestOutput("a", [0]))
+        output.process(RequestOutput("a", [1, 2], [], "stop", draft_counts=DraftCounts(1, 4, 4)))
+        assert output.completion().num_accepted_tokens == 2
+
+
+class TestPromptLogprobs:
+    SCORES: ClassVar = [TokenLogprobs(3, -0.5, rank=1), TokenLogprobs(4, -2.0, rank=7)]
+
+    def test_they_come_with_any_output_and_are_kept(self) -> None:
+        output = processor([b"a", b"b"], prompt_logprobs=0)
+        for token_id, reason in ((0, None), (1, "length")):
+            output.process(RequestOutput("a", [token_id], [], reason, self.SCORES))
+        assert output.completion().prompt_logprobs == self.SCORES
+
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_nan_among_them_is_an_error(self, place: int) -> None:
+        """Though a token was drawn: what it was drawn from is not to be trusted."""
+        scores = list(self.SCORES)
+        scores[place] = TokenLogprobs(4, math.nan, rank=1)
+        output = processor([b"a"], prompt_logprobs=0)
+        delta = output.process(RequestOutput("a", [0], [], None, scores))
+        assert (delta.finish_reason, delta.token_ids, delta.error) == ("error", [], NOT_FINITE)
+        assert output.completion().error == NOT_FINITE
+
+    def test_minus_infinity_is_none(self) -> None:
+        """A model may rule a token of a prompt out."""
+        output = processor([b"a"], prompt_logprobs=0)
+        scores = [TokenLogprobs(4, -math.inf, rank=9)]
+        assert output.process(RequestOutput("a", [0], [], "length", scores)).error is None
+
+    def test_no_token_is_an_error(self) -> None:
+        """What the sampler gives where logits are not finite; tokens before it count."""
+        output = processor([b"a"])
+        delta = output.process(RequestOutput("a", [0, NO_TOKEN], [], "error"))
+        assert (delta.token_ids, delta.error, delta.finish_reason) == ([0], NOT_FINITE, "error")
 
 
 class TestWithoutTokenizer:
