@@ -643,14 +643,23 @@ class TestStreams:
 Events = Iterable[tuple[int, str | None]]
 
 
-async def played(events: Events, params: SamplingParams) -> AsyncIterator[Any]:
-    """A stream of completions as `AsyncEngine.generate` gives it, one token a time."""
+async def played(
+    events: Events, params: SamplingParams, ended: list[str] | None = None
+) -> AsyncIterator[Any]:
+    """A stream of completions as `AsyncEngine.generate` gives it, one token a time.
+
+    ended: gets a word when the stream has been read to its end, or closed.
+    """
     outputs: dict[int, OutputProcessor] = {}
-    for index, reason in events:
-        output = outputs.setdefault(index, OutputProcessor(TOKENIZER, params, [1] * 3))
-        token_id = TEXT_IDS[len(output.token_ids)]
-        new = RequestOutput(str(index), [token_id], logprobs_of([token_id]), reason)
-        yield index, output, output.process(new)
+    try:
+        for index, reason in events:
+            output = outputs.setdefault(index, OutputProcessor(TOKENIZER, params, [1] * 3))
+            token_id = TEXT_IDS[len(output.token_ids)]
+            new = RequestOutput(str(index), [token_id], logprobs_of([token_id]), reason)
+            yield index, output, output.process(new)
+    finally:
+        if ended is not None:
+            ended.append("ended")
 
 
 def collected(job: Job, events: Events) -> dict[str, Any]:
@@ -738,17 +747,36 @@ class TestJobs:
         with pytest.raises(ApiError) as caught:
             collected(failing, events)
         assert caught.value.status == 500
-        chunks = []
+        chunks, ended = [], []
 
-        async def read() -> None:
-            async for chunk in failing.chunks(played(events, failing.params)):
-                chunks.append(chunk)
+        async def read() -> int:
+            try:
+                async for chunk in failing.chunks(played(events, failing.params, ended)):
+                    chunks.append(chunk)
+            except ApiError as error:
+                assert ended, "the other choice is still computed while the error is written"
+                return error.status
+            raise AssertionError("no error")
 
-        with pytest.raises(ApiError) as caught:
-            asyncio.run(read())
-        assert caught.value.status == 500
+        assert asyncio.run(read()) == 500
         news = [c["choices"][0] for c in chunks[2 if chat else 0 :]]
         assert [choice["index"] for choice in news] == [0]
+
+    @pytest.mark.parametrize("num_read", [1, 4])
+    def test_closing_the_chunks_closes_the_stream(self, chat: bool, num_read: int) -> None:
+        """At once, and not when the garbage is collected: its requests are aborted by that."""
+        ended: list[str] = []
+        asked = job(chat, params=self.PARAMS, echoes=None if chat else ["the prompt"])
+
+        async def leave() -> None:
+            chunks = asked.chunks(played(SIDE_BY_SIDE, asked.params, ended))
+            for _ in range(num_read):
+                await anext(chunks)
+            assert not ended
+            await chunks.aclose()
+            assert ended or num_read < 4  # before the first token nothing has begun
+
+        asyncio.run(leave())
 
     def test_a_stream_opens_before_the_first_token(self, chat: bool) -> None:
         """A chat's role, and the prompt where it is echoed, for every choice."""

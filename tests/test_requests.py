@@ -207,7 +207,8 @@ class TestOneRequest:
 
 
 class Scripted:
-    """An engine that gives each of its requests a token a step. Step `fails_at` raises."""
+    """An engine that gives each of its requests a token a step, and one more after the last: it runs
+    ahead. Step `fails_at` raises; request number `refuses` is refused."""
 
     tokenizer = None
 
@@ -216,6 +217,7 @@ class Scripted:
         self.left: dict[str, int] = {}  # tokens to come, by request id
         self.outbox: list[RequestOutput] = []
         self.aborted: list[str] = []
+        self.ended: list[str] = []  # in the last step
         self.num_steps = 0
 
     def add_request(self, request: Request) -> None:
@@ -228,6 +230,9 @@ class Scripted:
             raise RuntimeError("a test's")
         self.num_steps += 1
         outputs, self.outbox = self.outbox, []
+        for request_id in self.ended:
+            outputs.append(RequestOutput(request_id, [99]))
+        self.ended = []
         for request_id in reversed(list(self.left)):  # in no order of the prompts
             self.left[request_id] -= 1
             is_last = not self.left[request_id]
@@ -236,6 +241,7 @@ class Scripted:
             )
             if is_last:
                 del self.left[request_id]
+                self.ended.append(request_id)
         return outputs
 
     def abort(self, request_id: str) -> None:
@@ -256,10 +262,13 @@ def requests_for(*max_tokens: int) -> list[Request]:
 class TestRunToCompletion:
     def test_completions_in_the_order_of_the_requests(self) -> None:
         engine = Scripted()
-        completions = run_to_completion(engine, requests_for(3, 1, 2), progress=False)
+        requests = requests_for(3, 1, 2)
+        completions = run_to_completion(engine, requests, progress=False)
         assert [c.token_ids for c in completions] == [[1, 2, 3], [1], [1, 2]]
         assert [c.index for c in completions] == [0, 1, 2]
         assert engine.num_steps == 3 and not engine.has_unfinished()
+        ended = [requests[number].request_id for number in (1, 2, 0)]
+        assert engine.aborted == ended, "each is told once that it has ended"
 
     def test_nothing_asked_for_is_no_step(self) -> None:
         engine = Scripted(fails_at=0)
