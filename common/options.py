@@ -90,7 +90,7 @@ def check_other_fields(config: Any, field: dataclasses.Field[Any], value: Any) -
     other, values = field.metadata.get("needs") or (None, ())
     if other is not None and getattr(config, other) not in values:
         raise ValueError(
-            f"{field.name} is {value}: it needs {other} to be {' or '.join(map(str, values))},"
+            f"{field.name} is {value!r}: it needs {other} to be {' or '.join(map(str, values))},"
             f" not {getattr(config, other)}"
         )
     other = field.metadata.get("excludes")

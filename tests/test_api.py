@@ -1,6 +1,8 @@
 """OpenAI's wire format: what a request means, what is refused, and answers its own types accept."""
 
+import asyncio
 import json
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import openai.types
@@ -8,7 +10,7 @@ import openai.types.chat
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from common.completions import Completion, Delta, OutputProcessor, TokenLogprobs
+from common.completions import Completion, Delta, OutputProcessor, RequestOutput, TokenLogprobs
 from common.http import neutral
 from common.http.errors import ApiError, field_error, internal_error
 from common.http.responses import Job, to_json
@@ -397,7 +399,9 @@ def run(
     deltas = []
     for place, item in enumerate(logprobs_of(token_ids)):
         is_last = place == len(token_ids) - 1
-        delta = output.process([item.token_id], "stop" if is_last else None, [item])
+        delta = output.process(
+            RequestOutput("a", [item.token_id], [item], "stop" if is_last else None)
+        )
         deltas.append(delta)
         if output.finished:
             break
@@ -633,3 +637,160 @@ class TestStreams:
         assert last.usage.total_tokens == 3 + len(TEXT_IDS)
         not_asked = job(chat, stream=True)
         assert all("usage" not in chunk for chunk in self.chunks(not_asked, deltas))
+
+
+# What an engine yields: (index of the choice, finish reason or None), each with one more token.
+Events = Iterable[tuple[int, str | None]]
+
+
+async def played(
+    events: Events, params: SamplingParams, ended: list[str] | None = None
+) -> AsyncIterator[Any]:
+    """A stream of completions as `AsyncEngine.generate` gives it, one token a time.
+
+    ended: gets a word when the stream has been read to its end, or closed.
+    """
+    outputs: dict[int, OutputProcessor] = {}
+    try:
+        for index, reason in events:
+            output = outputs.setdefault(index, OutputProcessor(TOKENIZER, params, [1] * 3))
+            token_id = TEXT_IDS[len(output.token_ids)]
+            new = RequestOutput(str(index), [token_id], logprobs_of([token_id]), reason)
+            yield index, output, output.process(new)
+    finally:
+        if ended is not None:
+            ended.append("ended")
+
+
+def collected(job: Job, events: Events) -> dict[str, Any]:
+    answer = asyncio.run(job.collect(played(events, job.params)))
+    return json.loads(to_json(answer))
+
+
+def streamed(job: Job, events: Events) -> list[dict[str, Any]]:
+    """The chunks, up to the error that ends them."""
+
+    async def read() -> list[dict[str, Any]]:
+        return [chunk async for chunk in job.chunks(played(events, job.params))]
+
+    return asyncio.run(read())
+
+
+# Three choices side by side: the last ends first, the first is the longest.
+SIDE_BY_SIDE = [
+    (2, None), (0, None), (1, None), (2, "length"), (0, None), (1, "length"), (0, None),
+    (0, "length"),
+]  # fmt: skip
+LENGTHS = (4, 2, 2)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+class TestJobs:
+    """The whole way from a stream of an engine's to an answer, in one piece and in chunks."""
+
+    PARAMS = SamplingParams(n=3, logprobs=1)
+
+    def test_it_asks_for_each_choice(self, chat: bool) -> None:
+        """Prompt by prompt, as `response` reads them; the salt and the rest go with each."""
+        asked = job(
+            chat, prompts=[[1], [2, 3]], params=SamplingParams(n=2), cache_salt="s", may_draft=False
+        )
+        requests = asked.requests()
+        assert [(r.prompt_token_ids, r.choice) for r in requests] == [
+            ([1], 0), ([1], 1), ([2, 3], 0), ([2, 3], 1),
+        ]  # fmt: skip
+        assert len(requests) == asked.num_choices
+        assert {(r.cache_salt, r.may_draft, r.params.n) for r in requests} == {("s", False, 1)}
+        again = {r.request_id for r in asked.requests()}
+        assert not again & {r.request_id for r in requests}, "asked twice, its ids are others"
+
+    def test_choices_are_collected_in_their_order(self, chat: bool) -> None:
+        answer = collected(job(chat, params=self.PARAMS), SIDE_BY_SIDE)
+        choices = answer["choices"]
+        assert [choice["index"] for choice in choices] == [0, 1, 2]
+        texts = [TOKENIZER.decode(TEXT_IDS[:length]) for length in LENGTHS]
+        assert [c["message"]["content"] if chat else c["text"] for c in choices] == texts
+        assert answer["usage"]["completion_tokens"] == sum(LENGTHS)
+        assert answer["usage"]["prompt_tokens"] == 3
+
+    def test_chunks_add_up_to_what_is_collected(self, chat: bool) -> None:
+        whole = collected(job(chat, params=self.PARAMS), SIDE_BY_SIDE)
+        chunks = streamed(
+            job(chat, params=self.PARAMS, stream=True, include_usage=True), SIDE_BY_SIDE
+        )
+        for index, expected in enumerate(whole["choices"]):
+            mine = [c["choices"][0] for c in chunks if c["choices"]]
+            mine = [choice for choice in mine if choice["index"] == index]
+            if chat:
+                assert mine[0]["delta"]["role"] == "assistant"
+                text = "".join(choice["delta"].get("content", "") for choice in mine)
+                assert text == expected["message"]["content"]
+                parts = [choice["logprobs"]["content"] for choice in mine if choice["logprobs"]]
+                assert [item for part in parts for item in part] == expected["logprobs"]["content"]
+            else:
+                assert "".join(choice["text"] for choice in mine) == expected["text"]
+                parts = [choice["logprobs"]["tokens"] for choice in mine if choice["logprobs"]]
+                assert [item for part in parts for item in part] == expected["logprobs"]["tokens"]
+            reasons = [choice["finish_reason"] for choice in mine]
+            assert reasons == [None] * (len(mine) - 1) + ["length"]
+        assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+        assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+    def test_no_usage_where_none_is_asked_for(self, chat: bool) -> None:
+        chunks = streamed(job(chat, params=self.PARAMS, stream=True), SIDE_BY_SIDE)
+        assert all("usage" not in chunk and len(chunk["choices"]) == 1 for chunk in chunks)
+
+    def test_an_error_ends_both(self, chat: bool) -> None:
+        """The chunks before it have left; nothing comes after it."""
+        events = [(0, None), (1, "error"), (0, None), (0, "length")]
+        failing = job(chat, params=SamplingParams(n=2))
+        with pytest.raises(ApiError) as caught:
+            collected(failing, events)
+        assert caught.value.status == 500
+        chunks, ended = [], []
+
+        async def read() -> int:
+            try:
+                async for chunk in failing.chunks(played(events, failing.params, ended)):
+                    chunks.append(chunk)
+            except ApiError as error:
+                assert ended, "the other choice is still computed while the error is written"
+                return error.status
+            raise AssertionError("no error")
+
+        assert asyncio.run(read()) == 500
+        news = [c["choices"][0] for c in chunks[2 if chat else 0 :]]
+        assert [choice["index"] for choice in news] == [0]
+
+    @pytest.mark.parametrize("num_read", [1, 4])
+    def test_closing_the_chunks_closes_the_stream(self, chat: bool, num_read: int) -> None:
+        """At once, and not when the garbage is collected: its requests are aborted by that."""
+        ended: list[str] = []
+        asked = job(chat, params=self.PARAMS, echoes=None if chat else ["the prompt"])
+
+        async def leave() -> None:
+            chunks = asked.chunks(played(SIDE_BY_SIDE, asked.params, ended))
+            for _ in range(num_read):
+                await anext(chunks)
+            assert not ended
+            await chunks.aclose()
+            assert ended or num_read < 4  # before the first token nothing has begun
+
+        asyncio.run(leave())
+
+    def test_a_stream_opens_before_the_first_token(self, chat: bool) -> None:
+        """A chat's role, and the prompt where it is echoed, for every choice."""
+        echoing = job(chat, params=self.PARAMS, echoes=None if chat else ["the prompt"])
+
+        async def first_three() -> list[dict[str, Any]]:
+            async def nothing_yet() -> AsyncIterator[Any]:
+                raise AssertionError("asked for tokens first")
+                yield
+
+            chunks = echoing.chunks(nothing_yet())
+            return [await anext(chunks) for _ in range(3)]
+
+        choices = [chunk["choices"][0] for chunk in asyncio.run(first_three())]
+        assert [choice["index"] for choice in choices] == [0, 1, 2]
+        shown = {"role": "assistant", "content": ""} if chat else "the prompt"
+        assert [choice["delta" if chat else "text"] for choice in choices] == [shown] * 3

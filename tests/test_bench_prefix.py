@@ -177,10 +177,11 @@ class LLMEngine:
         self.config, self.active, self.now = config, {}, 0.0
         self.cache, self.queries, self.hits, self.closed = OrderedDict(), 0, 0, False
 
-    def add_request(self, request_id, prompt_token_ids, params):
-        assert params.temperature == 0 and params.ignore_eos and request_id not in self.active
-        self.active[request_id] = SimpleNamespace(
-            prompt=list(prompt_token_ids), most=params.max_tokens, output=[], cached=None
+    def add_request(self, request):
+        name, params = request.request_id, request.params
+        assert params.temperature == 0 and params.ignore_eos and name not in self.active
+        self.active[name] = SimpleNamespace(
+            prompt=list(request.prompt_token_ids), most=params.max_tokens, output=[], cached=None
         )
 
     def find(self, tokens, most):
@@ -326,9 +327,9 @@ def test_siblings_come_when_their_parent_has_ended(fake_parts: None) -> None:
     engine, seen = fake_engine(), []
     add = engine.add_request
 
-    def watched(name: str, *arguments: Any) -> None:
-        seen.append((round(1000 * engine.now), name))
-        add(name, *arguments)
+    def watched(request: Any) -> None:
+        seen.append((round(1000 * engine.now), request.request_id))
+        add(request)
 
     engine.add_request = watched
     drive(engine, workload("agent").requests)

@@ -110,10 +110,11 @@ class LLMEngine:
         records = []
         self.trace = SimpleNamespace(records=lambda: records)
 
-    def add_request(self, request_id, prompt_token_ids, params):
-        assert params.temperature == 0 and params.ignore_eos and request_id not in self.active
-        self.active[request_id] = SimpleNamespace(
-            prompt=list(prompt_token_ids), most=params.max_tokens, output=[]
+    def add_request(self, request):
+        name, params = request.request_id, request.params
+        assert params.temperature == 0 and params.ignore_eos and name not in self.active
+        self.active[name] = SimpleNamespace(
+            prompt=list(request.prompt_token_ids), most=params.max_tokens, output=[]
         )
 
     def gain(self, request):
@@ -145,8 +146,8 @@ class LLMEngine:
             if ended:
                 del self.active[name]
         phases = {"forward": 0.001}
-        if getattr(self.config, "speculative", "off") != "off":
-            phases["propose"] = 0.0005
+        if hasattr(self.config, "speculative"):
+            phases["propose"] = 0.0001 if self.config.speculative == "off" else 0.0005
         self.trace.records().append(SimpleNamespace(phase_seconds=lambda: phases))
         return outputs
 
@@ -220,7 +221,7 @@ def test_decoding_is_counted_from_the_first_token_of_all(fake_parts: None) -> No
     run = drive(fake_engine(), [PROSE, PROSE[1:], PROSE[2:]], 10)
     assert (run["num_tokens"], run["num_steps"], run["num_turns"]) == (7 + 8 + 9, 9, 7 + 8 + 9)
     assert run["seconds"] == pytest.approx(0.009) and run["whole_s"] == pytest.approx(0.027)
-    assert run["phases"] == pytest.approx({"forward": 0.009})
+    assert run["phases"] == pytest.approx({"forward": 0.009, "propose": 0.0009})
     assert run["counters"] == {}
     first = (sum(PROSE)) % 300 + 100
     assert run["outputs"][0] == list(range(first, first + 10))
@@ -428,5 +429,5 @@ def test_real_engines_do_the_same_work() -> None:
             gained = run["num_tokens"] - run["num_turns"]
             assert gained == counters.get("num_accepted_tokens", 0)
             assert gained <= counters.get("num_draft_tokens", 0)
-            assert ("propose" in run["phases"]) == (proposer is not None)
+            assert ("propose" in run["phases"]) == (part >= 8)
     assert all(own == outputs[0] for own in outputs)

@@ -1,5 +1,6 @@
 """The chain's tool on throw-away chains: what it carries, what it refuses, and that it never writes half an edit."""
 
+import itertools
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.chapters.__main__ import main
-from common.chapters.chain import ROOT, code_hash, count_code_lines
+from common.chapters.chain import ROOT, code_hash, code_lines, count_code_lines
 
 FOLDERS = ["part01_one", "part02_two", "part03_three", "part04_four", "part05_five"]
 
@@ -555,8 +556,96 @@ def test_list(chain: Path, capsys) -> None:
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1] == ["01", "Part", "1", "1"]
     assert rows[2][1] == "(part02_two:"
-    assert rows[3] == ["03", "Part", "3", "3", "+3", "-1"]
-    assert rows[5] == ["05", "Part", "5", "2", "+0", "-1"]
+    # Part 3 rewrites a comment and has a new file of two lines; part 5 drops one line of code.
+    assert rows[3] == ["03", "Part", "3", "3", "+2", "-0", "+3", "-1"]
+    assert rows[4] == ["04", "Part", "4", "3", "+0", "-0", "+1", "-1"]
+    assert rows[5] == ["05", "Part", "5", "2", "+0", "-1", "+0", "-1"]
+
+
+def steps(root: Path, capsys) -> dict[str, tuple[int, list[str]]]:
+    """Of each part: its lines of code, and its step as `list` shows it: code and all lines."""
+    capsys.readouterr()
+    assert main(["list"], root=root) == 0
+    header, *rows, footer = capsys.readouterr().out.splitlines()
+    assert header.split() == ["part", "title", "code", "+code", "-code", "+lines", "-lines"]
+    assert footer.startswith("code: lines of Python") and "lines: all, as in diff" in footer
+    values = {}
+    for row in rows:
+        size, *step = row[40:].split()
+        values[row[:2]] = int(size), step
+    return values
+
+
+BEFORE = '''\
+"""About it."""
+
+import os
+
+
+class Pool:
+    """Blocks."""
+
+    size: int = 1  # of one
+
+    def take(self, count: int) -> str:
+        """Some of them."""
+        return """one
+
+        two"""
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "step"),
+    [
+        ('"""Blocks."""', '"""Blocks,\n    and more.\n    """', ["+0", "-0", "+3", "-1"]),
+        ("  # of one", "  # of all of them", ["+0", "-0", "+1", "-1"]),
+        ("  # of one", "", ["+0", "-0", "+1", "-1"]),
+        ("import os\n", "import os\n\n# Why.\n", ["+0", "-0", "+2", "-0"]),
+        ("size: int = 1", "size: int = 2", ["+1", "-1", "+1", "-1"]),
+        ("import os", "import os\nimport re", ["+1", "-0", "+1", "-0"]),
+        ("        two", "        2  # no comment", ["+1", "-1", "+1", "-1"]),  # text of a string
+        ("    def take", "    @staticmethod\n    def take", ["+1", "-0", "+1", "-0"]),
+        ("import os\n\n\n", "", ["+0", "-1", "+0", "-3"]),
+    ],
+)
+def test_a_step_in_code_and_in_all_lines(
+    chain: Path, capsys, old: str, new: str, step: list[str]
+) -> None:
+    """Code is what is left without blank lines, comments and docstrings."""
+    for folder in FOLDERS:
+        write(chain, f"{folder}/pool.py", BEFORE)
+    before = steps(chain, capsys)
+    assert old in BEFORE
+    for folder in FOLDERS[1:]:
+        write(chain, f"{folder}/pool.py", BEFORE.replace(old, new, 1))
+    after = steps(chain, capsys)
+    assert after["02"][1] == step
+    assert after.keys() == before.keys()
+    assert [after[number][1] for number in ("03", "04", "05")] == [
+        before[number][1] for number in ("03", "04", "05")
+    ]
+
+
+def test_files_that_move_and_files_that_are_no_python(chain: Path, capsys) -> None:
+    """A file under another name is deleted and new; what is no Python is no code."""
+    write(chain, "part01_one/deep/a.py", "x = 1\ny = 2\n")
+    for folder in FOLDERS[1:]:
+        write(chain, f"{folder}/b.py", "x = 1\ny = 2\n")
+        write(chain, f"{folder}/page.html", "<p>\n<p>\n<p>\n")
+        write(chain, f"{folder}/nothing.py", "# nothing\n")
+    assert steps(chain, capsys)["02"][1] == ["+2", "-2", "+6", "-2"]
+    write(chain, "part02_two/b.py", "def (")
+    assert main(["list"], root=chain) == 1
+    assert "part02_two/b.py: not valid Python" in capsys.readouterr().err
+
+
+def test_the_steps_add_up_to_the_sizes(capsys) -> None:
+    """Of this repository: a part has the code of the part before, plus its step, minus it."""
+    sizes = list(steps(ROOT, capsys).values())
+    assert len(sizes) > 1 and sizes[0][1] == []
+    for (before, _), (after, (added, deleted, *_)) in itertools.pairwise(sizes):
+        assert after == before + int(added) + int(deleted)
 
 
 def test_count_code_lines(tmp_path: Path) -> None:
@@ -591,6 +680,10 @@ def test_count_code_lines(tmp_path: Path) -> None:
     # import, class, x, def, return with its two lines of text, y with its three
     assert count_code_lines(path) == 9
     assert count_code_lines(write(tmp_path, "b.py", "")) == 0
+    crlf = "\ufeff" + textwrap.dedent(code).replace("\n", "\r\n")
+    assert count_code_lines(write(tmp_path, "d.py", crlf)) == 9
+    latin = "# coding: latin-1\nx = 'é'  # é\n"
+    assert code_lines(latin.encode("latin-1"), "e.py") == ("x = 'é'",)
     with pytest.raises(ValueError, match=r"c\.py: not valid Python"):
         count_code_lines(write(tmp_path, "c.py", "def ("))
 

@@ -209,6 +209,87 @@ class TestParse:
         assert "a limit (none)" in text, "no default is shown for what has none"
 
 
+@dataclass(frozen=True)
+class Related:
+    """Fields that mean nothing without another, and fields of which one decides the other."""
+
+    mode: str = option("off", "how", choices=("off", "near", "far"))
+    is_on: bool = option(False, "whether")
+    distance: int | None = option(None, "how far", 1, 99, needs=("mode", ("near", "far")))
+    target: str | None = option(None, "where to", needs=("mode", ("far",)))
+    volume: int = option(5, "how loud", 0, needs=("is_on", (True,)))
+    weight: int | None = option(None, "kilograms", 1, excludes="size")
+    size: int | None = option(None, "litres", 1)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+class TestFieldsThatDependOnOthers:
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {},
+            {"mode": "near", "distance": 3},
+            {"mode": "far", "distance": 3, "target": "x"},
+            {"mode": "far"},  # what needs a mode is not needed by it
+            {"distance": None, "target": None},
+            {"volume": 5},  # as good as not given
+            {"is_on": True, "volume": 6},
+            {"weight": 3},
+            {"size": 3},
+        ],
+        ids=str,
+    )
+    def test_what_goes_together(self, given: dict[str, Any]) -> None:
+        config = Related(**given)
+        assert {name: getattr(config, name) for name in given} == given
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"distance": 3}, "distance is 3: it needs mode to be near or far, not off"),
+            (
+                {"mode": "near", "target": "x"},
+                "target is 'x': it needs mode to be far, not near",
+            ),
+            ({"target": ""}, "target is '': it needs mode to be far, not off"),
+            ({"target": "a\nb"}, "target is 'a\\nb': it needs mode to be far, not off"),
+            ({"volume": 0}, "volume is 0: it needs is_on to be True, not False"),
+            ({"distance": 0}, "distance must be at least 1, not 0"),  # its own fault comes first
+            ({"mode": "up", "distance": 3}, "mode must be one of off, near, far, not 'up'"),
+            (
+                {"weight": 3, "size": 3},
+                "weight and size are both given: one decides the other",
+            ),
+        ],
+        ids=str,
+    )
+    def test_what_does_not(self, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError) as caught:
+            Related(**given)
+        assert str(caught.value) == message
+
+    @pytest.mark.parametrize(
+        ("argv", "line"),
+        [
+            (["--distance=3"], "--distance is 3: it needs mode to be near or far, not off"),
+            (["--target", "a\nb"], "--target is 'a\\nb': it needs mode to be far, not off"),
+            (
+                ["--size=3", "--weight=3"],
+                "--weight and size are both given: one decides the other",
+            ),
+        ],
+    )
+    def test_on_the_command_line(
+        self, argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as caught:
+            parse([Related], argv, prog="prog")
+        assert caught.value.code == 2
+        assert capsys.readouterr().err == f"prog: error: {line}\n"
+
+
 class TestConfigsOfTheParts:
     @pytest.mark.parametrize("part", distinct_files("config.py"))
     def test_every_field_is_a_flag_and_checked(self, part: int) -> None:
@@ -218,6 +299,26 @@ class TestConfigsOfTheParts:
             assert field.metadata.get("help"), f"{field.name} has no help"
             with pytest.raises(ValueError, match=rf"^{field.name} must be "):
                 config_class(**{field.name: [1]})
+
+    @pytest.mark.parametrize("part", distinct_files("config.py"))
+    def test_what_a_field_needs_is_a_field_with_such_values(self, part: int) -> None:
+        """A name that is mistyped would let any value pass."""
+        config_class = module_of(part, "config").EngineConfig
+        fields = {field.name: field for field in dataclasses.fields(config_class)}
+        for field in fields.values():
+            if field.metadata["excludes"] is not None:
+                other = fields[field.metadata["excludes"]]
+                assert other.default is None and field.default is None, field.name
+            name, values = field.metadata["needs"] or (None, ())
+            if name is None:
+                continue
+            other = fields[name]
+            assert values and set(values) <= set(other.metadata["choices"]), field.name
+            assert other.default not in values, f"{field.name} would need nothing"
+            kind, _ = value_type(config_class, field.name)
+            given = {field.name: kind(field.metadata["minimum"] or 1)}
+            with pytest.raises(ValueError, match=f"^{field.name} is .*: it needs {name} to be "):
+                config_class(**given)
 
     @pytest.mark.parametrize("part", distinct_files("config.py"))
     def test_the_formats_of_devices_are_the_flags(self, part: int) -> None:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common.completions import Completion, OutputProcessor, TokenLogprobs
+from common.completions import Completion, OutputProcessor, RequestOutput, TokenLogprobs
 from common.http.responses import Job, TextOffsets
 from common.models.detokenizer import CONTEXT, HALF, WINDOW, IncrementalDetokenizer
 from common.models.tokenizer import Tokenizer
@@ -89,8 +89,8 @@ def check(
     for size in (1, 3):
         processor = OutputProcessor(tokenizer, SamplingParams(), prompt)
         for start in range(0, len(output), size):
-            processor.process(output[start : start + size])
-        processor.process([], "length")
+            processor.process(RequestOutput("a", output[start : start + size]))
+        processor.process(RequestOutput("a", finish_reason="length"))
         assert processor.completion().text == right
         assert processor.completion().num_prompt_tokens == len(prompt)
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,10 +14,10 @@ import pytest
 
 from common.bench.core.results import load_result
 from common.gpu_check import __main__ as gpu_check
-from common.gpu_check import correctness, oracle
+from common.gpu_check import correctness, oracle, overlap
 from common.gpu_check.items import FAILED, NOT_REACHED, OK, attempt
 from common.gpu_check.runner import run_jobs
-from common.testing.parts import PARTS, ROOT
+from common.testing.parts import PARTS, ROOT, make_engine
 
 ABSENT = (  # what a machine with a GPU may lack
     "fastapi", "starlette", "sse_starlette", "uvicorn", "pydantic", "openai", "zmq",
@@ -73,12 +74,38 @@ def test_it_runs_through_without_a_web_framework(
     names = " ".join(item["name"] for item in found["speed"])
     for operation in ("attention", "linear", "add_rms_norm", "rotary", "silu", "sample"):
         assert operation in names
-    for overlap in found["overlap"]:
-        assert overlap["tok/s at 2"] > 0 and overlap["step us at 2"] > 0
+    for loop in found["overlap"]:
+        assert loop["tok/s at 2"] > 0 and loop["step us at 2"] > 0
     assert len(found["overlap"]) == 2 * (max(PARTS) > 4)
     [ladder] = found["ladder"]
     assert [row["point"] for row in ladder["rows"]][-1].startswith("prefill")
     assert all(row["rate"] > 0 and row["mfu"] > 0 for row in ladder["rows"])
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part >= 5])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_loops_are_what_they_are_called(
+    part: int, is_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In turns a step's device time is known when it ends; with two in flight, one step later."""
+    engines = []
+
+    def started(job: dict[str, Any]) -> tuple[Any, None, None]:
+        settings = {**job["settings"], "num_blocks": 64, "threads": 1}
+        engines.append(make_engine(job["part"], job["model"], **settings))
+        return engines[-1], None, None
+
+    monkeypatch.setattr(overlap, "start_engine", started)
+    job = {"part": part, "model": "random:tiny-llama", "device": "cpu", "quick": True}
+    found = overlap.measure(job, is_async)
+    assert found["tok/s at 2"] > 0 and found["step us at 2"] > 0
+    [engine] = engines
+    records = engine.trace.records()
+    launched = {record.step for record in records if record.scheduled}
+    read = {step: record.step for record in records for step, _, _ in record.device}
+    assert read.keys() == launched
+    later = {read[step] - step for step in launched}
+    assert later == ({1} if is_async else {0})
 
 
 def test_a_job_that_dies_leaves_the_others(tmp_path: Path) -> None:
@@ -158,6 +185,14 @@ def test_wrong_tokens_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     job = {"part": 3, "device": "cpu", "quick": True}
     for item in oracle.items(job):
         assert item["status"] == FAILED and "AssertionError" in item["error"], item
+
+
+def test_help_describes_every_section(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.main(["--help"])
+    assert stop.value.code == 0
+    described = re.findall(r"^ {4}(\w+)  +\S", capsys.readouterr().out, re.MULTILINE)
+    assert described == list(gpu_check.SECTIONS), "each has its line, in the order of the run"
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from common.http.app import Frontend
 from common.http.metrics_routes import OPENMETRICS, TEXT, make_registry, render
 from common.http.run import ServerConfig
 from common.metrics import EngineMetrics
+from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.http import raw_request, send
 from common.testing.parts import PARTS, engine_of, module_of, wrap_model
@@ -147,8 +148,13 @@ class Bench:
         self.registry = make_registry(self.metrics, "a model")
 
     def request(self, ids: str, lengths: tuple[int, ...] = (4,), **params: Any) -> None:
-        prompts = [[1] * length for length in lengths]
-        self.metrics.on_request(ids.split(), prompts, SamplingParams(**params))
+        values = SamplingParams(**params)
+        choices = [(length, choice) for length in lengths for choice in range(values.n)]
+        requests = [
+            Request(request_id, [1] * length, values.for_choice(choice), choice)
+            for request_id, (length, choice) in zip(ids.split(), choices, strict=True)
+        ]
+        self.metrics.on_requests(requests)
 
     def step(self, **scheduled: int) -> None:
         begin = metrics_module.time.perf_counter()

@@ -1,14 +1,23 @@
 """From tokens to text: stop strings wherever they are cut, held text, usage, finish reasons."""
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.completions import Delta, OutputProcessor, TokenLogprobs
+from common.completions import (
+    NO_DRAFTS,
+    NOT_FINITE,
+    Delta,
+    DraftCounts,
+    OutputProcessor,
+    RequestOutput,
+    TokenLogprobs,
+)
 from common.models.detokenizer import IncrementalDetokenizer
-from common.sampling import SamplingParams
+from common.sampling import NO_TOKEN, SamplingParams
 
 
 class FakeTokenizer:
@@ -31,6 +40,13 @@ def processor(pieces: list[bytes], **params: Any) -> OutputProcessor:
     return OutputProcessor(FakeTokenizer(pieces), SamplingParams(**params))  # type: ignore[arg-type]
 
 
+def new(
+    token_ids: list[int], finish_reason: str | None = None, logprobs: Any = ()
+) -> RequestOutput:
+    """What a step adds."""
+    return RequestOutput("a", token_ids, list(logprobs), finish_reason)
+
+
 def run(
     pieces: list[str | bytes], stop: Any = (), finish_reason: str = "length", chunk: int = 1
 ) -> tuple[OutputProcessor, list[Delta]]:
@@ -40,7 +56,7 @@ def run(
     deltas = []
     for start in range(0, len(pieces), chunk):
         ids = list(range(start, min(start + chunk, len(pieces))))
-        deltas.append(output.process(ids, finish_reason if len(pieces) - 1 in ids else None))
+        deltas.append(output.process(new(ids, finish_reason if len(pieces) - 1 in ids else None)))
     return output, deltas
 
 
@@ -166,7 +182,7 @@ class TestEnds:
     def test_an_end_without_tokens(self) -> None:
         for reason in ("stop", "abort", "error"):
             output = processor([b"ab", b"\xf0"], stop="bc")
-            deltas = [output.process([0]), output.process([1]), output.process([], reason)]
+            deltas = [output.process(new(*x)) for x in (([0],), ([1],), ([], reason))]
             assert [delta.text for delta in deltas] == ["a", "", "b\ufffd"]
             assert [delta.finish_reason for delta in deltas] == [None, None, reason]
             assert output.completion().token_ids == [0, 1]
@@ -179,7 +195,7 @@ class TestEnds:
         """An engine may run ahead: it learns of a stop string only by the abort."""
         output, deltas = run(["ab", "cd", "ef", "gh"], "d", "length")
         assert deltas[2:] == [Delta("", [])] * 2
-        assert output.process([3], "abort", [TokenLogprobs(3, -1.0)]) == Delta("", [])
+        assert output.process(new([3], "abort", [TokenLogprobs(3, -1.0)])) == Delta("", [])
         completion = output.completion()
         assert (completion.text, completion.token_ids) == ("abc", [0, 1])
         assert completion.finish_reason == "stop"
@@ -191,7 +207,7 @@ class TestEnds:
 
     def test_no_completion_before_the_end(self) -> None:
         output = processor([b"a"])
-        output.process([0])
+        output.process(new([0]))
         with pytest.raises(AssertionError):
             output.completion()
 
@@ -208,7 +224,7 @@ class TestLogprobs:
         for start in range(0, 4, chunk):
             ids = list(range(start, start + chunk))
             last = "length" if ids[-1] == 3 else None
-            deltas.append(output.process(ids, last, [self.ITEMS[id] for id in ids]))
+            deltas.append(output.process(new(ids, last, [self.ITEMS[id] for id in ids])))
         completion = output.completion()
         assert completion.logprobs == list(self.ITEMS[:num_tokens])
         assert completion.token_ids == list(range(num_tokens))
@@ -217,21 +233,103 @@ class TestLogprobs:
 
     def test_none_when_none_were_asked_for(self) -> None:
         output = processor([b"ab"])
-        delta = output.process([0], "length", [None])  # type: ignore[list-item]
+        delta = output.process(new([0], "length", [None]))
         assert delta.logprobs == []
         assert output.completion().logprobs is None
 
     def test_an_empty_list_when_there_are_no_tokens(self) -> None:
         output = processor([b"ab"], logprobs=0)
-        output.process([], "abort")
+        output.process(new([], "abort"))
         assert output.completion().logprobs == []
+
+
+class TestDrafts:
+    """What became of drafts: the engine counts all it verified, an answer what the client has."""
+
+    STEPS = st.lists(
+        st.integers(0, 5).flatmap(lambda most: st.tuples(st.just(most), st.integers(0, most))),
+        min_size=1,
+        max_size=6,
+    )
+
+    @given(STEPS)
+    def test_counts_are_sums_over_the_steps(self, steps: list[tuple[int, int]]) -> None:
+        counts = NO_DRAFTS
+        for num_tokens, num_accepted in steps:
+            counts = counts.plus(num_tokens, num_accepted)
+        drafts = [num_tokens for num_tokens, _ in steps if num_tokens]
+        assert counts == (len(drafts), sum(drafts), sum(accepted for _, accepted in steps))
+        assert NO_DRAFTS == (0, 0, 0)
+
+    @given(STEPS, st.integers(0, 40))
+    def test_what_a_stop_string_cuts_off_has_not_stayed(
+        self, steps: list[tuple[int, int]], stops_after: int
+    ) -> None:
+        """Of each step's tokens the drafts come first, and one that was drawn is the last."""
+        total = sum(accepted + 1 for _, accepted in steps)
+        pieces = [b"!" if token == stops_after else b"a" for token in range(total)]
+        output = processor(pieces, stop="!")
+        counts, place, stayed = NO_DRAFTS, 0, 0
+        for num_tokens, num_accepted in steps:
+            ids = list(range(place, place + num_accepted + 1))
+            counts = counts.plus(num_tokens, num_accepted)
+            output.process(RequestOutput("a", ids, draft_counts=counts))
+            stayed += sum(token <= stops_after for token in ids[:-1])
+            place += len(ids)
+            if stops_after < place:
+                break
+        output.process(RequestOutput("a", finish_reason="length", draft_counts=counts))
+        completion = output.completion()
+        assert completion.token_ids == list(range(min(stops_after + 1, place)))
+        assert completion.finish_reason == ("stop" if stops_after < total else "length")
+        assert (completion.num_drafts, completion.num_draft_tokens) == counts[:2]
+        assert completion.num_accepted_tokens == stayed <= completion.num_draft_tokens
+
+    def test_drafts_beyond_the_token_that_ends_it_have_not_stayed(self) -> None:
+        """The engine drops the tokens behind it, and its counts have them."""
+        output = processor([b"a", b"b", b"c"])
+        output.process(RequestOutput("a", [0]))
+        output.process(RequestOutput("a", [1, 2], [], "stop", draft_counts=DraftCounts(1, 4, 4)))
+        assert output.completion().num_accepted_tokens == 2
+
+
+class TestPromptLogprobs:
+    SCORES: ClassVar = [TokenLogprobs(3, -0.5, rank=1), TokenLogprobs(4, -2.0, rank=7)]
+
+    def test_they_come_with_any_output_and_are_kept(self) -> None:
+        output = processor([b"a", b"b"], prompt_logprobs=0)
+        for token_id, reason in ((0, None), (1, "length")):
+            output.process(RequestOutput("a", [token_id], [], reason, self.SCORES))
+        assert output.completion().prompt_logprobs == self.SCORES
+
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_nan_among_them_is_an_error(self, place: int) -> None:
+        """Though a token was drawn: what it was drawn from is not to be trusted."""
+        scores = list(self.SCORES)
+        scores[place] = TokenLogprobs(4, math.nan, rank=1)
+        output = processor([b"a"], prompt_logprobs=0)
+        delta = output.process(RequestOutput("a", [0], [], None, scores))
+        assert (delta.finish_reason, delta.token_ids, delta.error) == ("error", [], NOT_FINITE)
+        assert output.completion().error == NOT_FINITE
+
+    def test_minus_infinity_is_none(self) -> None:
+        """A model may rule a token of a prompt out."""
+        output = processor([b"a"], prompt_logprobs=0)
+        scores = [TokenLogprobs(4, -math.inf, rank=9)]
+        assert output.process(RequestOutput("a", [0], [], "length", scores)).error is None
+
+    def test_no_token_is_an_error(self) -> None:
+        """What the sampler gives where logits are not finite; tokens before it count."""
+        output = processor([b"a"])
+        delta = output.process(RequestOutput("a", [0, NO_TOKEN], [], "error"))
+        assert (delta.token_ids, delta.error, delta.finish_reason) == ([0], NOT_FINITE, "error")
 
 
 class TestWithoutTokenizer:
     def test_text_is_empty_and_tokens_count(self) -> None:
         output = OutputProcessor(None, SamplingParams(stop="a", logprobs=0), list(range(7)))
-        first = output.process([5, 6], None, [TokenLogprobs(5, -1.0), TokenLogprobs(6, -1.0)])
-        last = output.process([1], "stop", [TokenLogprobs(1, -2.0)])
+        first = output.process(new([5, 6], None, [TokenLogprobs(5, -1.0), TokenLogprobs(6, -1.0)]))
+        last = output.process(new([1], "stop", [TokenLogprobs(1, -2.0)]))
         assert (first.text, first.token_ids, last.text, last.token_ids) == ("", [5, 6], "", [1])
         completion = output.completion(index=3)
         assert (completion.text, completion.token_ids) == ("", [5, 6, 1])

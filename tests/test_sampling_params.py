@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 from fractions import Fraction
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from common.prompts import check_prompt, prepare_prompts
 from common.sampling import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -211,92 +209,6 @@ class TestParams:
         assert values == (0.5, 3, 2**64 - 1, 7)
         assert [type(v) for v in (*values, *params.stop_token_ids)] == [float, *[int] * 4]
         assert as_int64(params.seed) == -1
-
-
-class TestPrompts:
-    PARAMS = SamplingParams(max_tokens=4, stop_token_ids=(3,))
-
-    @pytest.mark.parametrize(
-        ("prompt", "words"),
-        [
-            ([], ["at least one token"]),
-            ([0, 99, 100], ["100", "0 to 99"]),
-            ([5, -1], ["-1"]),
-            ([True, False], ["True"]),
-            ([1.0], ["1.0"]),
-            (["1"], ["'1'"]),
-            ([10**5000], ["bits"]),
-            ([1] * 20, ["20 tokens", "context of 20", "at most 19"]),
-            ([1] * 17, ["max_tokens is 4", "17 tokens", "leaves 3", "of 20"]),
-        ],
-    )
-    def test_what_is_wrong_is_said_in_numbers(self, prompt: list[Any], words: list[str]) -> None:
-        with pytest.raises(ValueError) as caught:
-            check_prompt(prompt, self.PARAMS, limit=20, vocab=100)
-        for word in words:
-            assert word in str(caught.value)
-
-    def test_the_largest_prompt_that_fits(self) -> None:
-        check_prompt([0, 99] * 8, self.PARAMS, limit=20, vocab=100)
-        check_prompt([1] * 19, SamplingParams(max_tokens=None), limit=20, vocab=100)
-
-    def test_a_stop_token_outside_the_vocabulary(self) -> None:
-        with pytest.raises(ValueError, match="stop_token_ids has 3; ids go from 0 to 2"):
-            check_prompt([1], self.PARAMS, limit=20, vocab=3)
-
-    ENGINE = SimpleNamespace(
-        tokenizer=SimpleNamespace(encode=lambda text: [ord(c) for c in text]),
-        max_model_len=40,
-        vocab_size=128,
-    )
-
-    @pytest.mark.parametrize(
-        ("prompts", "tokens"),
-        [
-            ("ab", [[97, 98]]),
-            ([1, 2], [[1, 2]]),
-            ((1, 2), [[1, 2]]),
-            (["a", [1, 2]], [[97], [1, 2]]),
-            ([[1], (2, 3)], [[1], [2, 3]]),
-            ([], []),
-        ],
-    )
-    def test_every_form_of_prompts(self, prompts: Any, tokens: list[list[int]]) -> None:
-        prepared = prepare_prompts(self.ENGINE, prompts, None)
-        assert prepared == [(ids, SamplingParams()) for ids in tokens]
-
-    def test_one_set_of_parameters_each(self) -> None:
-        each = [SamplingParams(seed=1), SamplingParams(seed=2)]
-        assert [params for _, params in prepare_prompts(self.ENGINE, ["a", "b"], each)] == each
-        with pytest.raises(ValueError, match="1 entries for 2 prompts"):
-            prepare_prompts(self.ENGINE, ["a", "b"], each[:1])
-
-    @pytest.mark.parametrize(
-        ("prompts", "message"),
-        [
-            (["a", ""], r"prompts\[1\]: prompt must have at least one token"),
-            (["a", "é"], r"prompts\[1\]: .*233.*0 to 127"),
-            ([[1], [1, 128]], r"prompts\[1\]: .*128"),
-            (["a", "b" * 50], r"prompts\[1\]: .*50 tokens.*40"),
-            (["a", 5], r"prompts\[1\] must be text or token ids, not 5"),
-            ([None], r"prompts\[0\] must be text or token ids, not None"),
-            (np.array([1, 2]), r"prompts\[0\] must be text or token ids"),
-        ],
-    )
-    def test_the_prompt_is_named(self, prompts: Any, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            prepare_prompts(self.ENGINE, prompts, None)
-
-    def test_text_without_a_tokenizer(self) -> None:
-        engine = SimpleNamespace(tokenizer=None, max_model_len=40, vocab_size=128)
-        with pytest.raises(ValueError, match=r"prompts\[1\] is text"):
-            prepare_prompts(engine, [[1], "a"], None)
-        assert prepare_prompts(engine, [[1]], None)[0][0] == [1]
-
-    def test_n_beyond_what_a_part_can_do(self) -> None:
-        with pytest.raises(ValueError, match="n must be at most 1 in this part, not 2"):
-            prepare_prompts(self.ENGINE, "a", SamplingParams(n=2))
-        assert len(prepare_prompts(self.ENGINE, "a", SamplingParams(n=2), max_n=2)) == 1
 
 
 def philox_of_integers(key: tuple[int, int], counter: tuple[int, ...]) -> tuple[int, ...]:

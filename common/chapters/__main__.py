@@ -8,6 +8,7 @@ touches has to be what it touches. Nobody keeps that up by hand. `python -m comm
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ from common.chapters.chain import (
     ChapterError,
     Part,
     changes,
+    code_lines,
     count_code_lines,
     find_part,
     find_parts,
@@ -80,6 +82,24 @@ def diff_stat(
     return stat
 
 
+def code_stat(root: Path, before: Part, after: Part) -> tuple[int, int]:
+    """(lines of Python code added, deleted), as in a diff of the two parts without blank lines, comments and docstrings."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (before, after):
+            Path(folder, part.package).mkdir()
+            for name, content in part.read_chain().items():
+                path = Path(folder, part.package, name)
+                if path.suffix == ".py":
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    lines = code_lines(content, f"{part.folder.name}/{name}")
+                    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        fixed = ["--no-index", "--no-ext-diff", "--no-textconv", "--no-renames", "--text"]
+        sides = [str(Path(folder, part.package)) for part in (before, after)]
+        _, output = run_git(root, "diff", "--numstat", *fixed, "--", *sides, ok=(0, 1))
+    counts = [line.split("\t")[:2] for line in output.decode(errors="replace").splitlines()]
+    return sum(int(added) for added, _ in counts), sum(int(deleted) for _, deleted in counts)
+
+
 def total(stat: dict[str, tuple[int, int] | None]) -> tuple[int, int]:
     counts = [pair for pair in stat.values() if pair]
     return sum(added for added, _ in counts), sum(deleted for _, deleted in counts)
@@ -87,7 +107,8 @@ def total(stat: dict[str, tuple[int, int] | None]) -> tuple[int, int]:
 
 def command_list(arguments: argparse.Namespace, root: Path) -> int:
     parts = find_parts(root)
-    print(f"{'part':<6}{'title':<34}{'lines':>7}{'added':>8}{'deleted':>9}")
+    columns = ("code", "+code", "-code", "+lines", "-lines")
+    print(f"{'part':<6}{'title':<34}" + "".join(f"{name:>8}" for name in columns))
     before: tuple[Part, dict[str, bytes]] | None = None
     for part in parts:
         try:
@@ -96,14 +117,14 @@ def command_list(arguments: argparse.Namespace, root: Path) -> int:
             title = f"({part.folder.name}: no front matter)"
         chain = part.read_chain()
         lines = sum(count_code_lines(part.folder / name) for name in chain if name.endswith(".py"))
-        row = f"{part.number:02d}    {title:<34}{lines:>7}"
+        row = f"{part.number:02d}    {title:<34}{lines:>8}"
         if before:
             stat = diff_stat(root, before[0], part, changes(before[1], chain))
-            added, deleted = total(stat)
-            row += f"{f'+{added}':>8}{f'-{deleted}':>9}"
+            for added, deleted in (code_stat(root, before[0], part), total(stat)):
+                row += f"{f'+{added}':>8}{f'-{deleted}':>8}"
         print(row)
         before = part, chain
-    print("lines: Python code without blanks, comments and docstrings; added, deleted: as in diff")
+    print("code: lines of Python without blanks, comments and docstrings; lines: all, as in diff")
     return 0
 
 

@@ -138,11 +138,15 @@ def hash_chain(chain: dict[str, bytes]) -> str:
 
 def count_code_lines(path: Path | str) -> int:
     """Lines of a Python file that hold code: no blank lines, no comments, no docstrings."""
-    return _count_code(Path(path).read_bytes(), str(path))
+    return len(code_lines(Path(path).read_bytes(), str(path)))
 
 
 @functools.cache
-def _count_code(content: bytes, name: str) -> int:
+def code_lines(content: bytes, name: str) -> tuple[str, ...]:
+    """The lines of a Python file that hold code, without the comments at their ends.
+
+    name: the file's, for the error. Raises ChapterError where it is not valid Python.
+    """
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError) as error:
@@ -158,14 +162,21 @@ def _count_code(content: bytes, name: str) -> int:
     silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
     silent |= {tokenize.ENCODING, tokenize.ENDMARKER}
     lines: set[int] = set()
+    comments: dict[int, int] = {}  # line -> the column where its comment begins
+    encoding = "utf-8"
     for token in tokenize.tokenize(io.BytesIO(content).readline):
         first, last = token.start[0], token.end[0]
+        if token.type == tokenize.ENCODING:
+            encoding = token.string
+        if token.type == tokenize.COMMENT:
+            comments[first] = token.start[1]
         inside = any(start <= first and last <= stop for start, stop in spans)
         documents = token.type == tokenize.STRING and inside
         if token.type not in silent and not documents:
             lines.update(range(first, last + 1))
-    text = content.splitlines()
-    return sum(1 for line in lines if line <= len(text) and text[line - 1].strip())
+    text = content.decode(encoding).split("\n")
+    code = [text[line - 1][: comments.get(line)].rstrip() for line in sorted(lines)]
+    return tuple(line for line in code if line)
 
 
 def front_matter(part: Part) -> dict:

@@ -9,5 +9,6 @@ failing kernel or the time limit may end while the others go on.
     kernels  every operation of `common.kernels` against the reference
     oracle   parts 03 and later against transformers: greedy equality in fp32, closeness in bf16
     speed    single operations at Qwen3's shapes, against the limits
+    overlap  what the device waits for the host, with the loop in turns and with two steps in flight
     ladder   the parts' prefill and decode speed on Qwen3's shapes, newest part first
 """

@@ -1,5 +1,5 @@
 """How long the device waits for the host between two decode steps: with the loop in turns, and with
-two steps in flight. Only parts that have `async_scheduling`."""
+two steps in flight. Only parts that launch a step before the last one is read."""
 
 import itertools
 import statistics
@@ -34,9 +34,10 @@ def measure(job: dict[str, Any], is_async: bool) -> dict[str, Any]:
         "dtype": "bfloat16" if job["device"].startswith("cuda") else "float32",
         "max_num_seqs": max(sizes),
         "max_model_len": 512,
-        "async_scheduling": is_async,
     }
     engine, _, _ = start_engine({"part": job["part"], "model": job["model"], "settings": settings})
+    if not is_async:
+        engine.num_in_flight = 1  # each step is read before the next one is launched
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
     found: dict[str, Any] = {}
     for size in sizes:

@@ -249,8 +249,13 @@ class Frontend:
     async def read(self, request: CompletionRequest | ChatCompletionRequest) -> Job:
         """Check a request and turn it into tokens. Raises ApiError."""
         self.check_model(request.model)
-        able = self.streaming, self.max_n, self.cache_salt, self.speculative, self.prompt_logprobs
-        request.check(*able)
+        request.check(
+            self.streaming,
+            self.max_n,
+            cache_salt=self.cache_salt,
+            speculative=self.speculative,
+            prompt_logprobs=self.prompt_logprobs,
+        )
         params = request.sampling_params(self.sampling_defaults)
         chat = isinstance(request, ChatCompletionRequest)
         texts: list[Any] = [request.messages] if chat else request.prompts()

@@ -7,7 +7,8 @@ import json
 import operator
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,8 +19,9 @@ from common.models.tokenizer import Tokenizer
 from common.requests import Request, fan_out
 from common.sampling import SamplingParams
 
-# Completions side by side: (index, its output so far, what is new), as tokens are born.
-Completing = AsyncIterator[tuple[int, OutputProcessor, Delta]]
+# Completions side by side: (index, its output so far, what is new), as tokens are born. Closing it
+# ends what is unfinished.
+Completing = AsyncGenerator[tuple[int, OutputProcessor, Delta], None]
 
 LEAST_LOGPROB = -9999.0  # what is shown for less, as in OpenAI's and vLLM's answers
 
@@ -199,21 +201,24 @@ class Job:
     async def collect(self, stream: Completing) -> dict[str, Any]:
         """The whole answer, when a stream of completions has ended. Raises ApiError."""
         outputs: dict[int, OutputProcessor] = {}
-        async for index, output, _ in stream:
-            outputs[index] = output
+        async with aclosing(stream):
+            async for index, output, _ in stream:
+                outputs[index] = output
         return self.response([outputs[index].completion(index) for index in sorted(outputs)])
 
     async def chunks(self, stream: Completing) -> AsyncIterator[dict[str, Any]]:
-        """A stream of completions in OpenAI's wire format. Raises ApiError."""
+        """A stream of completions in OpenAI's wire format. Raises ApiError, when the other
+        completions have been ended."""
         outputs: dict[int, OutputProcessor] = {}
-        for chunk in self.opening_chunks():
-            yield chunk
-        async for index, output, delta in stream:
-            outputs[index] = output
-            if delta.finish_reason == "error":
-                raise failure(delta.error)
-            if self.has_news(delta):
-                yield self.chunk(index, delta)
+        async with aclosing(stream):
+            for chunk in self.opening_chunks():
+                yield chunk
+            async for index, output, delta in stream:
+                outputs[index] = output
+                if delta.finish_reason == "error":
+                    raise failure(delta.error)
+                if self.has_news(delta):
+                    yield self.chunk(index, delta)
         if self.include_usage:
             yield self.usage_chunk([outputs[index] for index in sorted(outputs)])
 

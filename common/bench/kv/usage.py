@@ -112,12 +112,12 @@ def run_requests(engine: Any, prompts: list[list[int]], requests: list[Request])
     One without max_tokens is aborted when it has its output: so ends what is read up to a stop
     string, which the engine knows nothing of.
     """
-    from common.requests import Request
+    from common.requests import Request as EngineRequest
     from common.sampling import SamplingParams
 
     for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
         params = SamplingParams(temperature=0, max_tokens=request.max_tokens, ignore_eos=True)
-        engine.add_request(Request(str(number), prompt, params))
+        engine.add_request(EngineRequest(str(number), prompt, params))
     counts = [0] * len(requests)
     usage = TraceUsage(engine.kv.block_size)
     while engine.has_unfinished():

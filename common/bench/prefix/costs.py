@@ -111,10 +111,17 @@ def run_costs(args: argparse.Namespace) -> int:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """{"part", "kind", "block_size", "num_blocks", "seed"} -> a row for each case. In the worker."""
     package = part_package(job["part"])
-    make_cache = importlib.import_module(f"{package}.prefix_cache").make_prefix_cache
+    make_cache = importlib.import_module(f"{package}.prefix_cache").make_block_cache
     pool_class = importlib.import_module(f"{package}.kv_cache").BlockPool
     sequence_class = importlib.import_module(f"{package}.sequence").Sequence
+    from common.requests import Request
     from common.sampling import SamplingParams
+
+    def sequences(prompts: list[list[int]]) -> list[Any]:
+        requests = [Request(str(n), prompt, params) for n, prompt in enumerate(prompts)]
+        return [
+            sequence_class(request, 0, frozenset(), request.limit(1 << 30)) for request in requests
+        ]
 
     params, size, kind = SamplingParams(), job["block_size"], job["kind"]
     rows = []
@@ -123,10 +130,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             runs = []
             for _ in range(REPEATS):
                 cache = make_cache(kind, pool_class(case.num_blocks), size)
-                new = [
-                    [sequence_class(str(n), prompt, params, 0) for n, prompt in enumerate(prompts)]
-                    for prompts in (case.prompts, case.prompts, case.others)
-                ]
+                new = map(sequences, (case.prompts, case.prompts, case.others))
                 runs.append(times(cache, case, size, *new))
             row = {"cache": kind, "prompts": case.name, "num_blocks": case.num_blocks}
             for name in runs[0]:
@@ -150,20 +154,20 @@ def times(
 
     for sequence in first:
         count = len(sequence.prompt_token_ids) // block_size
-        found = cache.match(sequence)
+        found = look_up(cache, sequence)
         sequence.block_table = found + cache.allocate(count - len(found))
         timed("insert", cache.publish, sequence, count * block_size)
     release(cache, first, timed)
     num_found = 0
     for sequence in again:
-        sequence.block_table = timed("lookup", cache.match, sequence)
+        sequence.block_table = timed("lookup", look_up, cache, sequence)
         num_found += len(sequence.block_table)
     num_in_prompts = sum(len(prompt) // block_size for prompt in case.prompts)
     if num_found != num_in_prompts:
         raise BenchError(f"{num_found} blocks found of {num_in_prompts}")
     release(cache, again, timed)
     begin = time.perf_counter()
-    tables = [cache.match(sequence) for sequence in others]
+    tables = [look_up(cache, sequence) for sequence in others]
     miss = (time.perf_counter() - begin) / len(others)
     if any(tables):
         raise BenchError(f"{sum(map(len, tables))} blocks found of prompts that were never there")
@@ -176,6 +180,13 @@ def times(
         "evict_ms": spent["evict"] / case.num_blocks,
     }
     return {name: 1e6 * value for name, value in per_thousand.items()} | {"miss_us": 1e6 * miss}
+
+
+def look_up(cache: Any, sequence: Any) -> list[int]:
+    """The blocks found for a sequence, which it owns from now on."""
+    found = cache.match(sequence)
+    cache.take(sequence, found)
+    return found.blocks
 
 
 def release(cache: Any, sequences: list[Any], timed: Callable[..., Any]) -> None:

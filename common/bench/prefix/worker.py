@@ -55,7 +55,7 @@ class Driver:
 
     def hand_over(self, ended: str | None) -> None:
         """The requests that waited for this one."""
-        from common.requests import Request
+        from common.requests import Request as EngineRequest
         from common.sampling import SamplingParams
 
         now = self.clock()
@@ -66,7 +66,7 @@ class Driver:
             name, prompt = request.request_id, before + request.prompt_token_ids
             self.prompts[name], self.begins[name] = prompt, now
             params = SamplingParams(temperature=0, max_tokens=request.max_tokens, ignore_eos=True)
-            self.engine.add_request(Request(name, prompt, params))
+            self.engine.add_request(EngineRequest(name, prompt, params))
 
     def take(self, output: Any, now: float) -> None:
         """One output of a step; the first of a request says what was found in the cache."""
