@@ -19,7 +19,7 @@ NUM_CANDIDATES = 256  # a row is sorted whole only when its top-p reaches beyond
 def sample(logits: Tensor, batch: SamplingBatch) -> tuple[list[int], list[TokenLogprobs | None]]:
     """The next token of each row of logits, [batch, vocab], and log probabilities if asked for.
 
-    Those are the model's own: before penalties, temperature and filters. NO_TOKEN where logits are
+    They are the model's own: before penalties, temperature and filters. NO_TOKEN where logits are
     not finite.
     """
     scaled = logits = logits.float()

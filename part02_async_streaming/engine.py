@@ -3,7 +3,7 @@
 Prefill runs the whole prompt at once and is limited by arithmetic; decode runs one token against
 the cached keys and values of all before it and is limited by reading the weights from memory.
 
-Work is cut into steps so that whoever drives the engine can add and abort requests in between.
+Work is cut into steps, so that requests can be added and aborted in between.
 """
 
 import random
@@ -155,7 +155,7 @@ class LLMEngine:
     def postprocess(
         self, sequence: Sequence, token_id: int, logprobs: list[TokenLogprobs | None]
     ) -> None:
-        """Append the token; let the sequence go when it ends with it."""
+        """Append the token; release the sequence when it ends."""
         sequence.output_token_ids.append(token_id)
         reason = self.finish_reason(sequence)
         if reason is not None:

@@ -104,7 +104,7 @@ class AsyncEngine:
         self.streams.pop(request_id, None)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        """On the event loop: hand outputs to their streams; what nobody waits for is dropped."""
+        """On the event loop: hand outputs to their streams; an output without one is dropped."""
         for output in outputs:
             index, inbox = self.streams.get(output.request_id, (0, None))
             if inbox is not None:
@@ -126,7 +126,7 @@ class AsyncEngine:
                 if outputs:
                     self.loop.call_soon_threadsafe(self._deliver, outputs)
         finally:
-            self.stopped = True  # before the streams are told: who comes later sees it
+            self.stopped = True  # before the streams are told: a later request sees it
             self.engine.shutdown()
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now
                 self.loop.call_soon_threadsafe(self._fail_streams)

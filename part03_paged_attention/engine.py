@@ -4,7 +4,7 @@ The KV cache is one pool of blocks. As many waiting requests as the pool can hol
 form a batch; each reserves its blocks, and the batch runs until its last sequence has finished. A
 sequence that ends sooner stays where it is, computed and ignored.
 
-Work is cut into steps so that whoever drives the engine can add and abort requests in between.
+Work is cut into steps, so that requests can be added and aborted in between.
 """
 
 import random
@@ -43,7 +43,7 @@ class LLMEngine:
         self.sequences: dict[str, Sequence] = {}  # by request id, until they finish
         self.outbox: list[RequestOutput] = []  # what the next step returns
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # the batch, with those of it that have finished
+        self.running: list[Sequence] = []  # the batch, finished sequences among them
         self.trace = Trace(num_blocks=self.kv.num_blocks, block_size=self.kv.block_size)
 
     def generate(
@@ -134,7 +134,7 @@ class LLMEngine:
         token_ids: list[int],
         logprobs: list[TokenLogprobs | None],
     ) -> None:
-        """Append the tokens; let the sequences go that end with theirs."""
+        """Append the tokens; release the sequences that end."""
         for sequence, token_id, logprob in zip(scheduled, token_ids, logprobs, strict=True):
             if not self.is_alive(sequence):
                 continue

@@ -1,8 +1,8 @@
-"""The engine: the step that asks the scheduler who runs, runs them, and gives each its new tokens.
+"""The engine: a step asks the scheduler which sequences run, runs them, and appends new tokens.
 
 Sequences join and leave between steps. A step is one forward over the new tokens of all of them.
 
-Work is cut into steps so that whoever drives the engine can add and abort requests in between.
+Work is cut into steps, so that requests can be added and aborted in between.
 """
 
 import random
@@ -119,7 +119,7 @@ class LLMEngine:
         logprobs: list[list[TokenLogprobs | None]],
         scores: list[PromptScores],
     ) -> None:
-        """Append the tokens; let the sequences go that end with theirs."""
+        """Append the tokens; release the sequences that end."""
         add_prompt_logprobs(scheduled.num_new_tokens, scores)
         self.scheduler.advance(scheduled)
         for sequence, new, scored in zip(scheduled.sampled, token_ids, logprobs, strict=True):

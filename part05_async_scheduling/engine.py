@@ -1,10 +1,10 @@
-"""The engine: the step that asks the scheduler who runs, runs them, and gives each its new tokens.
+"""The engine: a step asks the scheduler which sequences run, runs them, and appends new tokens.
 
 Sequences join and leave between steps. A step is one forward over the new tokens of all of them.
 The next step is scheduled and launched before the tokens of the last one are read, so that the
 device need not wait for the host.
 
-Work is cut into steps so that whoever drives the engine can add and abort requests in between.
+Work is cut into steps, so that requests can be added and aborted in between.
 """
 
 import itertools
@@ -145,7 +145,7 @@ class LLMEngine:
         logprobs: list[list[TokenLogprobs | None]],
         scores: list[PromptScores],
     ) -> None:
-        """Append the tokens; let the sequences go that end with theirs.
+        """Append the tokens; release the sequences that end.
 
         Tokens of a sequence that has ended since the launch are dropped.
         """

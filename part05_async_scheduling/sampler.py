@@ -4,7 +4,7 @@ Sampling is Gumbel-max: the argmax of logits plus Gumbel noise is a draw from th
 noise depends on a sequence's seed, choice and position alone, so a seeded result does not depend on
 what else is in the batch. Filters and noise are one fused operation of `common.kernels`.
 
-Nothing here waits for the device: what was drawn stays there as tensors until somebody reads it.
+Nothing here waits for the device: what was drawn stays there as tensors until the host reads it.
 """
 
 from dataclasses import dataclass, field

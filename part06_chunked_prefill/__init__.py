@@ -1,1 +1,1 @@
-"""An engine that cuts prompts into slices and runs them beside those who decode."""
+"""An engine that cuts prompts into slices and runs them beside sequences that decode."""

@@ -4,8 +4,8 @@ What a step needs of a sequence time after time is kept in tables, with a row fo
 sequence: a step then costs a few operations on whole arrays. It is written into one of two buffers,
 since the step in flight reads the other.
 
-A batch holds tensors and plain numbers, no sequence: the host goes on and changes those while the
-device is on its way.
+A batch holds tensors and plain numbers, no sequence: the host changes sequences while the device
+still reads the batch.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""The KV cache as fixed-size blocks: one tensor, a pool that says who owns which block.
+"""The KV cache as fixed-size blocks: one tensor, and a pool that counts each block's owners.
 
 A sequence's keys and values need not lie together. They lie in blocks of `block_size` tokens, taken
 from the pool as they are needed and found through the sequence's block table, as pages are by an

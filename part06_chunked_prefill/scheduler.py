@@ -2,7 +2,7 @@
 
 Sequences join and leave the batch at every step (Yu et al., "Orca: A Distributed Serving System for
 Transformer-Based Generative Models", OSDI 2022). The order is first come, first served. A step
-has a budget of tokens. Each running sequence gets those of its tokens that are not computed: the
+has a budget of tokens. Each running sequence runs tokens of its own that are not computed: the
 last one while it decodes, before that a slice of its prompt (Agrawal et al., "Taming
 Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", OSDI 2024).
 
@@ -89,8 +89,8 @@ class Scheduler:
         return was_room
 
     def make_room(self, sequence: Sequence, output: SchedulerOutput) -> bool:
-        """Give a running sequence blocks for all of its tokens, those of the sequences that joined
-        last if need be; False when it was preempted itself."""
+        """Give a running sequence blocks for all of its tokens, if need be from the sequences that joined
+        last; False when it was preempted itself."""
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
             self.preempt(self.running[-1])
         return sequence.status is Status.RUNNING

@@ -1,1 +1,1 @@
-"""Part 07: prefix caching. Blocks that hold the same beginning serve every sequence that has it."""
+"""An engine whose sequences share the blocks of equal beginnings."""

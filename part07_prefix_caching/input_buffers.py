@@ -80,7 +80,7 @@ class InputBuffers:
         self.reader: Work | None = None  # the last step that reads them
 
     def wait(self) -> None:
-        """Until nobody reads them any more: they may be written then."""
+        """Wait for the step that reads them: they may be written then."""
         if self.reader is not None:
             self.reader.wait()
 

@@ -58,7 +58,7 @@ class HashPrefixCache(BlockCache):
             sequence.num_published_blocks = count
 
     def allocate(self, count: int) -> list[int]:
-        blocks = self.pool.allocate(count)  # those that became free first, used or not
+        blocks = self.pool.allocate(count)  # the longest free first, published or not
         for block in blocks:
             if block in self.key_of:
                 del self.blocks[self.key_of.pop(block)]

@@ -52,7 +52,7 @@ class BlockCache:
         """Let others find the full blocks of a sequence's first tokens, computed and final."""
 
     def release(self, sequence: Sequence) -> None:
-        """Give up a sequence's blocks. Those that others can find stay as they are for now."""
+        """Give up a sequence's blocks. Published blocks keep what is in them for now."""
         self.pool.free(sequence.block_table)
         sequence.num_published_blocks = 0
 

@@ -95,7 +95,7 @@ class ModelProposer:
         counts: list[int],
         probs: list[torch.Tensor],
     ) -> Work:
-        """Run so many tokens of each sequence, and draw the next where those are all it has.
+        """Run so many tokens of each sequence, and draw the next where it has no more.
 
         probs: gets what they were drawn from, of the sequences that will reject.
         """

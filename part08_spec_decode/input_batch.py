@@ -4,8 +4,8 @@ What a step needs of a sequence time after time is kept in tables, with a row fo
 sequence: a step then costs a few operations on whole arrays. It is written into one of two buffers,
 since the step in flight reads the other.
 
-A batch holds tensors and plain numbers, no sequence: the host goes on and changes those while the
-device is on its way.
+A batch holds tensors and plain numbers, no sequence: the host changes sequences while the device
+still reads the batch.
 """
 
 from dataclasses import dataclass, field, replace
@@ -42,7 +42,7 @@ class Batch:
     # of each sequence that is sampled: how many drafts it has, here and on the device [int64]
     draft_lengths: list[int] = field(default_factory=list)
     num_draft_tokens: torch.Tensor | None = None
-    rejecting: list[int] = field(default_factory=list)  # those whose drafts stay by rejection
+    rejecting: list[int] = field(default_factory=list)  # sequences whose drafts stay by rejection
     draft_probs: torch.Tensor | None = None  # [drafts of these, vocab]: what they were drawn from
 
 
@@ -122,7 +122,7 @@ class InputBatch:
     def lay_out(self, sequences: list[Sequence], begins: list[int], counts: list[int]) -> Batch:
         """Tensors for so many tokens of each sequence, from where each begins.
 
-        Tokens are drawn after the last of those that a sequence has, and after each draft.
+        A token is drawn after a sequence's last one, and after each draft behind it.
         """
         starts, new = np.array(begins), np.array(counts)
         lengths, ends = starts + new, new.cumsum()

@@ -172,7 +172,7 @@ class CausalLM:
     ) -> torch.Tensor:
         """Hidden states of every token, [num_tokens, hidden].
 
-        layers: those to run, all by default; the others are stepped over.
+        layers: which to run, all by default; the others are stepped over.
         """
         residual = self.ops.embedding(token_ids, self.embedding)
         x = torch.zeros_like(residual)

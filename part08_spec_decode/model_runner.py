@@ -39,7 +39,7 @@ from .sequence import Sequence
 class Drafter:
     """What drafts: a smaller model, or some layers of the model itself.
 
-    layers: those that run; None: all.
+    layers: which of it run; None: all.
     """
 
     model: CausalLM

@@ -2,7 +2,7 @@
 
 Sequences join and leave the batch at every step (Yu et al., "Orca: A Distributed Serving System for
 Transformer-Based Generative Models", OSDI 2022). The order is first come, first served. A step
-has a budget of tokens. Each running sequence gets those of its tokens that are not computed: the
+has a budget of tokens. Each running sequence runs tokens of its own that are not computed: the
 last one while it decodes, before that a slice of its prompt (Agrawal et al., "Taming
 Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", OSDI 2024).
 
@@ -73,7 +73,7 @@ class Scheduler:
         self.free_rows = deque(range(self.num_rows))
         self.num_preemptions = 0
         self.num_cache_queries = 0  # tokens of sequences that joined for the first time
-        self.num_cache_hits = 0  # those of them that were found
+        self.num_cache_hits = 0  # of these tokens, found in the cache
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
@@ -108,8 +108,8 @@ class Scheduler:
         return was_room
 
     def make_room(self, sequence: Sequence, output: SchedulerOutput) -> bool:
-        """Give a running sequence blocks for all of its tokens, those of the sequences that joined
-        last if need be; False when it does not run in this step."""
+        """Give a running sequence blocks for all of its tokens, if need be from the sequences that joined
+        last; False when it does not run in this step."""
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
             if self.ending:
                 return False  # their blocks come free when their last tokens are read
