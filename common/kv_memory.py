@@ -16,20 +16,20 @@ CPU_SHARE = 0.25  # of the memory that is free on a CPU
 
 def choose_num_blocks(
     config: Any,
-    models: Sequence[ModelConfig],
+    models: Sequence[ModelConfig | None],
     dtype: torch.dtype,
     device: torch.device,
     reserved: int = 0,
 ) -> int:
     """How many blocks the cache should have: what was asked for, or what memory and need allow.
 
-    config: an engine's. models: their keys and values lie in blocks of the same numbers; the first
-    is the one that is served. reserved: bytes of a GPU that a step needs for itself. Raises
+    config: an engine's. models: the one that is served, then others, if any, whose keys and values
+    lie in blocks of the same numbers. reserved: bytes of a GPU that a step needs for itself. Raises
     ValueError.
     """
     if config.num_blocks is not None:
         return config.num_blocks
-    token_numbers = sum(m.num_layers * 2 * m.num_kv_heads * m.head_dim for m in models)
+    token_numbers = sum(m.num_layers * 2 * m.num_kv_heads * m.head_dim for m in models if m)
     block_bytes = config.block_size * token_numbers * dtype.itemsize
     memory = config.kv_cache_memory
     if memory is None:

@@ -50,12 +50,9 @@ class BatchShape:
     table_width: int  # blocks in the longest table
 
     def lengths(self) -> dict[str, int]:
-        return {
-            "num_tokens": self.num_tokens,
-            "num_seqs": self.num_seqs,
+        return vars(self) | {
             "num_seqs + 1": self.num_seqs + 1,
             "num_seqs * table_width": self.num_seqs * self.table_width,
-            "num_sampled": self.num_sampled,
         }
 
     def layout(self) -> tuple[dict[str, tuple[int, int]], int]:

@@ -89,8 +89,8 @@ class Scheduler:
         return was_room
 
     def make_room(self, sequence: Sequence, output: SchedulerOutput) -> bool:
-        """Give a running sequence blocks for all of its tokens, if need be from the sequences that joined
-        last; False when it was preempted itself."""
+        """Give a running sequence blocks for all of its tokens, if need be by preempting the sequences
+        that joined last; False when it was preempted itself."""
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
             self.preempt(self.running[-1])
         return sequence.status is Status.RUNNING

@@ -98,8 +98,8 @@ class Scheduler:
         return was_room
 
     def make_room(self, sequence: Sequence, output: SchedulerOutput) -> bool:
-        """Give a running sequence blocks for all of its tokens, if need be from the sequences that joined
-        last; False when it does not run in this step."""
+        """Give a running sequence blocks for all of its tokens, if need be by preempting the sequences
+        that joined last; False when it does not run in this step."""
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
             if self.ending:
                 return False  # their blocks come free when their last tokens are read

@@ -136,7 +136,6 @@ class DraftLength:
             lengths = [len(draft.token_ids) for draft in drafts]
             return drafts, self.choose(sequences, lengths, num_tokens)
         limits = self.choose(sequences, limits, num_tokens)
-        limits = proposer.catch_up(sequences, limits)
         if not any(limits):
             return [NO_DRAFT] * len(sequences), limits
         begin = time.perf_counter()

@@ -38,75 +38,65 @@ class ModelProposer:
         self.repeats = config.seed is not None  # so what is drawn may not depend on draft lengths
         self.is_smaller_model = config.speculative == "draft"
 
-    def catch_up(self, sequences: list[Sequence], max_lengths: list[int]) -> list[int]:
-        """A slice as large as a step may be; the last two tokens are left to `propose`."""
-        lengths, slices, budget = list(max_lengths), {}, self.budget
-        for i, sequence in enumerate(sequences):
-            missing = sequence.num_tokens - 2 - self.num_read(sequence)
-            if lengths[i] > 0 and missing > 0:
-                count = min(missing, budget)
+    def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
+        """Each forward takes what the one before it has drawn from the device: tokens are read when
+        all are launched."""
+        limits = dict(zip(sequences, max_lengths, strict=True))
+        drawn: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences}
+        probs: dict[Sequence, list[torch.Tensor]] = {sequence: [] for sequence in sequences}
+        rounds: list[tuple[list[Sequence], Work]] = []
+        running, counts = self.unread([s for s in sequences if limits[s] > 0])
+        begins = [self.num_read(sequence) for sequence in running]
+        while running:
+            for sequence, begin, count in zip(running, begins, counts, strict=True):
+                sequence.num_drafter_tokens = begin + count
+            drawing = [s for s in running if s.num_drafter_tokens >= s.num_tokens]
+            batch = self.runner.inputs.lay_out(running, begins, counts)
+            work = self.launch(batch, {s: probs[s] for s in drawing})
+            rounds.append((drawing, work))
+            running = [sequence for sequence in drawing if limits[sequence] > len(rounds)]
+            begins = [sequence.num_drafter_tokens for sequence in running]
+            counts = [1] * len(running)
+        for drawing, work in rounds:
+            for sequence, token_id in zip(drawing, work.result().token_ids.tolist(), strict=True):
+                drawn[sequence].append(token_id)
+        return [Draft(drawn[s], torch.stack(probs[s]) if probs[s] else None) for s in sequences]
+
+    def unread(self, sequences: list[Sequence]) -> tuple[list[Sequence], list[int]]:
+        """The sequences that run first, and how many tokens of each: those that were not read yet.
+
+        Mostly one; two after a draft that stayed whole, whose last token was not run. A prompt is
+        read in slices as large as a step may be, and nothing is drafted until it is read.
+        """
+        running, counts, budget = [], [], self.budget
+        for sequence in sequences:
+            count = min(sequence.num_tokens - self.num_read(sequence), budget)
+            if count > 0:
+                running.append(sequence)
+                counts.append(count)
                 budget -= count
-                if count > 0:
-                    slices[sequence] = count
-                if count < missing:
-                    lengths[i] = 0
-        if slices:
-            begins = [self.num_read(sequence) for sequence in slices]
-            self.launch(list(slices), begins, list(slices.values()), []).result()
-            for sequence, count in slices.items():
-                sequence.num_drafter_tokens += count
-        return lengths
+        return running, counts
 
     def num_read(self, sequence: Sequence) -> int:
-        """Tokens whose keys and values are there."""
+        """Tokens whose keys and values are there. The model's own layers find those of all but the
+        last."""
         if self.is_smaller_model:
             return min(sequence.num_drafter_tokens, sequence.num_tokens - 1)
         return sequence.num_tokens - 1
 
-    def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
-        """Each forward takes what the one before it has drawn from the device: tokens are read when
-        all are launched. After a draft that stayed whole the first takes two tokens: the last of
-        the draft was not run yet."""
-        limits = dict(zip(sequences, max_lengths, strict=True))
-        rounds: list[tuple[list[Sequence], list[torch.Tensor], Work]] = []
-        running = [sequence for sequence in sequences if limits[sequence] > 0]
-        begins = [self.num_read(sequence) for sequence in running]
-        counts = [s.num_tokens - begin for s, begin in zip(running, begins, strict=True)]
-        while running:
-            probs: list[torch.Tensor] = []
-            rounds.append((running, probs, self.launch(running, begins, counts, probs)))
-            running = [sequence for sequence in running if limits[sequence] > len(rounds)]
-            begins = [sequence.num_tokens + len(rounds) - 1 for sequence in running]
-            counts = [1] * len(running)
-        drawn: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences}
-        rows: dict[Sequence, list[torch.Tensor]] = {sequence: [] for sequence in sequences}
-        for running, probs, work in rounds:
-            for sequence, token_id in zip(running, work.result().token_ids.tolist(), strict=True):
-                drawn[sequence].append(token_id)
-                sequence.num_drafter_tokens = sequence.num_tokens + len(drawn[sequence]) - 1
-            for sequence, row in zip(filter(self.will_reject, running), probs, strict=True):
-                rows[sequence].append(row)
-        return [Draft(drawn[s], torch.stack(rows[s]) if rows[s] else None) for s in sequences]
+    def launch(self, batch: Batch, probs: dict[Sequence, list[torch.Tensor]]) -> Work:
+        """Give the device one round.
 
-    def launch(
-        self,
-        sequences: list[Sequence],
-        begins: list[int],
-        counts: list[int],
-        probs: list[torch.Tensor],
-    ) -> Work:
-        """Run so many tokens of each sequence, and draw the next where it has no more.
-
-        probs: gets what they were drawn from, of the sequences that will reject.
+        probs: what each sequence that draws a token has drawn its draft from so far; the device adds
+        to it where drafts stay by rejection.
         """
-        batch = self.runner.inputs.lay_out(sequences, begins, counts)
-        rejecting = [i for i, sequence in enumerate(sequences) if self.will_reject(sequence)]
-        work = self.runner.queue.submit(lambda: self.run(batch, rejecting, probs))
+        rejecting = [(i, rows) for i, (s, rows) in enumerate(probs.items()) if self.will_reject(s)]
+        work = self.runner.queue.submit(lambda: self.run(batch, rejecting))
         self.runner.inputs.launched(work)
         return work
 
     @torch.inference_mode()
-    def run(self, batch: Batch, rejecting: list[int], probs: list[torch.Tensor]) -> Sampled:
+    def run(self, batch: Batch, rejecting: list[tuple[int, list[torch.Tensor]]]) -> Sampled:
         """On the device."""
         self.runner.fill_in(batch)
         logits, _ = self.runner.forward(batch, self.runner.drafter)
@@ -115,14 +105,16 @@ class ModelProposer:
         sampling = replace(batch.sampling, biases=None)  # they are in the logits
         logits = batch.sampling.biased(logits)
         if rejecting:
-            rows = torch.tensor(rejecting, device=logits.device)
-            probs += target_probs(
-                logits[rows],
-                sampling.temperature[rows, 0],
-                sampling.top_k[rows, 0],
-                sampling.top_p[rows, 0],
-                sampling.min_p[rows, 0],
+            places = torch.tensor([place for place, _ in rejecting], device=logits.device)
+            found = target_probs(
+                logits[places],
+                sampling.temperature[places, 0],
+                sampling.top_k[places, 0],
+                sampling.top_p[places, 0],
+                sampling.min_p[places, 0],
             )
+            for (_, rows), row in zip(rejecting, found, strict=True):
+                rows.append(row)
         token_ids = sample(self.runner.ops, logits, sampling).clamp(min=0)  # any draft will do
         self.runner.last_token_ids[batch.rows] = token_ids
         return Sampled(token_ids, SampledLogprobs([]))

@@ -59,7 +59,8 @@ class ModelRunner:
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
         max_model_len = context_length(load_config(folder), config.max_model_len)
         self.model = self.load_model(folder, max_model_len)
-        shape, draft_shape = self.model.config, None
+        shape = self.model.config
+        smaller, draft_shape = None, None
         if config.speculative == "draft":
             folder = resolve_draft_model(config.draft_model, max_model_len, shape.vocab_size)
             smaller = self.load_model(folder, max_model_len)
@@ -71,13 +72,13 @@ class ModelRunner:
         self.last_token_ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.counts: torch.Tensor | None = None  # [rows, vocab]: how often tokens were generated
         reserved = self.profile(shape)
-        shapes = [shape] if draft_shape is None else [shape, draft_shape]
+        shapes = [shape, draft_shape]
         num_blocks = choose_num_blocks(config, shapes, self.dtype, self.device, reserved)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
         self.drafter: Drafter | None = None
-        if config.speculative == "draft":
+        if smaller is not None:
             self.drafter = Drafter(smaller, self.kv.draft_data)
         elif config.speculative == "self":
             layers = layers_that_draft(config.draft_layers, shape.num_layers)

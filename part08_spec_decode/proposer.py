@@ -39,10 +39,6 @@ class Proposer(Protocol):
 
     is_free: bool
 
-    def catch_up(self, sequences: list[Sequence], max_lengths: list[int]) -> list[int]:
-        """Read what was there before, such as a prompt, of the sequences that are to draft; returns
-        the lengths, but 0 for a sequence that is not read to its end yet."""
-
     def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
         """A draft for each, of at most so many tokens; it may be shorter, or empty. Returns when the
         host knows the tokens: the time that takes is measured."""
@@ -94,9 +90,6 @@ class NgramProposer:
             raise ValueError(f"n-grams need 1 <= min_n <= max_n, not {min_n} and {max_n}")
         self.min_n, self.max_n = min_n, max_n
         self.indexes: dict[Sequence, NgramIndex] = {}
-
-    def catch_up(self, sequences: list[Sequence], max_lengths: list[int]) -> list[int]:
-        return max_lengths
 
     def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
         lengths = zip(sequences, max_lengths, strict=True)
