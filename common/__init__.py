@@ -9,7 +9,7 @@
     chapters/   the tool that keeps the chain of parts in order
     notebooks/  the tool that runs the notebooks, and their plots
 
-At the root lies what an engine imports first: `sampling` (a request's parameters and the noise),
-`prompts`, `completions` (from tokens to text), `prompt_logprobs`, `trace`, `metrics`, `device` and
-`options` (flags from a dataclass).
+At the root lies what an engine imports first: `requests` and `completions`, which go in and come out;
+`sampling` (parameters and the noise), `logprobs` and `prompt_logprobs`; `options` (flags from a
+dataclass), `device` and `kv_memory` (what the machine has); `trace` and `metrics`.
 """

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,21 @@ CPU_SHARE = 0.25  # of the memory that is free on a CPU
 
 def choose_num_blocks(
     config: Any,
-    models: Sequence[ModelConfig | None],
+    model: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
     reserved: int = 0,
+    draft_model: ModelConfig | None = None,
 ) -> int:
     """How many blocks the cache should have: what was asked for, or what memory and need allow.
 
-    config: an engine's. models: the one that is served, then others, if any, whose keys and values
-    lie in blocks of the same numbers. reserved: bytes of a GPU that a step needs for itself. Raises
-    ValueError.
+    config: an engine's. reserved: bytes of a GPU that a step needs for itself. draft_model: its keys
+    and values lie in blocks of the same numbers. Raises ValueError.
     """
     if config.num_blocks is not None:
         return config.num_blocks
-    token_numbers = sum(m.num_layers * 2 * m.num_kv_heads * m.head_dim for m in models if m)
+    models = [model] if draft_model is None else [model, draft_model]
+    token_numbers = sum(m.num_layers * 2 * m.num_kv_heads * m.head_dim for m in models)
     block_bytes = config.block_size * token_numbers * dtype.itemsize
     memory = config.kv_cache_memory
     if memory is None:
@@ -39,7 +40,7 @@ def choose_num_blocks(
             f"{memory} bytes are there for the KV cache, and a block of {config.block_size} tokens"
             f" takes {block_bytes}: see kv_cache_memory and block_size"
         )
-    blocks_each = -(-models[0].max_model_len // config.block_size)
+    blocks_each = -(-model.max_model_len // config.block_size)
     return min(memory // block_bytes, config.max_num_seqs * blocks_each)
 
 

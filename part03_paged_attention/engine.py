@@ -211,7 +211,7 @@ class LLMEngine:
         known = [*(s for s in self.running if self.is_alive(s)), *self.waiting]
         assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
         for sequence in known:
-            assert self.sequences[sequence.request_id] is sequence, sequence.request_id
+            assert self.is_alive(sequence), sequence.request_id
         for sequence in self.waiting:
             assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
         for sequence in self.running:

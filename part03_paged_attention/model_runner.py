@@ -48,7 +48,7 @@ class ModelRunner:
         max_model_len = context_length(load_config(folder), config.max_model_len)
         self.model = self.load_model(folder, max_model_len)
         shape = self.model.config
-        num_blocks = choose_num_blocks(config, [shape], self.dtype, self.device)
+        num_blocks = choose_num_blocks(config, shape, self.dtype, self.device)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
 

@@ -77,7 +77,7 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run prompts, or one more token of each sequence. Returns what is new, at times nothing."""
         with self.trace.step():
-            self.scheduled = None
+            self.scheduled = None  # so that fail_step knows, should scheduling fail
             self.scheduled = scheduled = self.schedule()
             if scheduled.num_tokens:
                 batch = self.prepare(scheduled)
@@ -124,6 +124,10 @@ class LLMEngine:
         self.scheduler.advance(scheduled)
         for sequence, new, scored in zip(scheduled.sampled, token_ids, logprobs, strict=True):
             self.append(sequence, new, scored)
+
+    def is_alive(self, sequence: Sequence) -> bool:
+        """Whether it has not ended; its id may be another request's by now."""
+        return self.sequences.get(sequence.request_id) is sequence
 
     def append(
         self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs | None]
@@ -176,10 +180,6 @@ class LLMEngine:
         for sequence in list(failed):
             if self.is_alive(sequence):
                 self.abort(sequence.request_id, "error")
-
-    def is_alive(self, sequence: Sequence) -> bool:
-        """Whether it has not ended; its id may be another request's by now."""
-        return self.sequences.get(sequence.request_id) is sequence
 
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do or to return."""

@@ -53,7 +53,7 @@ class ModelRunner:
         self.model = self.load_model(folder, max_model_len)
         shape = self.model.config
         reserved = self.profile(shape)
-        num_blocks = choose_num_blocks(config, [shape], self.dtype, self.device, reserved)
+        num_blocks = choose_num_blocks(config, shape, self.dtype, self.device, reserved)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
 

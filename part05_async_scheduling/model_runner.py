@@ -53,7 +53,7 @@ class ModelRunner:
         self.last_token_ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.counts: torch.Tensor | None = None  # [rows, vocab]: how often tokens were generated
         reserved = self.profile(shape)
-        num_blocks = choose_num_blocks(config, [shape], self.dtype, self.device, reserved)
+        num_blocks = choose_num_blocks(config, shape, self.dtype, self.device, reserved)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
         release_openmp_workers()  # from now on the queue's thread does the work

@@ -95,7 +95,7 @@ class LLMEngine:
         Returns what is new, at times nothing.
         """
         with self.trace.step() as record:
-            self.scheduled = None
+            self.scheduled = None  # so that fail_step knows, should scheduling fail
             self.scheduled = scheduled = self.schedule()
             if scheduled.num_tokens:
                 batch = self.prepare(scheduled)
@@ -154,6 +154,10 @@ class LLMEngine:
             if self.is_alive(sequence):
                 self.append(sequence, new, scored)
 
+    def is_alive(self, sequence: Sequence) -> bool:
+        """Whether it has not ended; its id may be another request's by now."""
+        return self.sequences.get(sequence.request_id) is sequence
+
     def append(
         self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs | None]
     ) -> None:
@@ -208,10 +212,6 @@ class LLMEngine:
         for sequence in list(failed):
             if self.is_alive(sequence):
                 self.abort(sequence.request_id, "error")
-
-    def is_alive(self, sequence: Sequence) -> bool:
-        """Whether it has not ended; its id may be another request's by now."""
-        return self.sequences.get(sequence.request_id) is sequence
 
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do, to read or to return."""

@@ -112,7 +112,7 @@ class LLMEngine:
         Returns what is new, at times nothing.
         """
         with self.trace.step() as record:
-            self.scheduled = None
+            self.scheduled = None  # so that fail_step knows, should scheduling fail
             self.scheduled = scheduled = self.schedule()
             if scheduled.num_tokens:
                 batch = self.prepare(scheduled)
@@ -177,6 +177,10 @@ class LLMEngine:
             if self.is_alive(sequence):
                 self.append(sequence, new, scored)
 
+    def is_alive(self, sequence: Sequence) -> bool:
+        """Whether it has not ended; its id may be another request's by now."""
+        return self.sequences.get(sequence.request_id) is sequence
+
     @phase
     def propose(self, scheduled: SchedulerOutput, seconds: float) -> None:
         """Drafts for the next step, after one that took so long."""
@@ -239,10 +243,6 @@ class LLMEngine:
         for sequence in list(failed):
             if self.is_alive(sequence):
                 self.abort(sequence.request_id, "error")
-
-    def is_alive(self, sequence: Sequence) -> bool:
-        """Whether it has not ended; its id may be another request's by now."""
-        return self.sequences.get(sequence.request_id) is sequence
 
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do, to read or to return."""

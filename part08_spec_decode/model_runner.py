@@ -72,8 +72,9 @@ class ModelRunner:
         self.last_token_ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.counts: torch.Tensor | None = None  # [rows, vocab]: how often tokens were generated
         reserved = self.profile(shape)
-        shapes = [shape, draft_shape]
-        num_blocks = choose_num_blocks(config, shapes, self.dtype, self.device, reserved)
+        num_blocks = choose_num_blocks(
+            config, shape, self.dtype, self.device, reserved, draft_shape
+        )
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
