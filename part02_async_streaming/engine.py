@@ -170,14 +170,7 @@ class LLMEngine:
         finish_reason: str | None,
     ) -> None:
         """Put what is new of a sequence into the outbox."""
-        self.outbox.append(
-            RequestOutput(
-                sequence.request_id,
-                token_ids,
-                logprobs,
-                finish_reason,
-            )
-        )
+        self.outbox.append(RequestOutput(sequence.request_id, token_ids, logprobs, finish_reason))
 
     def finish_reason(self, sequence: Sequence) -> str | None:
         """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""

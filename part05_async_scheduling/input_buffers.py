@@ -81,18 +81,11 @@ class InputBuffers:
         if self.reader is not None:
             self.reader.wait()
 
-    def arrays(self, shape: BatchShape) -> dict[str, np.ndarray[Any, Any]]:
-        """Where the host writes a batch of this shape, by name."""
-        return self.views(shape)[0]
-
-    def tensors(self, shape: BatchShape) -> dict[str, torch.Tensor]:
-        """What the device reads, by name; they change when the next batch is copied."""
-        return self.views(shape)[1]
-
     def views(
         self, shape: BatchShape
     ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, torch.Tensor]]:
-        """Both, made anew when the shape is another than the last one: most decode steps have one."""
+        """Where the host writes a batch of this shape, and what the device reads, by name. They are
+        made anew when the shape is another than the last one: most decode steps have one."""
         if shape != self.shape:
             words, self.shape = self.host.numpy(), shape
             arrays, tensors = self.last_views = {}, {}
@@ -102,9 +95,8 @@ class InputBuffers:
                 tensors[name] = self.device[begin:].view(TORCH_DTYPES[dtype])[:length]
         return self.last_views
 
-    def copy_to_device(self, shape: BatchShape) -> dict[str, torch.Tensor]:
-        """One copy, and none where the host is the device; returns `tensors`."""
+    def copy_to_device(self, shape: BatchShape) -> None:
+        """One copy, and none where the host is the device."""
         if self.device is not self.host:
             _, size = shape.layout()
             self.device[:size].copy_(self.host[:size], non_blocking=True)
-        return self.tensors(shape)

@@ -182,11 +182,7 @@ class LLMEngine:
         """Put what is new of a sequence into the outbox."""
         self.outbox.append(
             RequestOutput(
-                sequence.request_id,
-                token_ids,
-                logprobs,
-                finish_reason,
-                sequence.prompt_logprobs,
+                sequence.request_id, token_ids, logprobs, finish_reason, sequence.prompt_logprobs
             )
         )
 

@@ -68,8 +68,9 @@ class LLMEngine:
         cache_salt: str | None = None,
     ) -> list[Completion]:
         """Complete each prompt, text or token ids, `n` times. Raises ValueError before any work."""
+        options = {"cache_salt": cache_salt}
         requests = make_requests(
-            self, prompts, sampling_params, MAX_N, prompt_logprobs=True, cache_salt=cache_salt
+            self, prompts, sampling_params, MAX_N, prompt_logprobs=True, **options
         )
         return run_to_completion(self, requests, progress)
 

@@ -44,11 +44,7 @@ class InputBatch:
     """Tables of the running sequences, and the buffers of two steps."""
 
     def __init__(
-        self,
-        config: EngineConfig,
-        max_model_len: int,
-        vocab_size: int,
-        device: torch.device,
+        self, config: EngineConfig, max_model_len: int, vocab_size: int, device: torch.device
     ) -> None:
         self.block_size, self.vocab_size, self.device = config.block_size, vocab_size, device
         rows, width = config.max_num_seqs, -(-max_model_len // config.block_size)
@@ -60,10 +56,9 @@ class InputBatch:
     @property
     def num_bytes(self) -> int:
         """On the host and on the device."""
-        both = [x for buffers in self.buffers for x in (buffers.host, buffers.device)]
-        tables = [self.block_tables, *self.sampling.values()]
-        buffers = {id(x): x.nbytes for x in both}
-        return sum(buffers.values()) + sum(table.nbytes for table in tables)
+        buffers = {id(x): x for buffer in self.buffers for x in (buffer.host, buffer.device)}
+        arrays = [self.block_tables, *self.sampling.values(), *buffers.values()]
+        return sum(x.nbytes for x in arrays)
 
     def update(self, scheduled: SchedulerOutput) -> None:
         """Note the sequences that joined, and new blocks."""
@@ -120,7 +115,7 @@ class InputBatch:
         self.buffers.reverse()
         buffers = self.buffers[0]
         buffers.wait()
-        arrays = buffers.arrays(shape)
+        arrays, tensors = buffers.views(shape)
         rows = np.array([sequence.row for sequence in sequences])
         positions = np.arange(shape.num_tokens) + np.repeat(starts - (ends - new), new)
         blocks = self.block_tables[np.repeat(rows, new), positions // self.block_size]
@@ -141,7 +136,7 @@ class InputBatch:
         arrays["sample_positions"][:] = lengths[is_sampled]
         for name, column in self.sampling.items():
             arrays[name][:] = column[rows]
-        tensors = buffers.copy_to_device(shape)
+        buffers.copy_to_device(shape)
         metadata = AttentionMetadata(
             cu_seqlens_q=tensors["cu_seqlens_q"],
             seq_lens=tensors["seq_lens"],

@@ -73,14 +73,9 @@ class LLMEngine:
         may_draft: bool = True,
     ) -> list[Completion]:
         """Complete each prompt, text or token ids, `n` times. Raises ValueError before any work."""
+        options = {"cache_salt": cache_salt, "may_draft": may_draft}
         requests = make_requests(
-            self,
-            prompts,
-            sampling_params,
-            MAX_N,
-            prompt_logprobs=True,
-            cache_salt=cache_salt,
-            may_draft=may_draft,
+            self, prompts, sampling_params, MAX_N, prompt_logprobs=True, **options
         )
         return run_to_completion(self, requests, progress)
 

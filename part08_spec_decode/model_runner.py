@@ -60,11 +60,13 @@ class ModelRunner:
         max_model_len = context_length(load_config(folder), config.max_model_len)
         self.model = self.load_model(folder, max_model_len)
         shape = self.model.config
+        self.num_weight_bytes = self.model.num_bytes
         smaller, draft_shape = None, None
         if config.speculative == "draft":
             folder = resolve_draft_model(config.draft_model, max_model_len, shape.vocab_size)
             smaller = self.load_model(folder, max_model_len)
             draft_shape = smaller.config
+            self.num_weight_bytes += smaller.num_bytes
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
         self.queue = device_queue(self.device)
         # What follows belongs to the device: only work in the queue touches it.
@@ -126,8 +128,8 @@ class ModelRunner:
             sequence.draft_token_ids = [0] * num_drafts
             if self.config.speculative in ("draft", "self"):  # what rejection compares with
                 shape = (num_drafts, self.model.config.vocab_size)
-                probs = torch.ones(shape, dtype=torch.float64, device=self.device)
-                sequence.draft_probs = probs / shape[1]
+                probs = torch.full(shape, 1 / shape[1], dtype=torch.float64, device=self.device)
+                sequence.draft_probs = probs
             largest.admitted.append(sequence)
             largest.run(sequence, count)
         return largest
@@ -135,12 +137,6 @@ class ModelRunner:
     def prepare(self, scheduled: SchedulerOutput) -> Batch:
         """Tensors for the next tokens of each sequence."""
         return self.inputs.prepare(scheduled)
-
-    @property
-    def num_weight_bytes(self) -> int:
-        """Of the model, and of a smaller one that drafts."""
-        models = {self.model} if self.drafter is None else {self.model, self.drafter.model}
-        return sum(model.num_bytes for model in models)
 
     @property
     def num_buffer_bytes(self) -> int:

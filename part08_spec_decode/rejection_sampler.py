@@ -34,21 +34,8 @@ ACCEPT_STREAM, RESIDUAL_STREAM = 1, 2  # of noise; stream 0 is the ordinary one,
 class Verified:
     """What a step emits. Row i has num_accepted[i] drafts and one token of the target after them."""
 
-    token_ids: (
-        Tensor  # [num_seqs, 1 + most drafts] int64; what lies beyond a row's own means nothing
-    )
+    token_ids: Tensor  # [num_seqs, 1 + most drafts] int64; beyond a row's own anything
     num_accepted: Tensor  # [num_seqs] int64
-
-    @property
-    def last_token_ids(self) -> Tensor:
-        """The last token of each row, [num_seqs] int64: the next step's input."""
-        return self.token_ids.gather(1, self.num_accepted.unsqueeze(1)).squeeze(1)
-
-    def lists(self) -> tuple[list[list[int]], list[int]]:
-        """Each row's tokens to emit, and how many of them are drafts. Waits for the device."""
-        num_accepted = self.num_accepted.tolist()
-        rows = zip(self.token_ids.tolist(), num_accepted, strict=True)
-        return [token_ids[: count + 1] for token_ids, count in rows], num_accepted
 
 
 @dataclass(frozen=True)
@@ -88,13 +75,16 @@ def verify(
     if rejection is None:
         return verified
     rows = rejection.rows
-    noise = verification_noise(rejection.seeds, rejection.positions, rejection.choices, most + 1)
+    accept, residual = verification_noise(
+        rejection.seeds, rejection.positions, rejection.choices, most + 1
+    )
     theirs = rejection_sample(
         draft_token_ids[rows],
         lengths[rows],
         rejection.draft_probs,
         rejection.target_probs,
-        *noise,
+        accept,
+        residual,
     )
     return Verified(
         verified.token_ids.index_copy(0, rows, theirs.token_ids),
@@ -186,12 +176,7 @@ def verification_noise(
 
 
 def target_probs(
-    ops: Ops,
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
+    ops: Ops, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
     """The distribution that `ops.sample` draws from, after temperature, top-k, top-p and min-p.
 

@@ -34,11 +34,10 @@ class Sampled:
         """A copy on another device."""
         token_ids = self.token_ids.to(device, non_blocking=non_blocking)
         prompts = [scores.to(device, non_blocking) for scores in self.prompts]
-        num_accepted = self.num_accepted
-        if num_accepted is not None:
-            num_accepted = num_accepted.to(device, non_blocking=non_blocking)
+        stays = self.num_accepted
+        stays = None if stays is None else stays.to(device, non_blocking=non_blocking)
         logprobs = self.logprobs.to(device, non_blocking)
-        return Sampled(token_ids, logprobs, prompts, num_accepted, self.draft_lengths)
+        return Sampled(token_ids, logprobs, prompts, stays, self.draft_lengths)
 
     def lists(self) -> tuple[list[list[int]], list[list[TokenLogprobs | None]]]:
         """The tokens of each sequence, and their log probabilities where it asked."""

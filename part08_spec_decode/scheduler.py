@@ -246,9 +246,9 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif was is Status.ENDING:
             self.ending.remove(sequence)
-            self.release(sequence)
         else:
             self.stop(sequence)
+        if was is not Status.WAITING:
             self.release(sequence)
 
     def become(self, sequence: Sequence, status: Status) -> None:

@@ -399,7 +399,7 @@ def test_packed_fields_do_not_overlap(part: int, numbers: tuple[int, int, int, i
     module = module_of(part, "input_buffers")
     shape = module.BatchShape(*numbers)
     buffers = module.InputBuffers(module.BatchShape(40, 40, 40, 40), torch.device("cpu"))
-    arrays, tensors = buffers.arrays(shape), buffers.tensors(shape)
+    arrays, tensors = buffers.views(shape)
     for number, array in enumerate(arrays.values()):
         array[:] = number
     buffers.copy_to_device(shape)
@@ -408,8 +408,8 @@ def test_packed_fields_do_not_overlap(part: int, numbers: tuple[int, int, int, i
         assert (tensor == number).all(), name
         assert len(tensor) == len(arrays[name]) == shape.lengths()[module.FIELDS[name][1]], name
     largest = module.BatchShape(40, 40, 40, 40)
-    assert len(buffers.tensors(largest)["token_ids"]) == 40 == len(buffers.arrays(largest)["rows"])
-    again = buffers.tensors(module.BatchShape(*numbers))
+    assert [len(side["token_ids"]) for side in buffers.views(largest)] == [40, 40]
+    _, again = buffers.views(module.BatchShape(*numbers))
     assert {n: t.data_ptr() for n, t in again.items()} == {
         n: t.data_ptr() for n, t in tensors.items()
     }, "batches of one shape lie at the same addresses"

@@ -31,6 +31,19 @@ from common.kernels import Ops, reference, select_ops
 from common.requests import Request
 from common.sampling import SamplingParams, uniforms
 
+
+def last_token_ids(verified: Verified) -> Tensor:
+    """The last token of each row, [num_seqs] int64: the next step's input."""
+    return verified.token_ids.gather(1, verified.num_accepted.unsqueeze(1)).squeeze(1)
+
+
+def lists(verified: Verified) -> tuple[list[list[int]], list[int]]:
+    """Each row's tokens to emit, and how many of them are drafts."""
+    num_accepted = verified.num_accepted.tolist()
+    rows = zip(verified.token_ids.tolist(), num_accepted, strict=True)
+    return [token_ids[: count + 1] for token_ids, count in rows], num_accepted
+
+
 COUNT = 50_000
 VOCAB = 8
 OPS = select_ops("reference")
@@ -202,7 +215,7 @@ class TestRejection:
         just_above = torch.full((1, 2), 1 - 1e-12, dtype=torch.float64)
         drafts, lengths = torch.tensor([[0]]), torch.tensor([1])
         verified = rejection_sample(drafts, lengths, q, p, just_above, just_above * 0.5)
-        assert verified.lists() == ([[1]], [0])
+        assert lists(verified) == ([[1]], [0])
 
     def test_tokens_of_probability_0(self) -> None:
         """A draft that q could not draw stays if p can draw it; what p cannot draw never comes."""
@@ -210,7 +223,7 @@ class TestRejection:
         q = torch.tensor([[1.0, 0.0, 0.0]]).repeat(2, 1)
         drafts, lengths = torch.tensor([[1], [2]]), torch.tensor([1, 1])
         half = torch.full((2, 2), 0.5, dtype=torch.float64)
-        assert rejection_sample(drafts, lengths, q, p, half, half).lists() == (
+        assert lists(rejection_sample(drafts, lengths, q, p, half, half)) == (
             [[1, 0], [1]],
             [1, 0],
         )
@@ -221,7 +234,7 @@ class TestRejection:
         q = torch.zeros(0, 4)
         noise = torch.full((1, 1), uniform, dtype=torch.float64)
         drafts, lengths = torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0])
-        tokens, _ = rejection_sample(drafts, lengths, q, p, noise, noise).lists()
+        tokens, _ = lists(rejection_sample(drafts, lengths, q, p, noise, noise))
         assert tokens == ([[1]] if uniform < 0.5 else [[2]])
 
     def test_noise_has_streams_of_its_own(self) -> None:
@@ -273,7 +286,7 @@ class TestMatch:
             emitted &= (done < num_tokens)[:, None]
             rows, columns = emitted.nonzero(as_tuple=True)
             out[rows, done[rows] + columns] = verified.token_ids[rows, columns]
-            last = torch.where(emitted.any(dim=1), verified.last_token_ids, last)
+            last = torch.where(emitted.any(dim=1), last_token_ids(verified), last)
             done = done + emitted.sum(dim=1)
         assert torch.equal(out[:, :num_tokens], expected)
 
@@ -282,19 +295,19 @@ class TestMatch:
         targets = torch.tensor([[1, 2, 3, 4]] * 6)
         verified = sample_and_match(drafts, targets, torch.tensor([3, 3, 3, 3, 2, 0]))
         rows = [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3], [1]]
-        assert verified.lists() == (rows, [0, 1, 2, 3, 2, 0])
-        assert verified.last_token_ids.tolist() == [row[-1] for row in rows]
+        assert lists(verified) == (rows, [0, 1, 2, 3, 2, 0])
+        assert last_token_ids(verified).tolist() == [row[-1] for row in rows]
 
     def test_a_match_after_a_mismatch_does_not_count(self) -> None:
         verified = sample_and_match(
             torch.tensor([[9, 2, 3]]), torch.tensor([[1, 2, 3, 4]]), torch.tensor([3])
         )
-        assert verified.lists() == ([[1]], [0])
+        assert lists(verified) == ([[1]], [0])
 
     def test_a_batch_without_drafts(self) -> None:
         none = torch.zeros(3, 0, dtype=torch.int64)
         verified = verify(none, torch.zeros(3, dtype=torch.int64), torch.tensor([5, 6, 7]))
-        assert verified.lists() == ([[5], [6], [7]], [0, 0, 0])
+        assert lists(verified) == ([[5], [6], [7]], [0, 0, 0])
 
 
 class TestMixedBatch:
@@ -328,7 +341,7 @@ class TestMixedBatch:
 
     def test_greedy_rows_are_exact(self) -> None:
         verified, _, lengths = self.verified()
-        tokens, num_accepted = verified.lists()
+        tokens, num_accepted = lists(verified)
         chain = [0]
         for _ in range(self.max_drafts + 1):
             chain.append(int(P[chain[-1]].argmax()))
@@ -352,8 +365,8 @@ class TestMixedBatch:
     def test_a_row_does_not_depend_on_its_batch(self) -> None:
         mixed, _, _ = self.verified()
         alone, _, _ = self.verified(only_rejection=True)
-        tokens, num_accepted = mixed.lists()
-        assert (tokens[1::2], num_accepted[1::2]) == alone.lists()
+        tokens, num_accepted = lists(mixed)
+        assert (tokens[1::2], num_accepted[1::2]) == lists(alone)
 
 
 def test_verify_does_not_wait_for_the_device() -> None:
@@ -364,7 +377,7 @@ def test_verify_does_not_wait_for_the_device() -> None:
     rejection = RejectionRows(column[:2], p, q, column[:2], column[:2], column[:2])
     verified = verify(ids, column, flat, rejection)
     assert verified.token_ids.shape == (3, 5) and verified.token_ids.is_meta
-    assert verified.last_token_ids.shape == verified.num_accepted.shape == (3,)
+    assert last_token_ids(verified).shape == verified.num_accepted.shape == (3,)
 
 
 class TestTargetProbs:
