@@ -1,1 +1,1 @@
-"""Part 08: speculative decoding. Tokens are guessed, and one forward tells which guesses stay."""
+"""An engine that guesses tokens ahead, and keeps those that one forward confirms."""
