@@ -348,7 +348,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bench = Bench()
+        self.bench = Bench(max_model_len=200)  # room for each: others never come so far
         self.open: dict[str, int] = {}  # request -> tokens so far
         self.scheduled: set[str] = set()
         self.num_requests = self.num_tokens = 0
