@@ -120,7 +120,8 @@ class LLMEngine:
                 self.scheduled = scheduled = pending.scheduled
                 token_ids, logprobs, scores = self.wait(pending)
                 self.postprocess(scheduled, token_ids, logprobs, scores)
-                self.propose(scheduled, time.perf_counter() - record.begin)
+                seconds = time.perf_counter() - record.begin
+                self.speculator.propose(self.scheduler, scheduled.num_tokens, seconds)
             outputs, self.outbox = self.outbox, []
             self.trace.outputs(outputs)
         return outputs
@@ -175,11 +176,6 @@ class LLMEngine:
     def is_alive(self, sequence: Sequence) -> bool:
         """Whether it has not ended; its id may be another request's by now."""
         return self.sequences.get(sequence.request_id) is sequence
-
-    @phase
-    def propose(self, scheduled: SchedulerOutput, seconds: float) -> None:
-        """Drafts for the next step, after one that took so long."""
-        self.speculator.propose(self.scheduler, scheduled.num_tokens, seconds)
 
     def append(
         self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs | None]

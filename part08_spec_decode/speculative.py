@@ -6,7 +6,7 @@ A proposer makes the drafts, `draft_length.py` says how long they are worth to b
 
 from typing import Any
 
-from common.trace import Trace
+from common.trace import Trace, phase
 
 from .config import EngineConfig
 from .draft_length import DraftLength
@@ -46,6 +46,7 @@ class Speculator(NoSpeculator):
         self.proposed: dict[Sequence, list[int]] = {}  # whole drafts, also what is not verified
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
 
+    @phase
     def propose(self, scheduler: Scheduler, num_tokens: int, seconds: float) -> None:
         self.lengths.observe_step(num_tokens, seconds)
         self.proposed = {}

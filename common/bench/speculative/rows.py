@@ -64,8 +64,8 @@ def measured(variant: Variant, point: Point) -> dict[str, Any]:
         "accepted_length": quotient(totals["num_accepted_tokens"], totals["num_drafts"]),
         "tokens_per_turn": totals["num_tokens"] / totals["num_turns"],
         "step_ms": 1000 * sum(run["seconds"] for run in runs) / totals["num_steps"],
-        "propose_ms": quotient(  # an engine that does not speculate has the phase, and no counts
-            1000 * phases["propose"], totals["num_steps"] * ("num_drafts" in totals)
+        "propose_ms": quotient(
+            1000 * phases["propose"], totals["num_steps"] * ("propose" in phases)
         ),
         "phases_ms": {name: 1000 * phases[name] / totals["num_steps"] for name in phases},
         "counters": {name: totals[name] for name in totals},
