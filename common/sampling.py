@@ -351,6 +351,12 @@ class SamplingBatch:
     choices: torch.Tensor | None = None  # int64: which of n completions a row is; None: all 0
     biases: LogitBiases | None = None
 
+    def columns(self) -> dict[str, torch.Tensor]:
+        """What `ops.sample` takes beside the logits, [batch] each."""
+        names = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions", "choices")
+        columns = {name: getattr(self, name) for name in names}
+        return {name: x.squeeze(1) for name, x in columns.items() if x is not None}
+
     def filters(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """What turns logits into the distribution that is drawn from, of some rows: [rows] each."""
         names = ("temperature", "top_k", "top_p", "min_p")

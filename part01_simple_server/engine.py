@@ -79,8 +79,8 @@ class LLMEngine:
 
     def run_model(self, token_ids: list[int], cache: DynamicCache) -> torch.Tensor:
         input_ids = torch.tensor([token_ids], device=self.device)
-        kv_cache = {cache_argument(self.model): cache}
-        output = self.model(input_ids, **kv_cache, use_cache=True, logits_to_keep=1)
+        cache_kwargs = {cache_argument(self.model): cache}
+        output = self.model(input_ids, **cache_kwargs, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     def finish_reason(self, request: Request, token_ids: list[int]) -> str | None:

@@ -23,7 +23,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     lock = asyncio.Lock()
 
     async def answer(job: Job, request: Request) -> dict[str, object]:
-        with admission.admit(len(job.prompts)):
+        with admission.admit(job.num_choices):
             async with lock:
                 outputs = await run_in_threadpool(engine.generate, job.prompts, job.params, False)
         return job.response(outputs)

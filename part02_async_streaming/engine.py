@@ -131,8 +131,8 @@ class LLMEngine:
 
     def run_model(self, token_ids: list[int], cache: DynamicCache) -> torch.Tensor:
         input_ids = torch.tensor([token_ids], device=self.device)
-        kv_cache = {cache_argument(self.model): cache}
-        output = self.model(input_ids, **kv_cache, use_cache=True, logits_to_keep=1)
+        cache_kwargs = {cache_argument(self.model): cache}
+        output = self.model(input_ids, **cache_kwargs, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     @phase
@@ -170,7 +170,14 @@ class LLMEngine:
         finish_reason: str | None,
     ) -> None:
         """Put what is new of a sequence into the outbox."""
-        self.outbox.append(RequestOutput(sequence.request_id, token_ids, logprobs, finish_reason))
+        self.outbox.append(
+            RequestOutput(
+                sequence.request_id,
+                token_ids,
+                logprobs=logprobs,
+                finish_reason=finish_reason,
+            )
+        )
 
     def finish_reason(self, sequence: Sequence) -> str | None:
         """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""

@@ -96,7 +96,7 @@ class LLMEngine:
         A new batch is formed when the last one is done: from the head of the queue, as many as
         there are blocks for, each to its very end.
         """
-        while not self.running and self.waiting:
+        if not self.running:
             while self.waiting and len(self.running) < self.config.max_num_seqs:
                 needed = self.kv.blocks_for(self.waiting[0].limit)
                 if not self.kv.pool.can_allocate(needed):
@@ -106,13 +106,14 @@ class LLMEngine:
                 self.trace.allocated(sequence.request_id, sequence.block_table)
                 self.running.append(sequence)
         # A finished sequence computes its last token again and again: what a static batch wastes.
-        return {s: s.num_tokens - s.num_computed_tokens for s in self.running}
+        scheduled = {s: s.num_tokens - s.num_computed_tokens for s in self.running}
+        for sequence, count in scheduled.items():
+            self.trace.scheduled(sequence.request_id, count)
+        return scheduled
 
     @phase
     def prepare(self, scheduled: dict[Sequence, int]) -> Batch:
         """The step's input, as tensors."""
-        for sequence, count in scheduled.items():
-            self.trace.scheduled(sequence.request_id, count)
         return self.runner.prepare(scheduled)
 
     @phase
@@ -157,7 +158,14 @@ class LLMEngine:
         finish_reason: str | None,
     ) -> None:
         """Put what is new of a sequence into the outbox."""
-        self.outbox.append(RequestOutput(sequence.request_id, token_ids, logprobs, finish_reason))
+        self.outbox.append(
+            RequestOutput(
+                sequence.request_id,
+                token_ids,
+                logprobs=logprobs,
+                finish_reason=finish_reason,
+            )
+        )
 
     def finish_reason(self, sequence: Sequence) -> str | None:
         """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""
@@ -195,6 +203,7 @@ class LLMEngine:
             "num_waiting": len(self.waiting),
             "weight_bytes": self.runner.model.num_bytes,
             "kv_cache_bytes": self.kv.data.nbytes,
+            "block_size": self.kv.block_size,
             "num_blocks": self.kv.num_blocks,
             "num_used_blocks": self.kv.num_blocks - self.kv.pool.num_free,
         }

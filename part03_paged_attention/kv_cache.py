@@ -1,9 +1,9 @@
 """The KV cache as fixed-size blocks: one tensor, and a pool that counts each block's owners.
 
-A sequence's keys and values need not lie together. They lie in blocks of `block_size` tokens, taken
-from the pool as they are needed and found through the sequence's block table, as pages are by an
-operating system (Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-PagedAttention", SOSP 2023). What is wasted is at most the rest of each sequence's last block.
+A sequence's keys and values lie in blocks of `block_size` tokens, taken from anywhere in the pool and
+found through the sequence's block table, as pages are by an operating system (Kwon et al., "Efficient
+Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023). No gap is left
+between sequences.
 """
 
 from collections import OrderedDict
@@ -64,7 +64,7 @@ class KVCache:
     """The keys and values of all layers.
 
     data: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]. A block is one contiguous
-    piece across layers, so that later it can be copied in one go.
+    piece across layers.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ values go to such places in the cache.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ class ModelRunner:
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
-        """Raises ValueError."""
+        """Load a model's weights. Raises ValueError."""
         shape = ModelConfig.from_transformers(load_config(folder), max_model_len)
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
         tensors = iter_weights(folder, self.device)
@@ -66,19 +67,20 @@ class ModelRunner:
         slots: list[int] = []
         ends = [0]
         block_size = self.kv.block_size
-        for sequence, count in scheduled.items():
-            start = sequence.num_computed_tokens
+        sequences, counts = list(scheduled), scheduled.values()
+        starts = [sequence.num_computed_tokens for sequence in sequences]
+        for sequence, start, count in zip(sequences, starts, counts, strict=True):
             new = range(start, start + count)
             token_ids += sequence.tokens(start, start + count)
             positions += new
             table = sequence.block_table
             slots += [table[i // block_size] * block_size + i % block_size for i in new]
             ends.append(len(token_ids))
-        lengths = [sequence.num_computed_tokens + n for sequence, n in scheduled.items()]
-        width = max(len(sequence.block_table) for sequence in scheduled)
-        tables = [s.block_table + [0] * (width - len(s.block_table)) for s in scheduled]
+        lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+        width = max(len(sequence.block_table) for sequence in sequences)
+        tables = [s.block_table + [0] * (width - len(s.block_table)) for s in sequences]
 
-        def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
+        def tensor(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=self.device)
 
         metadata = AttentionMetadata(
@@ -86,7 +88,7 @@ class ModelRunner:
             seq_lens=tensor(lengths, torch.int32),
             block_tables=tensor(tables, torch.int32),
             slot_mapping=tensor(slots, torch.int64),
-            max_query_len=max(scheduled.values()),
+            max_query_len=max(counts),
             max_seq_len=max(lengths),
         )
         logits_indices = tensor([end - 1 for end in ends[1:]], torch.int64)

@@ -1,8 +1,8 @@
 """From logits to the next tokens, for a batch of sequences that each have their own settings.
 
 Sampling is Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax. The
-noise depends on a sequence's seed and position alone, so a seeded result does not depend on what
-else is in the batch. Filters and noise are one fused operation of `common.kernels`.
+noise depends on a sequence's seed, choice and position alone, so a seeded result does not depend on
+what else is in the batch. Filters and noise are one fused operation of `common.kernels`.
 """
 
 from torch import Tensor
@@ -19,6 +19,4 @@ def sample(ops: Ops, logits: Tensor, batch: SamplingBatch) -> Tensor:
         logits = logits - batch.presence_penalty * (batch.output_counts > 0)
         logits = logits - batch.frequency_penalty * batch.output_counts
     logits = batch.biased(logits)
-    columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
-    columns += (batch.seeds, batch.positions)
-    return not_drawn(ops.sample(logits, *(column.squeeze(1) for column in columns)), raw)
+    return not_drawn(ops.sample(logits, **batch.columns()), raw)

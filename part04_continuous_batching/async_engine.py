@@ -3,7 +3,7 @@
 The event loop must never wait for the model, and the engine never for a client. So what passes
 between them is plain messages: requests go in, outputs come back by
 `loop.call_soon_threadsafe`. Each stream has a queue of its own and ends by itself, aborts its
-requests when it is dropped, and so a client that goes away costs at most one more step.
+requests when it is dropped: a client that goes away costs at most the steps under way.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from .engine import LLMEngine
 
 logger = logging.getLogger(__name__)
 
-# A step is a thousand small calls into torch. Each lets go of the interpreter's lock, and beside a
+# A step is hundreds of small calls into torch. Each lets go of the interpreter's lock, and beside a
 # busy Python thread waits for it again: 5 ms each time by default, which makes steps many times
 # longer. The same holds for the event loop beside any thread that is busy in Python.
 SWITCH_INTERVAL = 0.0002  # seconds
@@ -48,7 +48,7 @@ class AsyncEngine:
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
         self.metrics = EngineMetrics(engine.stats, engine.max_model_len)
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Request | AbortRequest | Shutdown] = queue.SimpleQueue()
         self.streams: dict[str, tuple[int, asyncio.Queue[tuple[int, RequestOutput]]]] = {}
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.stopped = False

@@ -152,7 +152,11 @@ class LLMEngine:
         """Put what is new of a sequence into the outbox."""
         self.outbox.append(
             RequestOutput(
-                sequence.request_id, token_ids, logprobs, finish_reason, sequence.prompt_logprobs
+                sequence.request_id,
+                token_ids,
+                logprobs=logprobs,
+                finish_reason=finish_reason,
+                prompt_logprobs=sequence.prompt_logprobs,
             )
         )
 

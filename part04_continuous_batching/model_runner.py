@@ -6,6 +6,7 @@ values go to such places in the cache.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ class ModelRunner:
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
-        """Raises ValueError."""
+        """Load a model's weights. Raises ValueError."""
         shape = ModelConfig.from_transformers(load_config(folder), max_model_len)
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
         tensors = iter_weights(folder, self.device)
@@ -70,19 +71,20 @@ class ModelRunner:
         try:
             return peak_memory(self.device, lambda: self.run_largest_step(shape.max_model_len))
         except torch.OutOfMemoryError as error:
-            most = self.config.max_num_batched_tokens
+            most = max(self.config.max_num_batched_tokens, shape.max_model_len)
             raise ValueError(
-                f"max_num_batched_tokens is {most}: no memory on the GPU for such a step"
+                f"no memory on the GPU for a step of {most} tokens:"
+                " see max_model_len and max_num_batched_tokens"
             ) from error
 
     def run_largest_step(self, max_model_len: int) -> None:
-        """What takes most memory."""
+        """Run the step that takes most memory."""
         largest = self.largest_step(max_model_len)
         logits, _ = self.forward(self.prepare(largest))
         self.sample(largest.sampled, logits)
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
-        """As many tokens as one step may run, of as many sequences; all in block 0."""
+        """As many tokens as one step may run, in max_num_seqs sequences; all in block 0."""
         largest = SchedulerOutput()
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
         most_seqs = self.config.max_num_seqs
@@ -115,7 +117,7 @@ class ModelRunner:
         width = max(len(sequence.block_table) for sequence in sequences)
         tables = [s.block_table + [0] * (width - len(s.block_table)) for s in sequences]
 
-        def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
+        def tensor(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=self.device)
 
         metadata = AttentionMetadata(

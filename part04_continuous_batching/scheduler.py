@@ -124,7 +124,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def finish(self, sequence: Sequence) -> None:
-        """Forget a sequence, running or waiting."""
+        """Forget a sequence, whatever its status."""
         was = sequence.status
         self.become(sequence, Status.FINISHED)
         if was is Status.WAITING:
@@ -153,8 +153,8 @@ class Scheduler:
             assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
         for sequence in self.running:
             assert sequence.status is Status.RUNNING, f"{sequence.request_id}: {sequence.status}"
-            computed, room = sequence.num_computed_tokens, len(sequence.block_table)
-            assert computed == sequence.num_tokens - 1, f"{sequence.request_id}: {computed} tokens"
-            most = self.kv.blocks_for(sequence.num_tokens)
+            computed, total = sequence.num_computed_tokens, sequence.num_tokens
+            assert computed == total - 1, f"{sequence.request_id}: {computed} of {total} tokens"
+            room, most = len(sequence.block_table), self.kv.blocks_for(total)
             assert self.kv.blocks_for(computed) <= room <= most, f"{sequence.request_id}: {room}"
         self.kv.pool.check_integrity([sequence.block_table for sequence in self.running])

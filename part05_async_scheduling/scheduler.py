@@ -185,10 +185,11 @@ class Scheduler:
         """Assert that statuses are true, and that rows and blocks have one owner each or are free."""
         for sequence in self.waiting:
             assert sequence.status is Status.WAITING, f"{sequence.request_id}: {sequence.status}"
+            assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
         for sequence in self.ending:
             assert sequence.status is Status.ENDING, f"{sequence.request_id}: {sequence.status}"
+            assert not sequence.block_table, f"{sequence.request_id} ends and has blocks"
         for sequence in [*self.waiting, *self.ending]:
-            assert not sequence.block_table, f"{sequence.request_id} does not run and has blocks"
             assert sequence.row is None, f"{sequence.request_id} does not run and has a row"
         rows = [*self.free_rows, *(sequence.row for sequence in self.running)]
         assert sorted(rows) == list(range(self.num_rows)), f"rows lost or given twice: {rows}"

@@ -40,7 +40,7 @@ class EngineConfig:
         None, "tokens that one step may run (256 on a CPU, 2048 on a GPU)", 1, 1 << 20
     )
     long_prefill_threshold: int | None = option(
-        None, "most tokens of one prompt in a step (the step's budget)", 1
+        None, "most tokens of one sequence in a step (the step's budget)", 1
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ device need not wait for the host.
 Work is cut into steps, so that requests can be added and aborted in between.
 """
 
-import itertools
 import random
 from collections import deque
 from dataclasses import dataclass
@@ -182,7 +181,11 @@ class LLMEngine:
         """Put what is new of a sequence into the outbox."""
         self.outbox.append(
             RequestOutput(
-                sequence.request_id, token_ids, logprobs, finish_reason, sequence.prompt_logprobs
+                sequence.request_id,
+                token_ids,
+                logprobs=logprobs,
+                finish_reason=finish_reason,
+                prompt_logprobs=sequence.prompt_logprobs,
             )
         )
 
@@ -229,13 +232,12 @@ class LLMEngine:
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps."""
-        queues = self.scheduler.running, self.scheduler.waiting, self.scheduler.ending
-        known = list(itertools.chain(*queues))
+        known = [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.ending]
         assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
         for sequence in known:
             assert self.is_alive(sequence), sequence.request_id
-            in_flight = sum(sequence in pending.scheduled.sampled for pending in self.in_flight)
-            assert sequence.num_placeholders == in_flight, f"{sequence.request_id}: {in_flight}"
+            expected = sum(sequence in pending.scheduled.sampled for pending in self.in_flight)
+            assert sequence.num_placeholders == expected, f"{sequence.request_id}: {expected}"
         self.scheduler.check_integrity()
 
     def drop_requests(self) -> None:

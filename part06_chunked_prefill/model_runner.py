@@ -59,7 +59,7 @@ class ModelRunner:
         release_openmp_workers()  # from now on the queue's thread does the work
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
-        """Raises ValueError."""
+        """Load a model's weights. Raises ValueError."""
         shape = ModelConfig.from_transformers(load_config(folder), max_model_len)
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
         tensors = iter_weights(folder, self.device)
@@ -77,13 +77,13 @@ class ModelRunner:
             ) from error
 
     def run_largest_step(self, max_model_len: int) -> None:
-        """What takes most memory."""
+        """Run the step that takes most memory."""
         self.inputs.block_tables[:] = 0
         self.launch(self.prepare(self.largest_step(max_model_len))).result()
         self.counts = None
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
-        """As many tokens as one step may run, of as many sequences; all in block 0."""
+        """As many tokens as one step may run, in max_num_seqs sequences; all in block 0."""
         largest = SchedulerOutput()
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
         left = self.config.max_num_batched_tokens

@@ -105,8 +105,10 @@ class Scheduler:
         """
         while self.waiting and self.free_rows and output.num_tokens < self.max_num_batched_tokens:
             sequence = self.waiting[0]
+            if sequence.num_placeholders:
+                break
             needed = self.kv.blocks_for(sequence.num_total_tokens) + len(self.running)
-            if sequence.num_placeholders or not self.kv.pool.can_allocate(needed):
+            if not self.kv.pool.can_allocate(needed):
                 break
             self.start(sequence)
             self.grow(sequence, output)
@@ -203,10 +205,11 @@ class Scheduler:
         """Assert that statuses are true, and that rows and blocks have one owner each or are free."""
         for sequence in self.waiting:
             assert sequence.status is Status.WAITING, f"{sequence.request_id}: {sequence.status}"
+            assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
         for sequence in self.ending:
             assert sequence.status is Status.ENDING, f"{sequence.request_id}: {sequence.status}"
+            assert not sequence.block_table, f"{sequence.request_id} ends and has blocks"
         for sequence in [*self.waiting, *self.ending]:
-            assert not sequence.block_table, f"{sequence.request_id} does not run and has blocks"
             assert sequence.row is None, f"{sequence.request_id} does not run and has a row"
         rows = [*self.free_rows, *(sequence.row for sequence in self.running)]
         assert sorted(rows) == list(range(self.num_rows)), f"rows lost or given twice: {rows}"

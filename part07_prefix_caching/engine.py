@@ -7,7 +7,6 @@ device need not wait for the host.
 Work is cut into steps, so that requests can be added and aborted in between.
 """
 
-import itertools
 import random
 from collections import deque
 from dataclasses import dataclass
@@ -68,9 +67,8 @@ class LLMEngine:
         cache_salt: str | None = None,
     ) -> list[Completion]:
         """Complete each prompt, text or token ids, `n` times. Raises ValueError before any work."""
-        options = {"cache_salt": cache_salt}
         requests = make_requests(
-            self, prompts, sampling_params, MAX_N, prompt_logprobs=True, **options
+            self, prompts, sampling_params, MAX_N, prompt_logprobs=True, cache_salt=cache_salt
         )
         return run_to_completion(self, requests, progress)
 
@@ -192,10 +190,10 @@ class LLMEngine:
             RequestOutput(
                 sequence.request_id,
                 token_ids,
-                logprobs,
-                finish_reason,
-                sequence.prompt_logprobs,
-                sequence.num_cached_tokens or 0,
+                logprobs=logprobs,
+                finish_reason=finish_reason,
+                prompt_logprobs=sequence.prompt_logprobs,
+                num_cached_tokens=sequence.num_cached_tokens or 0,
             )
         )
 
@@ -244,13 +242,12 @@ class LLMEngine:
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps."""
-        queues = self.scheduler.running, self.scheduler.waiting, self.scheduler.ending
-        known = list(itertools.chain(*queues))
+        known = [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.ending]
         assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
         for sequence in known:
             assert self.is_alive(sequence), sequence.request_id
-            in_flight = sum(sequence in pending.scheduled.sampled for pending in self.in_flight)
-            assert sequence.num_placeholders == in_flight, f"{sequence.request_id}: {in_flight}"
+            expected = sum(sequence in pending.scheduled.sampled for pending in self.in_flight)
+            assert sequence.num_placeholders == expected, f"{sequence.request_id}: {expected}"
         self.scheduler.check_integrity()
 
     def drop_requests(self) -> None:

@@ -104,7 +104,7 @@ class InputBatch:
         )
 
     def lay_out(self, sequences: list[Sequence], begins: list[int], counts: list[int]) -> Batch:
-        """Tensors for so many tokens of each sequence, from where each begins."""
+        """Tensors for `counts` tokens of each sequence, from `begins` on."""
         starts, new = np.array(begins), np.array(counts)
         lengths, ends = starts + new, new.cumsum()
         is_sampled = lengths == [sequence.num_total_tokens for sequence in sequences]
@@ -137,18 +137,10 @@ class InputBatch:
         for name, column in self.sampling.items():
             arrays[name][:] = column[rows]
         buffers.copy_to_device(shape)
-        metadata = AttentionMetadata(
-            cu_seqlens_q=tensors["cu_seqlens_q"],
-            seq_lens=tensors["seq_lens"],
-            block_tables=tensors["block_tables"].view(-1, width),
-            slot_mapping=tensors["slot_mapping"],
-            max_query_len=int(new.max()),
-            max_seq_len=int(lengths.max()),
-        )
         return Batch(
             tensors["token_ids"],
             tensors["positions"],
-            metadata,
+            attention_metadata(tensors, width, int(new.max()), int(lengths.max())),
             logits_indices=tensors["logits_indices"],
             rows=tensors["rows"],
             sampling=self.sampling_batch(sampled, tensors, lengths[is_sampled]),
@@ -156,29 +148,43 @@ class InputBatch:
         )
 
     def sampling_batch(
-        self, sampled: list[Sequence], tensors: dict[str, torch.Tensor], positions: np.ndarray
+        self, drawn: list[Sequence], tensors: dict[str, torch.Tensor], positions: np.ndarray
     ) -> SamplingBatch:
-        """What decides about the token that each sampled sequence draws.
+        """What decides about each token that is drawn.
 
-        positions: [num_sampled], the number of tokens before the one that is drawn.
+        drawn: the sequence of each. positions: [num_sampled], the number of tokens before it.
         """
         biases = None
-        if any(sequence.params.has_biases for sequence in sampled):
+        if any(sequence.params.has_biases for sequence in drawn):
             rows = [
                 sequence.params.biases(
                     sequence.ending_token_ids, position - len(sequence.prompt_token_ids)
                 )
-                for sequence, position in zip(sampled, positions.tolist(), strict=True)
+                for sequence, position in zip(drawn, positions.tolist(), strict=True)
             ]
             biases = LogitBiases.build(rows, self.device)
         return SamplingBatch(
             **{name: tensors[name].unsqueeze(1) for name in SAMPLING_FIELDS},
             positions=tensors["sample_positions"].unsqueeze(1),
             output_counts=None,
-            num_logprobs=[sequence.params.logprobs for sequence in sampled],
+            num_logprobs=[sequence.params.logprobs for sequence in drawn],
             biases=biases,
         )
 
     def launched(self, work: Work) -> None:
         """The batch that was prepared last is read by this work."""
         self.buffers[0].reader = work
+
+
+def attention_metadata(
+    tensors: dict[str, torch.Tensor], table_width: int, max_query_len: int, max_seq_len: int
+) -> AttentionMetadata:
+    """What attention is told about a batch; the tensors by the names of their fields."""
+    return AttentionMetadata(
+        cu_seqlens_q=tensors["cu_seqlens_q"],
+        seq_lens=tensors["seq_lens"],
+        block_tables=tensors["block_tables"].view(-1, table_width),
+        slot_mapping=tensors["slot_mapping"],
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+    )

@@ -1,9 +1,9 @@
 """The KV cache as fixed-size blocks: one tensor, and a pool that counts each block's owners.
 
-A sequence's keys and values need not lie together. They lie in blocks of `block_size` tokens, taken
-from the pool as they are needed and found through the sequence's block table, as pages are by an
-operating system (Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-PagedAttention", SOSP 2023). What is wasted is at most the rest of each sequence's last block.
+A sequence's keys and values lie in blocks of `block_size` tokens, taken from anywhere in the pool and
+found through the sequence's block table, as pages are by an operating system (Kwon et al., "Efficient
+Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023). No gap is left
+between sequences.
 """
 
 from collections import OrderedDict
@@ -55,6 +55,10 @@ class BlockPool:
             if self.ref_counts[block] == 0:
                 self.free_blocks[block] = None
 
+    def hand_out_first(self, block: int) -> None:
+        """Put a free block before the other free ones."""
+        self.free_blocks.move_to_end(block, last=False)
+
     def check_integrity(self, owners: list[list[int]]) -> None:
         """Assert that these block tables own every block that is not free, and no other."""
         counts = [0] * self.num_blocks
@@ -71,7 +75,7 @@ class KVCache:
     """The keys and values of all layers.
 
     data: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]. A block is one contiguous
-    piece across layers, so that later it can be copied in one go.
+    piece across layers.
     """
 
     def __init__(

@@ -25,8 +25,8 @@ class Node:
     last_used: int = 0  # a number of the tree's clock
 
     @property
-    def is_leaf(self) -> bool:
-        """Whether it may be given up: no sequence uses it, nothing is below it."""
+    def can_evict(self) -> bool:
+        """Whether no sequence uses it and nothing is below it."""
         return not self.num_locks and not self.children and self.parent is not None
 
 
@@ -150,8 +150,8 @@ class RadixPrefixCache(BlockCache):
             node = node.parent
 
     def note_leaf(self, node: Node) -> None:
-        """Remember that a node may be given up, if it may."""
-        if node.is_leaf:
+        """Put a node into the heap if it can be evicted."""
+        if node.can_evict:
             heapq.heappush(self.leaves, (node.last_used, id(node), node))
         if len(self.leaves) > 2 * self.num_nodes + 64:
             self.leaves = [entry for entry in set(self.leaves) if self.is_current(entry)]
@@ -159,7 +159,7 @@ class RadixPrefixCache(BlockCache):
 
     def is_current(self, entry: tuple[int, int, Node]) -> bool:
         last_used, _, node = entry
-        return node.is_leaf and node.last_used == last_used
+        return node.can_evict and node.last_used == last_used
 
     def evict(self, count: int) -> None:
         """Free up to `count` blocks, from the end of the leaf that was not used for longest."""
@@ -195,7 +195,7 @@ class RadixPrefixCache(BlockCache):
         assert self.num_nodes == len(nodes) - 1, f"{self.num_nodes} nodes, {len(nodes) - 1}"
         assert self.num_evictable == sum(len(node.blocks) for node in unlocked), self.num_evictable
         noted = {entry[2] for entry in self.leaves if self.is_current(entry)}
-        assert all(node in noted for node in unlocked if node.is_leaf), "a leaf is not noted"
+        assert all(node in noted for node in unlocked if node.can_evict), "a leaf is not noted"
         self.pool.check_integrity(tables + runs)
 
 

@@ -21,7 +21,6 @@ sequence gives up can be given to the next at once, though a step in flight stil
 
 import sys
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.trace import Trace
@@ -171,7 +170,7 @@ class Scheduler:
             if sequence.num_total_tokens == sequence.limit:
                 self.end(sequence)
 
-    def publish(self, output: SchedulerOutput, later: Iterable[SchedulerOutput]) -> None:
+    def publish(self, output: SchedulerOutput, later: list[SchedulerOutput]) -> None:
         """A step is read: other sequences may find what its sequences have computed until then.
 
         later: the steps that were launched since.
@@ -240,10 +239,9 @@ class Scheduler:
         """Assert that statuses are true, and that rows and blocks have one owner each or are free."""
         for sequence in self.waiting:
             assert sequence.status is Status.WAITING, f"{sequence.request_id}: {sequence.status}"
+            assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
         for sequence in self.ending:
             assert sequence.status is Status.ENDING, f"{sequence.request_id}: {sequence.status}"
-        for sequence in self.waiting:
-            assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
         for sequence in [*self.waiting, *self.ending]:
             assert sequence.row is None, f"{sequence.request_id} does not run and has a row"
         rows = [*self.free_rows, *(sequence.row for sequence in self.running)]

@@ -48,9 +48,8 @@ class EngineConfig:
         None, "tokens that one step may run (256 on a CPU, 2048 on a GPU)", 1, 1 << 20
     )
     long_prefill_threshold: int | None = option(
-        None, "most tokens of one prompt in a step (the step's budget)", 1
+        None, "most tokens of one sequence in a step (the step's budget)", 1
     )
-
     # speculation
     speculative: str = option(
         "off",
@@ -77,6 +76,9 @@ class EngineConfig:
         validate(self)
         if self.speculative == "draft" and self.draft_model is None:
             raise ValueError("speculative is draft: draft_model must name the smaller model")
+        low, high = self.prompt_lookup_min or 2, self.prompt_lookup_max or 4
+        if low > high:
+            raise ValueError(f"prompt_lookup_min is {low}, above prompt_lookup_max, {high}")
 
     def resolved(self, device: torch.device, default_block_size: int) -> "EngineConfig":
         """This configuration with the defaults that depend on device and kernels."""

@@ -1,15 +1,17 @@
 """The length of drafts: one more token is drafted as long as that makes the sequences faster.
 
-A step of T seconds from which a sequence expects E tokens gives it E / T tokens a second. One more draft
-token, accepted with probability p, raises E to E + p for one sequence, and T by the token's price for all.
-`DraftLength` takes draft tokens in the order of the factor (E + p) / E, over all sequences, and stops where
-the geometric mean of the speeds E / T is largest. (The largest sum of the speeds would let sequences that
-are easy to guess run ahead; the others would end later, in a smaller batch.)
+A step of T seconds from which a sequence expects E tokens gives it E / T tokens a second. One more
+draft token, accepted with probability p, raises E to E + p for one sequence, and T by the token's
+price for all. `DraftLength` takes draft tokens in the order of the factor (E + p) / E, over all
+sequences, and stops where the geometric mean of the speeds E / T is largest. (The largest sum of
+the speeds would let sequences that are easy to guess run ahead; the others would end later, in a
+smaller batch.)
 
-The acceptance rate a of each sequence is counted: with K drafts E = 1 + a + … + a^K (Leviathan et al.,
-"Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192). The price is measured:
-`StepTime` learns T by the number of query tokens from the steps that the engine runs. Verification costs
-almost nothing on an idle GPU, part of a step on a CPU, and its full share where a batch keeps the device busy.
+The acceptance rate a of each sequence is counted: with K drafts E = 1 + a + … + a^K (Leviathan et
+al., "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192). The price is
+measured: `StepTime` learns T by the number of query tokens from the steps that the engine runs.
+Verification costs almost nothing on an idle GPU, part of a step on a CPU, and its full share where
+a batch keeps the device busy.
 """
 
 import time
@@ -22,7 +24,7 @@ import numpy as np
 from .proposer import Draft, Proposer
 from .sequence import Sequence
 
-# Drafts must promise that much, or it is noise; where most sequences have none, they may cost that much.
+# Drafts must promise that much, or it is noise; where most sequences have none, cost at most that.
 SMALLEST_GAIN, LARGEST_LOSS = 1.05, 1.03
 MEMORY = 0.98  # weight of old trials after one more: about the last 50 count
 PRIOR_TRIALS = 4  # at the rate of all sequences, added to a sequence's own trials
@@ -39,9 +41,9 @@ def expected_tokens(acceptance: float, length: int) -> float:
 class StepTime:
     """Seconds of a step by its number of query tokens: medians of recent steps.
 
-    Sizes up to each power of two share a bucket. Straight lines lead from the origin to the smallest
-    bucket, from bucket to bucket, and on to twice the largest. Beyond that a step costs infinitely much:
-    larger steps are tried one doubling at a time.
+    Sizes up to each power of two share a bucket. Straight lines lead from the origin to the
+    smallest bucket, from bucket to bucket, and on to twice the largest. Beyond that a step costs
+    infinitely much: larger steps are tried one doubling at a time.
     """
 
     def __init__(self) -> None:
@@ -96,8 +98,9 @@ class DraftLength:
     ) -> tuple[list[Draft], list[int]]:
         """(a draft for each sequence that decodes in this step, how much of it to verify).
 
-        limits: the most tokens that each draft may have. num_tokens: query tokens of the step without
-        drafts, prompts among them. `observe` wants each draft back whole, also what is not verified.
+        limits: the most tokens that each draft may have. num_tokens: query tokens of the step
+        without drafts, prompts among them. `observe` wants each draft back whole, also what is not
+        verified.
         """
         if proposer.is_free:
             drafts = proposer.propose(sequences, limits)
@@ -138,8 +141,8 @@ class DraftLength:
     def observe(self, sequence: Sequence, draft: list[int], emitted: list[int]) -> None:
         """Compare the tokens of a sequence's draft with those that came.
 
-        The whole draft counts, also what was not verified: a proposer that is free goes on being judged
-        where its drafts are not used.
+        The whole draft counts, also what was not verified: a proposer that is free goes on being
+        judged where its drafts are not used.
         """
         num_compared = min(len(draft), len(emitted))
         hits = next((i for i in range(num_compared) if draft[i] != emitted[i]), num_compared)
@@ -148,7 +151,8 @@ class DraftLength:
         self.shared.observe(hits, trials)
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
-        """Note how long a step took that ran num_tokens, drafts among them; drafting does not count."""
+        """Note how long a step took that ran num_tokens, drafts among them; drafting does not
+        count."""
         self.step_time.observe(num_tokens, seconds)
 
     def forget(self, sequence: Sequence) -> None:

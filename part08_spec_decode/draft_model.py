@@ -97,7 +97,7 @@ class ModelProposer:
 
     @torch.inference_mode()
     def run(self, batch: Batch, rejecting: list[tuple[int, list[torch.Tensor]]]) -> Sampled:
-        """On the device."""
+        """Run one round of drafting, on the device."""
         self.runner.fill_in(batch)
         logits, _ = self.runner.forward(batch, self.runner.drafter)
         if not batch.draft_lengths:  # no token is drawn

@@ -7,7 +7,6 @@ device need not wait for the host. With speculation it is not: what is drafted d
 Work is cut into steps, so that requests can be added and aborted in between.
 """
 
-import itertools
 import random
 import time
 from collections import deque
@@ -167,7 +166,7 @@ class LLMEngine:
         add_prompt_logprobs(scheduled.num_new_tokens, scores)
         for sequence, new in zip(scheduled.sampled, token_ids, strict=True):
             if self.is_alive(sequence):
-                self.speculator.verified(sequence, new)
+                self.speculator.settle(sequence, new)
         self.scheduler.publish(scheduled, [later.scheduled for later in self.in_flight])
         for sequence, new, scored in zip(scheduled.sampled, token_ids, logprobs, strict=True):
             if self.is_alive(sequence):
@@ -203,11 +202,11 @@ class LLMEngine:
             RequestOutput(
                 sequence.request_id,
                 token_ids,
-                logprobs,
-                finish_reason,
-                sequence.prompt_logprobs,
-                sequence.num_cached_tokens or 0,
-                sequence.draft_counts,
+                logprobs=logprobs,
+                finish_reason=finish_reason,
+                prompt_logprobs=sequence.prompt_logprobs,
+                num_cached_tokens=sequence.num_cached_tokens or 0,
+                draft_counts=sequence.draft_counts,
             )
         )
 
@@ -258,13 +257,12 @@ class LLMEngine:
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps."""
-        queues = self.scheduler.running, self.scheduler.waiting, self.scheduler.ending
-        known = list(itertools.chain(*queues))
+        known = [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.ending]
         assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
         for sequence in known:
             assert self.is_alive(sequence), sequence.request_id
-            in_flight = sum(sequence in pending.scheduled.sampled for pending in self.in_flight)
-            assert sequence.num_placeholders == in_flight, f"{sequence.request_id}: {in_flight}"
+            expected = sum(sequence in pending.scheduled.sampled for pending in self.in_flight)
+            assert sequence.num_placeholders == expected, f"{sequence.request_id}: {expected}"
         self.scheduler.check_integrity()
 
     def drop_requests(self) -> None:

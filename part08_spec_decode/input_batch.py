@@ -115,10 +115,8 @@ class InputBatch:
         )
 
     def lay_out(self, sequences: list[Sequence], begins: list[int], counts: list[int]) -> Batch:
-        """Tensors for so many tokens of each sequence, from where each begins.
-
-        A token is drawn after a sequence's last one, and after each draft behind it.
-        """
+        """Tensors for `counts` tokens of each sequence, from `begins` on. A token is drawn after a
+        sequence's last one, and after each draft behind it."""
         starts, new = np.array(begins), np.array(counts)
         lengths, ends = starts + new, new.cumsum()
         num_tokens = np.array([sequence.num_total_tokens for sequence in sequences])
@@ -154,19 +152,11 @@ class InputBatch:
         for name, column in self.sampling.items():
             arrays[name][:] = column[rows]
         buffers.copy_to_device(shape)
-        metadata = AttentionMetadata(
-            cu_seqlens_q=tensors["cu_seqlens_q"],
-            seq_lens=tensors["seq_lens"],
-            block_tables=tensors["block_tables"].view(-1, width),
-            slot_mapping=tensors["slot_mapping"],
-            max_query_len=int(new.max()),
-            max_seq_len=int(lengths.max()),
-        )
         drawn = [s for s, n in zip(sequences, num_drawn.tolist(), strict=True) for _ in range(n)]
         return Batch(
             tensors["token_ids"],
             tensors["positions"],
-            metadata,
+            attention_metadata(tensors, width, int(new.max()), int(lengths.max())),
             logits_indices=tensors["logits_indices"],
             rows=tensors["rows"],
             sampling=self.sampling_batch(drawn, tensors, positions[is_drawn] + 1),
@@ -202,3 +192,17 @@ class InputBatch:
     def launched(self, work: Work) -> None:
         """The batch that was prepared last is read by this work."""
         self.buffers[0].reader = work
+
+
+def attention_metadata(
+    tensors: dict[str, torch.Tensor], table_width: int, max_query_len: int, max_seq_len: int
+) -> AttentionMetadata:
+    """What attention is told about a batch; the tensors by the names of their fields."""
+    return AttentionMetadata(
+        cu_seqlens_q=tensors["cu_seqlens_q"],
+        seq_lens=tensors["seq_lens"],
+        block_tables=tensors["block_tables"].view(-1, table_width),
+        slot_mapping=tensors["slot_mapping"],
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+    )

@@ -1,9 +1,9 @@
 """The KV cache as fixed-size blocks: one tensor, and a pool that counts each block's owners.
 
-A sequence's keys and values need not lie together. They lie in blocks of `block_size` tokens, taken
-from the pool as they are needed and found through the sequence's block table, as pages are by an
-operating system (Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-PagedAttention", SOSP 2023). What is wasted is at most the rest of each sequence's last block.
+A sequence's keys and values lie in blocks of `block_size` tokens, taken from anywhere in the pool and
+found through the sequence's block table, as pages are by an operating system (Kwon et al., "Efficient
+Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023). No gap is left
+between sequences.
 """
 
 from collections import OrderedDict
@@ -55,6 +55,10 @@ class BlockPool:
             if self.ref_counts[block] == 0:
                 self.free_blocks[block] = None
 
+    def hand_out_first(self, block: int) -> None:
+        """Put a free block before the other free ones."""
+        self.free_blocks.move_to_end(block, last=False)
+
     def check_integrity(self, owners: list[list[int]]) -> None:
         """Assert that these block tables own every block that is not free, and no other."""
         counts = [0] * self.num_blocks
@@ -71,7 +75,7 @@ class KVCache:
     """The keys and values of all layers.
 
     data: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]. A block is one contiguous
-    piece across layers, so that later it can be copied in one go.
+    piece across layers.
     draft_data: the same of a model that drafts, in blocks of the same numbers.
     """
 
@@ -87,14 +91,11 @@ class KVCache:
         """Allocate the cache. Raises ValueError."""
         self.num_blocks, self.block_size = num_blocks, block_size
         self.data = allocate_kv(model, num_blocks, block_size, dtype, device)
-        self.draft_data = None
+        self.draft_data, self.num_bytes = None, self.data.nbytes
         if draft_model is not None:
             self.draft_data = allocate_kv(draft_model, num_blocks, block_size, dtype, device)
+            self.num_bytes += self.draft_data.nbytes
         self.pool = BlockPool(num_blocks)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.data.nbytes + (0 if self.draft_data is None else self.draft_data.nbytes)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""

@@ -7,7 +7,6 @@ The device is ahead of the host: a token that the host has not read yet is put i
 device, from what its row has drawn last.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,15 +35,12 @@ from .sequence import Sequence
 
 
 @dataclass(frozen=True)
-class Drafter:
-    """What drafts: a smaller model, or some layers of the model itself.
-
-    layers: which of it run; None: all.
-    """
+class Runnable:
+    """What a forward runs: the model, a smaller one, or some layers of the model."""
 
     model: CausalLM
     kv_data: torch.Tensor
-    layers: Iterable[int] | None = None
+    layers: list[int] | None = None  # None: all
 
 
 class ModelRunner:
@@ -80,16 +76,16 @@ class ModelRunner:
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
-        self.drafter: Drafter | None = None
+        self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:
-            self.drafter = Drafter(smaller, self.kv.draft_data)
+            self.drafter = Runnable(smaller, self.kv.draft_data)
         elif config.speculative == "self":
             layers = layers_that_draft(config.draft_layers, shape.num_layers)
-            self.drafter = Drafter(self.model, self.kv.data, layers)
+            self.drafter = Runnable(self.model, self.kv.data, layers)
         release_openmp_workers()  # from now on the queue's thread does the work
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
-        """Raises ValueError."""
+        """Load a model's weights. Raises ValueError."""
         shape = ModelConfig.from_transformers(load_config(folder), max_model_len)
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
         tensors = iter_weights(folder, self.device)
@@ -98,6 +94,7 @@ class ModelRunner:
     def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
         self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
+        self.target = Runnable(self.model, self.kv.data)
         try:
             return peak_memory(self.device, lambda: self.run_largest_step(shape.max_model_len))
         except torch.OutOfMemoryError as error:
@@ -107,13 +104,13 @@ class ModelRunner:
             ) from error
 
     def run_largest_step(self, max_model_len: int) -> None:
-        """What takes most memory."""
+        """Run the step that takes most memory."""
         self.inputs.block_tables[:] = 0
         self.launch(self.prepare(self.largest_step(max_model_len))).result()
         self.counts = None
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
-        """As many tokens as one step may run, of as many sequences; all in block 0."""
+        """As many tokens as one step may run, in max_num_seqs sequences; all in block 0."""
         largest = SchedulerOutput()
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
         left, drafts = self.config.max_num_batched_tokens, self.config.num_speculative_tokens or 0
@@ -177,11 +174,11 @@ class ModelRunner:
         self.counts[row] = torch.from_numpy(counts.astype(np.int32)).to(self.device)
 
     def forward(
-        self, batch: Batch, drafter: Drafter | None = None
+        self, batch: Batch, what: Runnable | None = None
     ) -> tuple[torch.Tensor, list[PromptScores]]:
         """Logits after each sampled sequence's last token and its drafts, [num_sampled, vocab]; and
-        the scores of prompts that ask for them. drafter: what runs instead of the model."""
-        runs = drafter or Drafter(self.model, self.kv.data)
+        the scores of prompts that ask for them. what: the model unless given."""
+        runs = what or self.target
         hidden = runs.model.forward(
             batch.token_ids, batch.positions, runs.kv_data, batch.metadata, runs.layers
         )

@@ -68,7 +68,7 @@ class HashPrefixCache(BlockCache):
         super().release(sequence)
         for block in sequence.block_table:
             if block in self.pool.free_blocks and block not in self.key_of:
-                self.pool.free_blocks.move_to_end(block, last=False)  # nothing is lost with it
+                self.pool.hand_out_first(block)  # nothing is lost with it
 
     def check_integrity(self, tables: list[list[int]]) -> None:
         super().check_integrity(tables)

@@ -84,10 +84,7 @@ class NgramProposer:
 
     is_free = True
 
-    def __init__(self, min_n: int = 2, max_n: int = 4) -> None:
-        """Raises ValueError."""
-        if not 1 <= min_n <= max_n:
-            raise ValueError(f"n-grams need 1 <= min_n <= max_n, not {min_n} and {max_n}")
+    def __init__(self, min_n: int, max_n: int) -> None:
         self.min_n, self.max_n = min_n, max_n
         self.indexes: dict[Sequence, NgramIndex] = {}
 

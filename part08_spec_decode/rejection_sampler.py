@@ -1,19 +1,20 @@
 """The rejection sampler: which draft tokens are accepted, and which token follows them.
 
-One forward gives the target's logits after each of the K tokens of a draft and before the first. The output is
-distributed as without drafts. There are two ways to it, and a batch may have rows of both.
+One forward gives the target's logits after each of the K tokens of a draft and before the first.
+The output is distributed as without drafts. There are two ways to it, and a batch may have rows of
+both.
 
-Sample and match: the target's token is drawn at each place with its ordinary noise, and draft tokens are
-accepted as long as they equal it. The output is token for token what it would be without drafts. Greedy
-and seeded requests are verified so.
+Sample and match: the target's token is drawn at each place with its ordinary noise, and draft
+tokens are accepted as long as they equal it. The output is token for token what it would be without
+drafts. Greedy and seeded requests are verified so.
 
-Rejection (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding",
-arXiv 2211.17192): draft token x, drawn from q, is accepted with probability min(1, p(x) / q(x)). In place
-of the first rejected one a token is drawn from max(p - q, 0), normalised. More tokens are accepted than by
-matching, and each place still has exactly p: x is emitted as an accepted draft with probability
-min(p, q)(x), and after a rejection with (1 - Σ min(p, q)) * max(p - q, 0)(x) / Σ max(p - q, 0), where
-1 - Σ min(p, q) = Σ max(p - q, 0). Temperature and filters are part of p and q: the operation that filters
-the logits of ordinary rows filters them here too.
+Rejection (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv
+2211.17192): draft token x, drawn from q, is accepted with probability min(1, p(x) / q(x)). In place
+of the first rejected one a token is drawn from max(p - q, 0), normalised. More tokens are accepted
+than by matching, and each place still has exactly p: x is emitted as an accepted draft with
+probability min(p, q)(x), and after a rejection with (1 - Σ min(p, q)) * max(p - q, 0)(x) / Σ max(p
+- q, 0), where 1 - Σ min(p, q) = Σ max(p - q, 0). Temperature and filters are part of p and q: the
+operation that filters the logits of ordinary rows filters them here too.
 
 A draft that is accepted whole is followed by one more token from p, the bonus.
 """
@@ -148,7 +149,8 @@ def rejection_sample(
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """A token of each row with the weights' probabilities, by inverting their sum.
 
-    weights: [num_seqs, vocab] float64, not normalised; uniform: [num_seqs, 1]. Returns [num_seqs, 1].
+    weights: [num_seqs, vocab] float64, not normalised; uniform: [num_seqs, 1]. Returns [num_seqs,
+    1].
     """
     sums = weights.cumsum(dim=1)
     # A sum in parallel need not rise everywhere, so weight 0 is kept out explicitly.
@@ -161,9 +163,10 @@ def verification_noise(
 ) -> tuple[Tensor, Tensor]:
     """What decides over drafts, and what draws after them: each [num_seqs, num_places] float64.
 
-    Functions of seed, position and choice, as all noise here; in streams of their own, since drafts are
-    drawn with the ordinary one and may not know what decides over them. A position's noise is used
-    once: what lies beyond a rejected draft is drafted again, from a text that does not depend on it.
+    Functions of seed, position and choice, as all noise here; in streams of their own, since drafts
+    are drawn with the ordinary one and may not know what decides over them. A position's noise is
+    used once: what lies beyond a rejected draft is drafted again, from a text that does not depend
+    on it.
     """
     places = positions.unsqueeze(1) + torch.arange(num_places, device=positions.device)
     seeds, choices = seeds.unsqueeze(1), choices.unsqueeze(1)

@@ -59,6 +59,4 @@ def sample(ops: Ops, logits: Tensor, batch: SamplingBatch) -> Tensor:
         logits = logits - batch.presence_penalty * (batch.output_counts > 0)
         logits = logits - batch.frequency_penalty * batch.output_counts
     logits = batch.biased(logits)
-    columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
-    columns += (batch.seeds, batch.positions, batch.choices)
-    return not_drawn(ops.sample(logits, *(column.squeeze(1) for column in columns)), raw)
+    return not_drawn(ops.sample(logits, **batch.columns()), raw)

@@ -24,7 +24,6 @@ sequence gives up can be given to the next at once, though a step in flight stil
 
 import sys
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.trace import Trace
@@ -66,8 +65,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they joined
         self.ending: set[Sequence] = set()  # their last tokens are launched
-        # A model that drafts writes keys and values of its drafts before they are scheduled.
         self.most_drafts = config.num_speculative_tokens or 0
+        # A model that drafts writes keys and values of its drafts before they are scheduled.
         self.num_lookahead = self.most_drafts if config.speculative in ("draft", "self") else 0
         self.num_rows = config.max_num_seqs
         self.free_rows = deque(range(self.num_rows))
@@ -164,12 +163,13 @@ class Scheduler:
     def grow(self, sequence: Sequence, output: SchedulerOutput) -> bool:
         """Give a sequence blocks for all of its tokens; False when there are not enough.
 
-        And for its drafts, unless others would miss them; drafts that find no place are dropped.
+        Drafts get blocks only if every other running sequence can still have one; the rest of them
+        is dropped.
         """
         num_tokens, num_blocks = sequence.num_total_tokens, len(sequence.block_table)
         missing = self.kv.blocks_for(num_tokens) - num_blocks
         num_drafts = len(sequence.draft_token_ids)
-        num_drafts += self.num_lookahead if sequence.request.may_draft else 0
+        num_drafts += self.num_lookahead if sequence.may_draft else 0
         most = min(num_tokens + num_drafts, sequence.limit)
         wanted = self.kv.blocks_for(most) - num_blocks
         if wanted > max(missing, 0) and wanted + len(self.running) <= self.cache.num_free:
@@ -204,7 +204,7 @@ class Scheduler:
             if sequence.num_total_tokens == sequence.limit:
                 self.end(sequence)
 
-    def publish(self, output: SchedulerOutput, later: Iterable[SchedulerOutput]) -> None:
+    def publish(self, output: SchedulerOutput, later: list[SchedulerOutput]) -> None:
         """A step is read: other sequences may find what its sequences have computed until then.
 
         later: the steps that were launched since.
@@ -275,10 +275,9 @@ class Scheduler:
         """Assert that statuses are true, and that rows and blocks have one owner each or are free."""
         for sequence in self.waiting:
             assert sequence.status is Status.WAITING, f"{sequence.request_id}: {sequence.status}"
+            assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
         for sequence in self.ending:
             assert sequence.status is Status.ENDING, f"{sequence.request_id}: {sequence.status}"
-        for sequence in self.waiting:
-            assert not sequence.block_table, f"{sequence.request_id} waits and has blocks"
         for sequence in [*self.waiting, *self.ending]:
             assert sequence.row is None, f"{sequence.request_id} does not run and has a row"
         rows = [*self.free_rows, *(sequence.row for sequence in self.running)]

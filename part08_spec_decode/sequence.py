@@ -88,6 +88,11 @@ class Sequence:
         return 0 if self.params.prompt_logprobs is not None else self.num_tokens - 1
 
     @property
+    def may_draft(self) -> bool:
+        """Penalties change with every token, so a sequence that has them drafts nothing."""
+        return self.request.may_draft and not self.params.has_penalties
+
+    @property
     def rejects(self) -> bool:
         """Whether its drafts stay by rejection sampling, and not by being what is drawn."""
         return self.draft_probs is not None and bool(self.draft_token_ids)

@@ -23,9 +23,12 @@ class NoSpeculator:
     num_in_flight = 2  # steps
 
     def propose(self, scheduler: Scheduler, num_tokens: int, seconds: float) -> None:
-        """Give drafts to the sequences that decode. The step before ran so many tokens in so long."""
+        """Give drafts to the sequences that decode.
 
-    def verified(self, sequence: Sequence, token_ids: list[int]) -> None:
+        num_tokens, seconds: of the step before.
+        """
+
+    def settle(self, sequence: Sequence, token_ids: list[int]) -> None:
         """A step has drawn these tokens after a sequence: drafts that stayed, and one more."""
 
     def forget(self, sequence: Sequence) -> None:
@@ -64,8 +67,8 @@ class Speculator(NoSpeculator):
 
     def limit(self, sequence: Sequence, scheduler: Scheduler) -> int:
         """The longest draft that a sequence may have: there must be room for it, and for the token
-        that follows it. Penalties change with every token, so rows that have them draft nothing."""
-        if sequence.params.has_penalties or not sequence.request.may_draft:
+        that follows it."""
+        if not sequence.may_draft:
             return 0
         room = sequence.limit - sequence.num_tokens - 1
         if not self.proposer.is_free:  # its keys and values are written before the next step
@@ -73,13 +76,12 @@ class Speculator(NoSpeculator):
             room = min(room, blocks - sequence.num_tokens)
         return min(self.most, max(room, 0))
 
-    def verified(self, sequence: Sequence, token_ids: list[int]) -> None:
+    def settle(self, sequence: Sequence, token_ids: list[int]) -> None:
         """What was computed for rejected drafts is as if it had never been: the tokens that come
         instead are computed in their place."""
         num_drafts, num_accepted = len(sequence.draft_token_ids), len(token_ids) - 1
         sequence.num_computed_tokens -= num_drafts - num_accepted
-        known = min(sequence.num_drafter_tokens, sequence.num_computed_tokens)
-        sequence.num_drafter_tokens = known
+        sequence.num_drafter_tokens = min(sequence.num_drafter_tokens, sequence.num_computed_tokens)
         sequence.draft_counts = sequence.draft_counts.plus(num_drafts, num_accepted)
         if num_drafts > num_accepted:
             self.trace.rejected(sequence.request_id, num_drafts - num_accepted)

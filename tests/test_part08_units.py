@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from part08 import draft_length as lengths_module
+from part08.config import EngineConfig
 from part08.draft_length import DraftLength, StepTime, expected_tokens
 from part08.proposer import Draft, NgramIndex, NgramProposer
 from part08.rejection_sampler import (
@@ -509,7 +510,7 @@ class TestNgram:
             assert NgramProposer(2, 4).draft(sequence_of(text, num_output), 2) == [3, 9]
 
     def test_it_keeps_nothing_of_who_has_ended(self) -> None:
-        proposer = NgramProposer()
+        proposer = NgramProposer(2, 4)
         first, second = sequence_of([1, 2, 1, 2]), sequence_of([3, 4, 3, 4])
         proposer.propose([first, second], [2, 2])
         proposer.forget(first)
@@ -519,7 +520,7 @@ class TestNgram:
         assert not proposer.indexes
 
     def test_who_may_have_no_draft_costs_nothing(self) -> None:
-        proposer = NgramProposer()
+        proposer = NgramProposer(2, 4)
         proposer.propose([sequence_of([1, 2, 1, 2])], [0])
         assert not proposer.indexes
 
@@ -535,10 +536,12 @@ class TestNgram:
         index.extend(list(token_ids))
         return index
 
-    @pytest.mark.parametrize("sizes", ((0, 2), (3, 2), (-1, 4)))
-    def test_bad_sizes(self, sizes: tuple[int, int]) -> None:
-        with pytest.raises(ValueError, match=str(sizes[0])):
-            NgramProposer(*sizes)
+    @pytest.mark.parametrize("sizes", ((0, 2), (3, 2), (-1, 4), (5, None), (None, 1)))
+    def test_bad_sizes(self, sizes: tuple[int | None, int | None]) -> None:
+        with pytest.raises(ValueError, match="prompt_lookup_m"):
+            EngineConfig(
+                speculative="ngram", prompt_lookup_min=sizes[0], prompt_lookup_max=sizes[1]
+            )
 
 
 def cpu_seconds(num_tokens: int) -> float:
@@ -739,7 +742,7 @@ class TestDraftLength:
         assert given[:11] == [0] * 11 and sum(given[-20:]) > 40
 
     def test_a_free_proposer_is_asked_first_and_its_drafts_cut(self) -> None:
-        proposer, draft_length = NgramProposer(), DraftLength()
+        proposer, draft_length = NgramProposer(2, 4), DraftLength()
         [repeats, new] = sequence_of([1, 2, 3, 4, 5, 6, 1, 2]), sequence_of([1, 2, 3])
         for _ in range(3):
             draft_length.observe_step(2, 0.01)
