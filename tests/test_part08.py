@@ -226,9 +226,6 @@ class KnownProposer:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
-    def catch_up(self, sequences: list[Any], max_lengths: list[int]) -> list[int]:
-        return max_lengths
-
     def propose(self, sequences: list[Any], max_lengths: list[int]) -> list[Any]:
         outputs = {tuple(known.prompt): known.output for known in known_requests(MODEL)}
         drafts = []
@@ -286,7 +283,8 @@ def test_who_has_penalties_or_does_not_want_drafts_has_none() -> None:
 def test_unseeded_tokens_have_the_models_distribution(proposer: str) -> None:
     """Rejection in the engine, against exact probabilities: 3,000 answers of three tokens."""
     params = SamplingParams(temperature=1.0, top_k=3, max_tokens=3, ignore_eos=True, n=128)
-    engine = engine_with(proposer, max_num_seqs=32, num_blocks=400, num_speculative_tokens=2)
+    flags = {"max_num_seqs": 32, "num_blocks": 400, "max_num_batched_tokens": 512}  # drafts for all
+    engine = engine_with(proposer, num_speculative_tokens=2, **flags)
     num_drafts = engine.stats()["num_draft_tokens"]
     outputs = [c.token_ids for _ in range(24) for c in run(engine, [PROMPT[:9]], params)]
     assert engine.stats()["num_draft_tokens"] - num_drafts > 3000
@@ -337,9 +335,9 @@ def test_drafting_that_fails_loses_no_answer(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
-@pytest.mark.parametrize("method", ["catch_up", "propose"])
+@pytest.mark.parametrize("where", ["host", "device"])
 def test_what_was_ready_when_drafting_failed_comes_with_the_next_step(
-    proposer: str, method: str, monkeypatch: pytest.MonkeyPatch
+    proposer: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens of the step that failed, of requests that it ends and of others, in the outbox."""
     engine = engine_with(proposer)
@@ -351,13 +349,19 @@ def test_what_was_ready_when_drafting_failed_comes_with_the_next_step(
     engine.add_request(Request("short", short, replace(GREEDY, max_tokens=1)))
     engine.add_request(Request("long", long, GREEDY))
 
+    forward = engine.runner.forward
+
     def fail(*_: Any) -> Any:
         raise RuntimeError("drafting failed")
 
-    if method == "catch_up" and engine.speculator.proposer.is_free:
-        method = "propose"  # what is free has nothing to catch up on
+    def fail_to_draft(batch: Any, drafter: Any = None) -> Any:
+        return forward(batch) if drafter is None else fail()
+
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="drafting failed"):
-        patch.setattr(engine.speculator.proposer, method, fail)
+        if where == "device" and proposer != "ngram":
+            patch.setattr(engine.runner, "forward", fail_to_draft)
+        else:
+            patch.setattr(engine.speculator.proposer, "propose", fail)
         engine.step()
     ready = {output.request_id: output for output in engine.outbox}
     assert {name: output.token_ids for name, output in ready.items()} == expected
@@ -434,25 +438,26 @@ def test_accepted_tokens_beyond_a_stop_do_not_count() -> None:
     assert c.token_ids == whole.token_ids[:4] and c.num_accepted_tokens <= 3
 
 
-def test_a_draft_model_says_when_it_catches_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_reads_a_prompt_drafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of 30 tokens, 16 a step: no draft while it is read, and then one in every step."""
     engine = engine_with("twin", num_speculative_tokens=3, max_num_batched_tokens=16)
-    catch_up, said = engine.speculator.proposer.catch_up, []
+    propose, said = engine.speculator.proposer.propose, []
 
-    def listen(sequences: list[Any], limits: list[int]) -> list[int]:
-        lengths = catch_up(sequences, limits)
-        for sequence, limit, length in zip(sequences, limits, lengths, strict=True):
+    def listen(sequences: list[Any], limits: list[int]) -> list[Any]:
+        drafts = propose(sequences, limits)
+        for sequence, limit, draft in zip(sequences, limits, drafts, strict=True):
             if limit > 0:
-                assert length in (0, limit)
-                said.append((length, sequence.num_drafter_tokens, sequence.num_tokens))
-        return lengths
+                assert len(draft.token_ids) in (0, limit)
+                num_read = sequence.num_drafter_tokens - max(len(draft.token_ids) - 1, 0)
+                said.append((len(draft.token_ids), num_read, sequence.num_tokens))
+        return drafts
 
-    monkeypatch.setattr(engine.speculator.proposer, "catch_up", listen)
+    monkeypatch.setattr(engine.speculator.proposer, "propose", listen)
     engine.add_request(Request("a", PROMPT, replace(GREEDY, max_tokens=10)))
     finish(engine)
-    assert said[:2] == [(0, 16, 31), (3, 30, 32)]
+    assert said[:2] == [(0, 16, 31), (3, 32, 32)]
     assert all(length > 0 for length, _, _ in said[1:])
-    assert all(num_tokens - 2 <= num_read < num_tokens for _, num_read, num_tokens in said[1:])
+    assert all(num_read == num_tokens for _, num_read, num_tokens in said[1:])
 
 
 class Twins(Drive):
@@ -477,7 +482,7 @@ class Twins(Drive):
 
 
 @pytest.mark.parametrize(
-    ("pool", "prefix_cache"), [(0, "off"), (0, "hash"), (1, "radix"), (2, "hash"), (3, "radix")]
+    ("pool", "prefix_cache"), [(0, "hash"), (1, "radix"), (2, "off"), (3, "hash"), (3, "radix")]
 )
 def test_what_a_draft_model_has_is_what_it_would_compute(
     pool: int, prefix_cache: str, monkeypatch: pytest.MonkeyPatch

@@ -723,15 +723,10 @@ class TestDraftLength:
             is_free = False
             num_slices = 12
 
-            def catch_up(self, sequences: list[Sequence], max_lengths: list[int]) -> list[int]:
-                self.num_slices -= 1
-                if self.num_slices >= 0:
-                    time.sleep(0.02)
-                return [0] if self.num_slices > 0 else max_lengths
-
             def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
-                time.sleep(0.0001)
-                return [Draft([7] * max_lengths[0])]
+                self.num_slices -= 1
+                time.sleep(0.02 if self.num_slices >= 0 else 0.0001)
+                return [Draft([] if self.num_slices > 0 else [7] * max_lengths[0])]
 
             def forget(self, sequence: Sequence) -> None:
                 pass
@@ -760,9 +755,6 @@ class TestDraftLength:
         class Model:
             is_free = False
             asked: list[list[int]] = []  # noqa: RUF012
-
-            def catch_up(self, sequences: list[Sequence], max_lengths: list[int]) -> list[int]:
-                return max_lengths
 
             def propose(self, sequences: list[Sequence], max_lengths: list[int]) -> list[Draft]:
                 self.asked.append(max_lengths)
