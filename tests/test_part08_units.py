@@ -553,8 +553,6 @@ def gpu_seconds(num_tokens: int) -> float:
 class Drafter:
     """Drafts 0, 1, 2, … as long as they may be, in no time."""
 
-    was_catching_up = False
-
     def __init__(self, is_free: bool) -> None:
         self.is_free = is_free
 
