@@ -335,8 +335,9 @@ def test_drafting_that_fails_loses_no_answer(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
+@pytest.mark.parametrize("where", ["host", "device"])
 def test_what_was_ready_when_drafting_failed_comes_with_the_next_step(
-    proposer: str, monkeypatch: pytest.MonkeyPatch
+    proposer: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens of the step that failed, of requests that it ends and of others, in the outbox."""
     engine = engine_with(proposer)
@@ -348,11 +349,19 @@ def test_what_was_ready_when_drafting_failed_comes_with_the_next_step(
     engine.add_request(Request("short", short, replace(GREEDY, max_tokens=1)))
     engine.add_request(Request("long", long, GREEDY))
 
+    forward = engine.runner.forward
+
     def fail(*_: Any) -> Any:
         raise RuntimeError("drafting failed")
 
+    def fail_to_draft(batch: Any, drafter: Any = None) -> Any:
+        return forward(batch) if drafter is None else fail()
+
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="drafting failed"):
-        patch.setattr(engine.speculator.proposer, "propose", fail)
+        if where == "device" and proposer != "ngram":
+            patch.setattr(engine.runner, "forward", fail_to_draft)
+        else:
+            patch.setattr(engine.speculator.proposer, "propose", fail)
         engine.step()
     ready = {output.request_id: output for output in engine.outbox}
     assert {name: output.token_ids for name, output in ready.items()} == expected
