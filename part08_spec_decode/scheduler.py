@@ -262,7 +262,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.free_rows.append(sequence.row)
         sequence.row = None
-        sequence.draft_token_ids = []
+        sequence.draft_token_ids, sequence.draft_probs = [], None
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence's blocks."""
