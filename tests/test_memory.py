@@ -57,7 +57,7 @@ async def send(url: str, count: int, seed: int) -> None:
 )
 def test_memory_is_steady(part: int) -> None:
     """1,400 requests: within 5% of the memory after the first 200, and no file left open."""
-    pool = ["--num-blocks", "60", "--block-size", "4", "--max-num-seqs", "8"]
+    pool = ["--num-blocks", "40", "--block-size", "4", "--max-num-seqs", "8"]
     with server_process(part, "--model", "random:tiny-llama", "--threads", "1", *pool) as server:
         pid = server.process.pid
         asyncio.run(send(server.base_url, FIRST, seed=0))
