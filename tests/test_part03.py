@@ -304,7 +304,7 @@ def test_a_batch_holds_no_sequence(
         {"temperature": 0.0},
         {"temperature": 1.0},
         {"seed": 3, "logprobs": 2, **penalties},
-        {"logit_bias": {5: 3.0}, "min_tokens": 4},
+        {"logit_bias": {5: 100.0}, "min_tokens": 4},  # a token of the prompt: there are drafts
     ]
     if part >= 4:
         kinds += [{"prompt_logprobs": 2}, {"n": 2}]
