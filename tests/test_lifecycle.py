@@ -235,6 +235,8 @@ def test_a_client_that_leaves(
         until(lambda: rig.admission.count == 1 + (ahead is not None), "the request admitted")
         if when != "queued":
             until(lambda: gate.num_arrived == 1, "the request at the gate")
+        else:  # a place is taken before the text is read
+            until(lambda: len(rig.async_engine.streams) == 2, "the request with the engine")
         if when == "decoding":
             gate.let(4)
         if is_streamed and when == "decoding":

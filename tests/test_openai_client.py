@@ -70,7 +70,9 @@ def test_stream_is_the_whole_answer_in_pieces(server: tuple[int, str], client) -
     options = {"include_usage": True}
     chunks = list(client.chat.completions.create(stream=True, stream_options=options, **kwargs))
     *body, last = chunks
-    assert last.choices == [] and last.usage == whole.usage
+    assert last.choices == []
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):  # cached ones differ
+        assert getattr(last.usage, name) == getattr(whole.usage, name)
     assert body[0].choices[0].delta.role == "assistant"
     text = "".join(chunk.choices[0].delta.content or "" for chunk in body)
     assert text == whole.choices[0].message.content
