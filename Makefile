@@ -47,23 +47,23 @@ test-all: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check
 	$(BIN)/python -m pytest -m "not exercise" $(ARGS)
 
-# Measures what the READMEs show, then writes their tables. Wants a quiet machine, and some minutes.
+# Measures what the READMEs show, then writes their tables. Wants a quiet machine, and about two hours.
 bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench offline --part 1 --variant kv_cache=false --json part01_simple_server/results/kv_cache.json
 	$(BIN)/python -m common.bench startup --parts 1 --json part01_simple_server/results/startup.json
 	$(BIN)/python -m common.bench startup --parts 1 2 --json part02_async_streaming/results/startup.json
 	$(BIN)/python -m common.bench streaming --parts 1 2 --json part02_async_streaming/results/streaming.json
 	$(BIN)/python -m common.bench kv --json part03_paged_attention/results/kv.json
-	$(BIN)/python -m common.bench ladder --workload mixed --parts 1 2 3 4 --part-pairs 1=1 --part-pairs 2=1 --json part04_continuous_batching/results/ladder_mixed.json --plot part04_continuous_batching/results/ladder_mixed.png
-	$(BIN)/python -m common.bench compare --part 4 $(PEERS) --json part04_continuous_batching/results/compare.json --plot part04_continuous_batching/results/compare.png
-	$(BIN)/python -m common.bench ladder --workload mixed --parts 4 5 --pairs 15 --json part05_async_scheduling/results/ladder_mixed.json
-	$(BIN)/python -m common.bench ladder --workload mixed --parts 5 6 --pairs 15 --json part06_chunked_prefill/results/ladder_mixed.json
-	$(BIN)/python -m common.bench arrival --parts 5 6 --json part06_chunked_prefill/results/arrival.json --plot part06_chunked_prefill/results/arrival.png
-	$(BIN)/python -m common.bench ladder --workload mixed --parts 6 7 --pairs 15 --json part07_prefix_caching/results/ladder_mixed.json
-	$(BIN)/python -m common.bench prefix --variants 6 7:off 7:hash 7:radix --json part07_prefix_caching/results/prefix.json --plot part07_prefix_caching/results/prefix.png
+	$(BIN)/python -m common.bench ladder --workload mixed --parts 1 3 4 --part-pairs 1=1 --pairs 3 --json part04_continuous_batching/results/ladder_mixed.json --plot part04_continuous_batching/results/ladder_mixed.png
+	$(BIN)/python -m common.bench compare --part 4 $(PEERS) --pairs 3 --json part04_continuous_batching/results/compare.json --plot part04_continuous_batching/results/compare.png
+	$(BIN)/python -m common.bench ladder --workload mixed --requests 16 --parts 4 5 --pairs 15 --quick-limits --json part05_async_scheduling/results/ladder_mixed.json
+	$(BIN)/python -m common.bench ladder --workload mixed --requests 16 --parts 5 6 --pairs 15 --quick-limits --json part06_chunked_prefill/results/ladder_mixed.json
+	$(BIN)/python -m common.bench arrival --parts 5 6 --repeats 3 --quick-limits --json part06_chunked_prefill/results/arrival.json --plot part06_chunked_prefill/results/arrival.png
+	$(BIN)/python -m common.bench ladder --workload mixed --requests 16 --parts 6 7 --pairs 15 --quick-limits --json part07_prefix_caching/results/ladder_mixed.json
+	$(BIN)/python -m common.bench prefix --variants 6 7:off 7:hash 7:radix --pairs 3 --json part07_prefix_caching/results/prefix.json --plot part07_prefix_caching/results/prefix.png
 	$(BIN)/python -m common.bench prefix --workloads eviction --variants 7:off 7:hash 7:radix --pairs 15 --json part07_prefix_caching/results/prefix_eviction.json
 	$(BIN)/python -m common.bench prefix --costs --json part07_prefix_caching/results/prefix_costs.json
-	$(BIN)/python -m common.bench speculative --variants 7 8 8:ngram --json part08_spec_decode/results/speculative.json --plot part08_spec_decode/results/speculative.png
+	$(BIN)/python -m common.bench speculative --variants 7 8 8:ngram --pairs 3 --json part08_spec_decode/results/speculative.json --plot part08_spec_decode/results/speculative.png
 	$(BIN)/python -m common.bench report --all --write
 
 notebooks: $(VENV)/.dev
