@@ -19,10 +19,11 @@ from common.kernels.triton.attention_kernel import attention_kernel, combine_ker
 
 MIN_ROWS = 16  # of a matrix product
 FEW_ROWS = 64  # up to here (queries times their heads) a batch is all decode
-MIN_SPLIT = 128  # tokens
-MAX_SPLITS = 64
-RESIDENT = 3  # programs of a decode kernel that share a multiprocessor, by their shared memory
-INTERPRETED_RESIDENT = 32  # in all, where the interpreter stands in for a GPU
+# Tokens that one program takes at least. Its part of the result, written and read once, is 1.6% of
+# the keys and values that it reads (groups of 2); less would fill the GPU sooner and cost more.
+MIN_SPLIT = 256
+MAX_SPLITS = 64  # of a sequence
+MAX_PROGRAMS = 1 << 15  # of a launch, if sequences are split: one with nothing to do costs time too
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,15 @@ class Device:
     """What the launches depend on."""
 
     shared_memory: int  # bytes a program may have
-    resident: int  # decode programs that run at once
     is_hopper: bool  # products read queries from shared memory and keep one more buffer
 
     @classmethod
     @lru_cache
     def of(cls, device: torch.device) -> "Device":
         if device.type != "cuda":
-            return cls(1 << 30, INTERPRETED_RESIDENT, False)
+            return cls(1 << 30, False)
         properties = torch.cuda.get_device_properties(device)
-        resident = RESIDENT * properties.multi_processor_count
-        return cls(properties.shared_memory_per_block_optin, resident, properties.major >= 9)
+        return cls(properties.shared_memory_per_block_optin, properties.major >= 9)
 
 
 def head_pad(head_dim: int) -> int:
@@ -94,20 +93,17 @@ def few_queries(max_query_len: int, group: int) -> int:
     return max(1, MIN_ROWS // group)
 
 
-@lru_cache
-def num_splits(num_programs: int, most: int, resident: int) -> int:
-    """Over how many programs, 1 to `most`, each sequence's tokens are split.
+def num_splits(max_seq_len: int, num_programs: int) -> int:
+    """Over how many programs the tokens of each sequence are split, a power of two.
 
-    The fewest that keep nine tenths as many of the GPU's places busy as the best number does: the
-    last round of programs may fill only some of them.
+    num_programs: without splits. The bound is the longest sequence's need: a shorter one leaves the
+    rest of its programs idle. Powers of two, so that batches of similar lengths are launched alike.
     """
-
-    def busy(splits: int) -> float:
-        rounds = num_programs * splits / resident
-        return rounds / math.ceil(rounds)
-
-    best = max(map(busy, range(1, most + 1)))
-    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+    splits = triton.next_power_of_2(triton.cdiv(max_seq_len, MIN_SPLIT))
+    most = min(MAX_SPLITS, MAX_PROGRAMS // num_programs)
+    while splits > max(1, most):
+        splits //= 2
+    return splits
 
 
 def attention(
@@ -127,8 +123,7 @@ def attention(
     few = few_queries(metadata.max_query_len, group)
     decode = tile_for(True, few * group, head_dim, query.dtype, device)
     prefill = tile_for(False, group, head_dim, query.dtype, device)
-    most_splits = min(MAX_SPLITS, max(1, -(-metadata.max_seq_len // MIN_SPLIT)))
-    splits = num_splits(num_seqs * num_kv_heads, most_splits, device.resident)
+    splits = num_splits(metadata.max_seq_len, num_seqs * num_kv_heads)
     partial_out = partial_norm = None
     if splits > 1:
         shape = (num_seqs, few, num_heads, splits)
@@ -177,12 +172,17 @@ def attention(
             partial_norm,
             out,
             metadata.cu_seqlens_q,
+            metadata.seq_lens,
             few,
             splits,
+            sliding_window or 0,
+            HAS_WINDOW=sliding_window is not None,
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
             HEAD_PAD=head_pad(head_dim),
-            SPLITS=triton.next_power_of_2(splits),
+            TILE=decode.tokens,
+            MIN_SPLIT=max(MIN_SPLIT, decode.tokens),
+            SPLITS=MAX_SPLITS,
             num_warps=8 if head_dim > 128 else 4,
         )
     return out

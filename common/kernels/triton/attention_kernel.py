@@ -7,9 +7,11 @@ the tokens go by (Milakov and Gimelshein, "Online normalizer calculation for sof
 al., "FlashAttention", 2022), in base 2, in float32.
 
 Sequences with few queries are decoded: one tile each, their tokens split over several programs
-whose results a second kernel combines (Dao et al., "Flash-Decoding", 2023). The number of splits
-follows from bounds that the host knows, what each split reads from lengths that only the GPU knows:
-no launch waits for a number to come back.
+whose results a second kernel combines (Dao et al., "Flash-Decoding", 2023). The number of programs
+follows from bounds that the host knows, what each reads from lengths that only the GPU knows: no
+launch waits for a number to come back. A sequence that is too short for all of its programs leaves
+the others nothing to do, and they end at once; one that is short enough for one program needs no
+second kernel.
 """
 
 import triton
@@ -80,6 +82,22 @@ def attend(
 
 
 @triton.jit
+def split_share(span, num_splits, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr):
+    """Tokens that each program takes of a sequence's `span` tokens, a multiple of TILE."""
+    share = tl.cdiv(tl.cdiv(span, num_splits), TILE) * TILE
+    return tl.maximum(share, MIN_SPLIT)
+
+
+@triton.jit
+def first_token(before, window, HAS_WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """The tile's first token that a query at position `before` sees, or some before it."""
+    begin = tl.zeros([], tl.int32)
+    if HAS_WINDOW:
+        begin = tl.maximum(before - window + 1, 0) // TILE * TILE
+    return begin
+
+
+@triton.jit
 def find_sequence(starts, tile, num_seqs, QUERIES: tl.constexpr):
     """The sequence of a tile, and the tile's number within it.
 
@@ -135,6 +153,8 @@ def attention_kernel(
     if DECODE:
         sequence, first = tile, 0
     else:
+        # The tiles of a prompt's end see most tokens: they begin first, or they would end last.
+        tile = tl.num_programs(0) // NUM_KV_HEADS - 1 - tile
         sequence, number = find_sequence(starts, tile, num_seqs, QUERIES)
         first = number * QUERIES
     start = tl.load(starts + sequence)
@@ -147,6 +167,17 @@ def attention_kernel(
         return
     length = tl.load(lengths + sequence)
     before = length - num_queries  # the position of the sequence's first query
+    # The tokens that some row of the tile sees, then the program's share of them.
+    end = tl.minimum(length, before + tl.minimum(first + QUERIES, num_queries))
+    begin = first_token(before + first, window, HAS_WINDOW, TILE)
+    if SPLIT:
+        span = end - begin
+        share = split_share(span, tl.num_programs(1), TILE, MIN_SPLIT)
+        is_part = share < span
+        begin += tl.program_id(1) * share
+        if begin >= end:
+            return
+        end = tl.minimum(end, begin + share)
     rows = tl.arange(0, ROWS)
     numbers = first + rows // GROUP
     is_row = (rows < QUERIES * GROUP) & (numbers < num_queries)
@@ -158,19 +189,11 @@ def attention_kernel(
     places = tokens[:, None] * query_stride + heads[:, None] * HEAD_DIM + columns[None, :]
     queries = tl.load(query + places, mask=inside, other=0.0)
 
-    # The tokens that some row of the tile sees, then the split's share of them.
-    end = tl.minimum(length, before + tl.minimum(first + QUERIES, num_queries))
-    begin = 0
-    if HAS_WINDOW:
-        begin = tl.maximum(before + first - window + 1, 0) // TILE * TILE
-    if SPLIT:
-        share = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(1)), TILE) * TILE
-        share = tl.maximum(share, MIN_SPLIT)
-        begin += tl.program_id(1) * share
-        end = tl.minimum(end, begin + share)
-    # Every row sees all tokens of the tiles up to here, unless there is a window.
+    # Every row of a prompt's tile sees all tokens of the tiles up to here, unless there is a window:
+    # they need no mask. Decoding waits for memory and not for masks, and two loops would have the
+    # second begin with nothing on its way.
     whole = begin
-    if not HAS_WINDOW:
+    if not (DECODE or HAS_WINDOW):
         whole = tl.maximum(begin, tl.minimum(end, before + first + 1) // TILE * TILE)
 
     TOKEN_STRIDE: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
@@ -179,7 +202,7 @@ def attention_kernel(
     acc = tl.zeros([ROWS, HEAD_PAD], dtype=tl.float32)
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
-    if not HAS_WINDOW:
+    if not (DECODE or HAS_WINDOW):
         acc, top, total = attend(
             queries, acc, top, total, keys, table, begin, whole, positions, block_stride,
             scale, window, False, HAS_WINDOW, BLOCK_SIZE, TOKEN_STRIDE, HEAD_DIM, HEAD_PAD, TILE,
@@ -189,31 +212,40 @@ def attention_kernel(
         scale, window, True, HAS_WINDOW, BLOCK_SIZE, TOKEN_STRIDE, HEAD_DIM, HEAD_PAD, TILE,
     )  # fmt: skip
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    is_out = inside
     if SPLIT:
         slots = ((sequence * few + numbers) * (NUM_KV_HEADS * GROUP) + heads).to(tl.int64)
         slots = slots * tl.num_programs(1) + tl.program_id(1)
         places = slots[:, None] * HEAD_DIM + columns[None, :]
-        tl.store(partial_out + places, result, mask=inside)
-        tl.store(partial_norm + slots, top + tl.log2(total), mask=is_row)
-    else:
-        places = (tokens[:, None] * (NUM_KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM
-        tl.store(out + places + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
+        tl.store(partial_out + places, result, mask=inside & is_part)
+        tl.store(partial_norm + slots, top + tl.log2(total), mask=is_row & is_part)
+        is_out = inside & (share >= span)
+    places = (tokens[:, None] * (NUM_KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM
+    tl.store(out + places + columns[None, :], result.to(out.dtype.element_ty), mask=is_out)
 
 
-@triton.jit(do_not_specialize=["few", "num_splits"], do_not_specialize_on_alignment=["starts"])
+@triton.jit(
+    do_not_specialize=["few", "num_splits", "window"],
+    do_not_specialize_on_alignment=["starts", "lengths"],
+)
 def combine_kernel(
     partial_out,
     partial_norm,
     out,
     starts,
+    lengths,
     few,
     num_splits,
+    window,
+    HAS_WINDOW: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,  # num_splits or more, a power of two
 ):
-    """The splits of one query and head, each weighted by its share of the softmax's total."""
+    """The parts of one query and head, each weighted by its share of the softmax's total."""
     head = tl.program_id(0) % NUM_HEADS
     sequence = tl.program_id(0) // NUM_HEADS // few
     number = tl.program_id(0) // NUM_HEADS % few
@@ -221,11 +253,17 @@ def combine_kernel(
     num_queries = tl.load(starts + sequence + 1) - start
     if number >= num_queries or num_queries > few:
         return
+    length = tl.load(lengths + sequence)
+    span = length - first_token(length - num_queries, window, HAS_WINDOW, TILE)
+    share = split_share(span, num_splits, TILE, MIN_SPLIT)
+    if share >= span:
+        return  # one program has done it all
     splits, columns = tl.arange(0, SPLITS), tl.arange(0, HEAD_PAD)
+    is_split = splits < tl.cdiv(span, share)
     first = tl.program_id(0).to(tl.int64) * num_splits
     norms = tl.load(
-        partial_norm + first + splits, mask=splits < num_splits, other=float("-inf")
-    )  # -inf too where a split saw nothing
+        partial_norm + first + splits, mask=is_split, other=float("-inf")
+    )  # -inf too where a program saw nothing
     top = tl.max(norms, axis=0)
     shares = tl.exp2(norms - tl.where(top == float("-inf"), 0.0, top))
     inside = (norms > float("-inf"))[:, None] & (columns < HEAD_DIM)[None, :]
