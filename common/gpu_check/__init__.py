@@ -3,12 +3,15 @@
 A machine with a GPU is often borrowed for minutes, and has torch, triton and transformers but no
 web framework. So one command checks and measures all there is, imports nothing that serves HTTP,
 and keeps what it has found when something breaks: every job is a process of its own, which a
-failing kernel or the time limit may end while the others go on.
+failing kernel or the time limit may end while the others go on, and the file is written anew after
+each result. What no longer fits before the deadline is left out, and the file says so.
 
-    limits   what the machine can read and multiply, by which all else is judged
-    kernels  every operation of `common.kernels` against the reference
-    oracle   parts 03 and later against transformers: greedy equality in fp32, closeness in bf16
-    speed    single operations at Qwen3's shapes, against the limits
-    overlap  what the device waits for the host, with the loop in turns and with two steps in flight
-    ladder   the parts' prefill and decode speed on Qwen3's shapes, newest part first
+    limits     what the machine can read and multiply, by which all else is judged
+    kernels    every operation of `common.kernels` against the reference, in bfloat16
+    oracle     the newest part and part 03 against transformers: equal in fp32, close in bf16
+    rooflines  attention and other operations alone, against the limits; other tiles; PyTorch's own
+    steps      decode steps of the newest part: launches, gaps, waiting, compilation; and captured
+    nano_vllm  the benchmark that nano-vllm publishes: 256 requests of 100 to 1,024 tokens
+    ladder     prefill and decode speed of some parts, newest first, and of transformers
+    formats    the kernels in fp32 and fp16
 """

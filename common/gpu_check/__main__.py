@@ -1,10 +1,11 @@
 """The command line: `python -m common.gpu_check --help`."""
 
 import argparse
+import itertools
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,13 @@ from common.bench.core.processes import last_line, part_package
 from common.bench.core.results import Result, column, make_result, save_result
 from common.bench.ladder import existing_parts
 from common.gpu_check.items import FAILED, NOT_REACHED, OK, Item
+from common.gpu_check.plan import FIRST_PART, MODEL, QUICK_MODEL, SECTIONS, Plan
 from common.gpu_check.runner import run_jobs
 
-SECTIONS = {  # and how many seconds each may take: in all less than ten minutes
-    "limits": 40,
-    "kernels": 110,
-    "oracle": 100,
-    "speed": 100,
-    "overlap": 60,
-    "ladder": 200,
-}
-NEED_LIMITS = {"speed", "ladder"}
-FIRST_ASYNC_PART = 5
-FIRST_PART = 3  # the first with our own model and kernels
-MODELS, QUICK_MODELS = ("random:qwen3-0.6b", "random:qwen3-8b"), ("random:tiny-qwen3",)
+DEADLINE = 470  # seconds: a machine is often lent for eight minutes at a time
+LIMIT_PASSED = "the section's time limit had passed"
+DEADLINE_PASSED = "the deadline of the whole run had passed"
+
 COLUMNS = [
     column("section", "section"),
     column("name", "check"),
@@ -48,8 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, on a CPU too")
     parser.add_argument("--only", type=sections, default=tuple(SECTIONS), metavar="SECTION,...")
     parser.add_argument("--parts", type=positive, nargs="+", help="default: all from 03 on")
-    parser.add_argument("--models", nargs="+", help="of the ladder")
-    limits = ", ".join(f"{name} {seconds}" for name, seconds in SECTIONS.items())
+    parser.add_argument("--model", help=f"of what runs an engine (default: {MODEL})")
+    parser.add_argument(
+        "--deadline",
+        type=positive,
+        default=DEADLINE,
+        metavar="SECONDS",
+        help="for everything: what does not fit any more is left out (default: %(default)s)",
+    )
+    limits = ", ".join(f"{name} {section.seconds}" for name, section in SECTIONS.items())
     parser.add_argument("--time-limit", type=positive, help=f"s for each section ({limits})")
     parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), metavar="FILE")
     return parser
@@ -65,8 +66,10 @@ def sections(text: str) -> tuple[str, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    deadline = time.monotonic()
     parser = build_parser()
     args = parser.parse_args(argv)
+    deadline += args.deadline
     try:
         device = resolved_device(args.device, args.quick)
         parts = args.parts or [part for part in existing_parts() if part >= FIRST_PART]
@@ -74,10 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             part_package(part)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    found = check_all(args, device, parts)
+    model = args.model or (QUICK_MODEL if args.quick else MODEL)
+    plan = Plan(device, args.quick, sorted(parts, reverse=True), model)
     command = f"python -m common.gpu_check {shlex.join(argv or sys.argv[1:])}".rstrip()
-    result = to_result(found, parts, command)
-    save_result(args.json, result)
+    base = to_result({}, parts, command)
+    result = base
+    save_result(args.json, result)  # where it cannot be written, that is known at once
+    for found in check_all(plan, args.only, args.time_limit, deadline):
+        result = base | changing(found)
+        save_result(args.json, result)  # all there is so far: the machine may be gone any moment
     failures = result["failures"]
     num_missed = sum(row["status"] == NOT_REACHED for row in result["rows"])
     log(f"{len(failures)} failed, {num_missed} not reached; all of it is in {args.json}")
@@ -96,58 +104,32 @@ def resolved_device(name: str, quick: bool) -> str:
     return device
 
 
-def check_all(args: argparse.Namespace, device: str, parts: list[int]) -> dict[str, list[Item]]:
-    """The items of each section, limits first where a section is judged by them."""
+def check_all(
+    plan: Plan, only: Sequence[str], time_limit: int | None, deadline: float
+) -> Iterator[dict[str, list[Item]]]:
+    """The items of each section, after every new one; limits first where a section is judged by
+    them."""
     found: dict[str, list[Item]] = {}
-    wanted = set(args.only) | ({"limits"} if NEED_LIMITS & set(args.only) else set())
-    for section in SECTIONS:
-        if section not in wanted:
+    wanted = set(only)
+    if any(SECTIONS[name].needs_limits for name in only):
+        wanted.add("limits")
+    for name, section in SECTIONS.items():
+        if name not in wanted:
             continue
-        log(f"{section} …")
+        log(f"{name} …")
         limits = limits_of(found)
-        if section in NEED_LIMITS and limits is None:
+        if section.needs_limits and limits is None:
             continue  # the failure that says why is there already
-        items = found.setdefault(section, [])
-        seconds = args.time_limit or SECTIONS[section]
-        for item in run_jobs(section_jobs(section, args, device, parts, limits), seconds):
-            items.append(item)
+        end, why = time.monotonic() + (time_limit or section.seconds), LIMIT_PASSED
+        if deadline < end:
+            end, why = deadline, DEADLINE_PASSED
+        jobs = [job | {"limits": limits} for job in section.jobs(plan)]
+        before = run_jobs(section.before(plan), end, why, plan.at_once)
+        items = run_jobs(jobs, end, why, 1 if section.is_timed else plan.at_once)
+        for item in itertools.chain(before, items):
+            found.setdefault(name, []).append(item)
             log(f"  {item['name']}: {item['status']} {summary(item)}")
-    return found
-
-
-def section_jobs(
-    section: str,
-    args: argparse.Namespace,
-    device: str,
-    parts: list[int],
-    limits: dict[str, Any] | None,
-) -> list[dict[str, Any]]:
-    """The jobs of a section, newest part first: what the time limit cuts off is the oldest."""
-    job = {
-        "kind": section,
-        "name": section,
-        "device": device,
-        "quick": args.quick,
-        "limits": limits,
-    }
-    newest = sorted(parts, reverse=True)
-    if section == "oracle":
-        return [{**job, "name": f"part {part:02d}", "part": part} for part in newest]
-    if section == "overlap":
-        model = (args.models or (QUICK_MODELS if args.quick else MODELS))[0]
-        with_loops = [part for part in newest if part >= FIRST_ASYNC_PART]
-        return [
-            {**job, "name": f"part {part:02d}, {model}", "part": part, "model": model}
-            for part in with_loops[-1:]
-        ]
-    if section == "ladder":
-        models = args.models or (QUICK_MODELS if args.quick else MODELS)
-        return [
-            {**job, "name": f"part {part:02d}, {model}", "part": part, "model": model}
-            for part in newest
-            for model in models
-        ]
-    return [job]
+            yield found
 
 
 def limits_of(found: dict[str, list[Item]]) -> dict[str, Any] | None:
@@ -156,6 +138,16 @@ def limits_of(found: dict[str, list[Item]]) -> dict[str, Any] | None:
 
 def to_result(found: dict[str, list[Item]], parts: list[int], command: str) -> Result:
     """Everything in one result of the benchmark's format: a table, and all items in full."""
+    title = "Checks and measurements on the device"
+    new = changing(found)
+    rows, limits = new.pop("rows"), new.pop("limits")
+    return make_result(
+        title, COLUMNS, rows, limits=limits, parts=parts, command=command, extra=new
+    )
+
+
+def changing(found: dict[str, list[Item]]) -> dict[str, Any]:
+    """What of a result grows with every item."""
     rows = [
         {**{key: item[key] for key in ("name", "status", "seconds")}, "section": section}
         | {"found": summary(item)}
@@ -169,11 +161,7 @@ def to_result(found: dict[str, list[Item]], parts: list[int], command: str) -> R
         if item["status"] == FAILED
     ]
     limits = limits_of(found) or {"unmeasured": "that section was not asked for, or failed"}
-    title = "Checks and measurements on the device"
-    extra = {"sections": found, "failures": failures}
-    return make_result(
-        title, COLUMNS, rows, limits=limits, parts=parts, command=command, extra=extra
-    )
+    return {"rows": rows, "limits": limits, "sections": found, "failures": failures}
 
 
 def summary(item: Item) -> str:

@@ -1,4 +1,4 @@
-"""The operations that `speed` measures: inputs for each, and how much work it cannot avoid."""
+"""The operations that `rooflines` measures: inputs for each, and how much work it cannot avoid."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,38 +87,63 @@ class Maker:
         return Case(text, num_bytes, 2.0 * count * outs * ins, make)
 
     def attention(self, ops: "Ops", num_seqs: int, num_queries: int, num_tokens: int) -> Case:
-        """The queries are the last tokens of each sequence; blocks lie in random order."""
-        shape = self.shape
+        """Sequences of one length; the queries are the last tokens of each."""
+        name = f"attention, {num_seqs} x {num_queries} of {num_tokens}"
+        return self.attention_of(ops, name, [num_tokens] * num_seqs, num_queries)
+
+    def attention_of(
+        self, ops: "Ops", name: str, num_tokens: list[int], num_queries: int = 1
+    ) -> Case:
+        """Sequences of so many tokens each; blocks lie in random order."""
+        shape, num_seqs = self.shape, len(num_tokens)
 
         def make() -> Callable[[], object]:
             import torch
 
             from common.kernels import AttentionMetadata
 
-            num_blocks = -(-num_tokens // BLOCK_SIZE)
-            blocks = torch.randperm(num_seqs * num_blocks, **self.on)
-            sizes = (len(blocks), 1, 2, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
+            counts = [-(-length // BLOCK_SIZE) for length in num_tokens]
+            blocks = torch.randperm(sum(counts), **self.on).int().split(counts)
+            tables = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True)
+            sizes = (sum(counts), 1, 2, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
             cache = torch.randn(sizes, **self.like)
             query = torch.randn(
                 num_seqs * num_queries, shape.num_heads, shape.head_dim, **self.like
             )
-            starts = torch.arange(num_seqs + 1, dtype=torch.int32, **self.on) * num_queries
             metadata = AttentionMetadata(
-                cu_seqlens_q=starts,
-                seq_lens=torch.full_like(starts[1:], num_tokens),
-                block_tables=blocks.view(num_seqs, num_blocks).int(),
+                cu_seqlens_q=torch.arange(num_seqs + 1, dtype=torch.int32, **self.on) * num_queries,
+                seq_lens=torch.tensor(num_tokens, dtype=torch.int32, **self.on),
+                block_tables=tables,
                 slot_mapping=torch.arange(len(query), **self.on),
                 max_query_len=num_queries,
-                max_seq_len=num_tokens,
+                max_seq_len=max(num_tokens),
             )
             return lambda: ops.attention(query, cache, 0, metadata, shape.head_dim**-0.5)
 
-        pairs = num_seqs * sum(num_tokens - i for i in range(num_queries))
-        cached = 2 * num_seqs * num_tokens * shape.num_kv_heads * shape.head_dim
+        pairs = sum(length - i for length in num_tokens for i in range(num_queries))
+        cached = 2 * sum(num_tokens) * shape.num_kv_heads * shape.head_dim
         queries = 2 * num_seqs * num_queries * shape.num_heads * shape.head_dim
         flops = 4.0 * pairs * shape.num_heads * shape.head_dim
-        text = f"attention, {num_seqs} x {num_queries} of {num_tokens}"
-        return Case(text, self.size * (cached + queries), flops, make)
+        return Case(name, self.size * (cached + queries), flops, make)
+
+    def sdpa(self, num_seqs: int, num_tokens: int) -> Case:
+        """PyTorch's own attention over whole prompts, keys and values side by side."""
+        ours = self.attention_of(None, "", [num_tokens] * num_seqs, num_tokens)
+
+        def make() -> Callable[[], object]:
+            import torch
+            import torch.nn.functional as F
+
+            shape = self.shape
+            query = torch.randn(num_seqs, shape.num_heads, num_tokens, shape.head_dim, **self.like)
+            sizes = (2, num_seqs, shape.num_kv_heads, num_tokens, shape.head_dim)
+            key, value = torch.randn(sizes, **self.like)
+            return lambda: F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=True
+            )
+
+        name = f"PyTorch's attention, {num_seqs} x {num_tokens}"
+        return Case(name, ours.num_bytes, ours.num_flops, make)
 
     def small(self, ops: "Ops", count: int) -> list[Case]:
         """What lies between the products, for so many tokens."""

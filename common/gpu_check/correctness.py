@@ -1,64 +1,49 @@
 """The kernels of a device against the reference, by the cases that the test suite runs too."""
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from common.gpu_check.items import Item, attempt, failed
+from common.gpu_check.items import Item, attempt
 
 if TYPE_CHECKING:
     from common.testing.kernels.all_cases import CaseResult
 
 KERNELS = {"cuda": "triton", "cpu": "cpu"}
-DTYPES = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32",)}
 
 
 def items(job: dict[str, Any]) -> Iterator[Item]:
-    """{"device"} -> one item a number format, and one for each case that failed."""
-    kind = job["device"].partition(":")[0]
-    for dtype in DTYPES[kind]:
-        results: list[CaseResult] = []
+    """{"device", "dtype", "share": (i, n)} -> an item for every n-th case, from the i-th on.
 
-        def check(dtype: str = dtype, results: list["CaseResult"] = results) -> dict[str, Any]:
-            results += run_cases(KERNELS[kind], job["device"], dtype)
-            assert results, "there are no cases"
-            return overview(results)
-
-        yield attempt(f"{KERNELS[kind]}, {dtype}", check)
-        for result in results:
-            if not result.passed:
-                yield failed(f"{KERNELS[kind]}, {result.op}, {result.case}", str(result))
-
-
-def run_cases(kernels: str, device: str, dtype: str) -> list["CaseResult"]:
+    Cases lie by operation, so that neighbours compile much the same: dealt out, each process compiles
+    about as much as the others.
+    """
     import torch
 
     from common.kernels import select_ops
-    from common.testing.kernels.all_cases import check_all
+    from common.testing.kernels.all_cases import all_cases, check
+    from common.testing.kernels.case import Target
 
-    ops = select_ops(kernels, device)  # by name: "auto" would fall back to the reference
-    return check_all(ops, device, [getattr(torch, dtype)])
+    kernels = KERNELS[job["device"].partition(":")[0]]
+    ops = select_ops(kernels, job["device"])  # by name: "auto" would fall back to the reference
+    target = Target(ops, torch.device(job["device"]), getattr(torch, job["dtype"]))
+    first, every = job["share"]
+    cases = list(all_cases(target))
+    assert cases, "there are no cases"
+    for case in cases[first::every]:
+        results: list[CaseResult | None] = []
 
+        def run(case: Any = case, results: list[Any] = results) -> dict[str, Any]:
+            results.append(check(case, target))
+            return judged(results[0])
 
-def overview(results: list["CaseResult"]) -> dict[str, Any]:
-    """How many, which comes nearest to its tolerance or beyond, and the error of each."""
-    worst = max(results, key=lambda result: (not result.passed, share(result)))
-    return {
-        "num_cases": len(results),
-        "num_failed": sum(not result.passed for result in results),
-        "worst": str(worst),
-        "cases": [
-            {
-                "op": result.op,
-                "case": result.case,
-                "error": result.error if math.isfinite(result.error) else None,
-                "tolerance": result.tolerance,
-            }
-            for result in results
-        ],
-    }
+        item = attempt(f"{kernels}, {job['dtype']}, {case.op}, {case.name}", run)
+        if results != [None]:  # else these kernels need not take the case
+            yield item
 
 
-def share(result: "CaseResult") -> float:
-    """The error as a share of what is allowed."""
-    return result.error / result.tolerance if result.tolerance else result.error
+def judged(result: "CaseResult | None") -> dict[str, Any]:
+    """The error and what was allowed. Raises AssertionError where it is more."""
+    if result is None:
+        return {}
+    assert result.passed, str(result)
+    return {"relative_error": result.error, "tolerance": result.tolerance}

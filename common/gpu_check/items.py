@@ -1,5 +1,6 @@
 """One check or measurement: its name, whether it went well, and what it found."""
 
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -18,13 +19,21 @@ def attempt(name: str, check: Callable[[], dict[str, Any]]) -> Item:
     except Exception:
         found, status, error = {}, FAILED, traceback.format_exc()
     seconds = round(time.perf_counter() - start, 3)
-    return {"name": name, "status": status, "seconds": seconds, "error": error, **found}
+    return {"name": name, "status": status, "seconds": seconds, "error": error, **finite(found)}
+
+
+def finite(value: Any) -> Any:
+    """The same without infinities and NaN, which JSON does not have: None stands for them."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def failed(name: str, error: str, seconds: float = 0.0) -> Item:
     return {"name": name, "status": FAILED, "seconds": round(seconds, 3), "error": error}
 
 
-def not_reached(name: str) -> Item:
-    error = "the section's time limit had passed"
-    return {"name": name, "status": NOT_REACHED, "seconds": 0.0, "error": error}
+def not_reached(name: str, why: str) -> Item:
+    return {"name": name, "status": NOT_REACHED, "seconds": 0.0, "error": why}

@@ -13,9 +13,12 @@ KINDS = {  # the job's kind: where its items come from
     "limits": f"{__name__}:limits",
     "kernels": "common.gpu_check.correctness:items",
     "oracle": "common.gpu_check.oracle:items",
-    "speed": "common.gpu_check.speed:items",
-    "overlap": "common.gpu_check.overlap:items",
+    "compile": "common.gpu_check.rooflines:compile_ahead",
+    "rooflines": "common.gpu_check.rooflines:items",
+    "steps": "common.gpu_check.steps:items",
+    "nano_vllm": "common.gpu_check.nano_vllm:items",
     "ladder": "common.gpu_check.ladder:items",
+    "transformers": "common.gpu_check.ladder:transformers_items",
 }
 
 
@@ -34,7 +37,7 @@ def main() -> None:
     items: Callable[[dict[str, Any]], Iterator[Item]] = getattr(import_module(module), name)
     with os.fdopen(answer_to, "w") as stream:
         for item in items(job):
-            stream.write(json.dumps(item) + "\n")
+            stream.write(json.dumps(item, allow_nan=False) + "\n")
             stream.flush()
 
 

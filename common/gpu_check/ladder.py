@@ -1,6 +1,7 @@
 """The parts' speed on a GPU: decoding at several batch sizes, and prefill, on Qwen3's shapes
 (or what --models names)."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,3 +56,38 @@ def speeds(job: dict[str, Any]) -> dict[str, Any]:
     cuda = job["device"].startswith("cuda")
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
     return {"rows": rows, "construct_s": answer["construct_s"], "peak_mib": peak}
+
+
+def transformers_items(job: dict[str, Any]) -> Iterator[Item]:
+    """{"name", "model", "device", "quick"} -> one item: what users have without an engine."""
+    yield attempt(job["name"], lambda: transformers_speeds(job))
+
+
+def transformers_speeds(job: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second of `generate`, with its defaults, at batch 1 and a larger one."""
+    import torch
+
+    from common.models.checkpoint import load_transformers_model, resolve
+
+    cuda = job["device"].startswith("cuda")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    model = load_transformers_model(resolve(job["model"]), dtype, job["device"])
+    prompt_len, output_len = (16, 8) if job["quick"] else (128, 64)
+    rows = []
+    for size in (1, 4) if job["quick"] else (1, 64):
+        prompts = torch.randint(2, 500, (size, prompt_len), device=job["device"])
+
+        def seconds(count: int, prompts: torch.Tensor = prompts) -> float:
+            begin = time.perf_counter()
+            model.generate(
+                prompts, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+            )
+            if cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter() - begin
+
+        seconds(2)
+        first, whole = seconds(1), seconds(output_len)
+        speed = size * (output_len - 1) / (whole - first)
+        rows.append({"point": f"decode, batch {size}", "rate": speed})
+    return {"rows": rows}
