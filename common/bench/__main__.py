@@ -22,6 +22,7 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
         "decoding with and without speculation, on copies and on prose",
     ),
     "kv": ("kv.run", "how many sequences a piece of KV memory holds, in strips and in blocks"),
+    "host": ("host", "what a decode step costs the host"),
     "startup": ("startup", "how long parts take to start, and their memory"),
     "streaming": ("serving.streaming", "one part's whole responses against another's streams"),
     "report": ("core.report", "results as Markdown tables, in the READMEs too"),

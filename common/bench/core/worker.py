@@ -127,6 +127,13 @@ def generate_job(job: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def host_job(job: dict[str, Any]) -> dict[str, Any]:
+    """A decode step without its device: see `common.bench.host.measure`."""
+    from common.bench.host import measure
+
+    return measure(job)
+
+
 def kv_job(job: dict[str, Any]) -> dict[str, Any]:
     """{"part", "model", "settings", "requests", "seed"} -> sums of `Usage` over the steps of a run,
     bytes of a token's keys and values, and the limits that the engine set itself."""
@@ -184,6 +191,7 @@ def engine_facts(engine: Any, config: Any) -> dict[str, Any]:
 JOBS = {
     "arrival": arrival_job,
     "generate": generate_job,
+    "host": host_job,
     "kv": kv_job,
     "limits": limits_job,
     "offline": offline_job,

@@ -1,0 +1,140 @@
+"""`host`: what a decode step costs the host, on a device that takes no time at all.
+
+The engine runs as it does otherwise, but for the work that it gives to the device: tokens are there
+at once. What is left is the host's: scheduling, the step's input, reading tokens, ending sequences,
+outputs. On a GPU a step cannot be shorter than this, however fast the GPU is. Each number of
+sequences is a fresh process; times are medians over the steps in which all of them decode, by the
+wall clock of one thread, since nothing else runs.
+"""
+
+import argparse
+import importlib
+import statistics
+from typing import Any
+
+from common.bench.core.arguments import add_output_arguments, finish, positive, progress
+from common.bench.core.noise import OtherWork, disturbance
+from common.bench.core.processes import part_package, run_worker
+from common.bench.core.results import column, make_result
+
+MODEL = "random:tiny-llama"  # its arithmetic is left out
+PROMPT_LEN, WARM_UP = 24, 32  # tokens, steps
+PHASES = ("schedule", "prepare", "launch", "postprocess")
+FIRST_PART = 5  # the first whose device is a queue
+COLUMNS = [
+    column("part", "part", digits=0),
+    column("num_seqs", "sequences", digits=0),
+    *(column(name, name, "µs", 0) for name in PHASES),
+    column("step", "whole step", "µs", 0),
+    column("each", "for each sequence", "µs", 2),
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parts", type=positive, nargs="+", required=True, help="from 05 on")
+    parser.add_argument(
+        "--num-seqs", type=positive, nargs="+", default=[1, 16, 64, 256, 1024], help="in a batch"
+    )
+    parser.add_argument("--steps", type=positive, default=200, help="default: 200")
+    parser.add_argument("--repeats", type=positive, default=3, help="processes of each (3)")
+    parser.add_argument("--verbose", action="store_true", help="show what the engines print")
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    for part in args.parts:
+        part_package(part)
+        if part < FIRST_PART:
+            raise ValueError(f"part {part:02d} does its device's work itself: --parts from 05 on")
+    kinds = [(part, count) for part in args.parts for count in args.num_seqs]
+    samples: dict[tuple[int, int], list[dict[str, float]]] = {kind: [] for kind in kinds}
+    others = OtherWork()
+    for part, count in progress(kinds * args.repeats, "processes"):
+        job = {"job": "host", "part": part, "num_seqs": count, "steps": args.steps}
+        samples[part, count].append(run_worker(job, verbose=args.verbose)["us"])
+    rows = []
+    for part, count in kinds:
+        found = {
+            name: statistics.median(sample[name] for sample in samples[part, count])
+            for name in (*PHASES, "step")
+        }
+        rows.append({"part": part, "num_seqs": count, **found, "each": found["step"] / count})
+    notes = [
+        f"Decode steps, greedy; medians of {args.steps} steps and {args.repeats} processes. The device"
+        " takes no time."
+    ]
+    if remark := disturbance(others.cores()):
+        notes.append(f"Disturbed: {remark}.")
+    limits = {"unmeasured": "only the host works here"}
+    title = "What a decode step costs the host"
+    finish(args, make_result(title, COLUMNS, rows, limits=limits, parts=args.parts, notes=notes))
+    return 0
+
+
+class Done:
+    """Work that was done as soon as it was given."""
+
+    def __init__(self, sampled: Any) -> None:
+        self.sampled = sampled
+
+    def wait(self) -> None:
+        pass
+
+    def result(self) -> Any:
+        return self.sampled
+
+    def times(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+
+class NoDevice:
+    """A queue whose device takes no time."""
+
+    def submit(self, run: Any) -> Done:
+        return Done(run())
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """{"part", "num_seqs", "steps"} -> {"us": median microseconds of each phase and of a step}."""
+    import torch
+
+    from common.logprobs import SampledLogprobs
+    from common.requests import Request
+    from common.sampling import SamplingParams
+
+    package, count = part_package(job["part"]), job["num_seqs"]
+    output_len = WARM_UP + job["steps"] + 8
+    config = importlib.import_module(f"{package}.config").EngineConfig(
+        model=MODEL,
+        device="cpu",
+        threads=1,
+        max_num_seqs=count,
+        max_num_batched_tokens=max(256, count),
+        num_blocks=count * (2 + (PROMPT_LEN + output_len) // 16),
+        max_model_len=PROMPT_LEN + output_len,
+    )
+    engine = importlib.import_module(f"{package}.engine").LLMEngine(config)
+    sampled_class = importlib.import_module(f"{package}.sampler").Sampled
+
+    def instead(batch: Any) -> Any:
+        token_ids = torch.full((len(batch.rows),), 5)
+        return sampled_class(token_ids, SampledLogprobs(batch.sampling.num_logprobs))
+
+    engine.runner.queue, engine.runner.run = NoDevice(), instead
+    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+    for number in range(count):
+        prompt = [2 + (7 * number + i) % 500 for i in range(PROMPT_LEN)]
+        engine.add_request(Request(f"request-{number}", prompt, params))
+    while engine.stats()["num_waiting"]:
+        engine.step()
+    for _ in range(WARM_UP):
+        engine.step()
+    start = engine.trace.last_record.step
+    for _ in range(job["steps"]):
+        engine.step()
+    records = [record for record in engine.trace.records() if record.step > start]
+    assert all(len(record.scheduled) == count for record in records), "not all decode"
+    found = {"step": statistics.median(record.end - record.begin for record in records)}
+    for name in PHASES:
+        found[name] = statistics.median(record.phase_seconds()[name] for record in records)
+    return {"us": {name: 1e6 * seconds for name, seconds in found.items()}}
