@@ -2,8 +2,8 @@
 
 A step's input is many small tensors. Made one by one they cost as many copies, and each copy
 to a GPU takes longer than the bytes in it. Here they are views of one buffer: written on the host as
-arrays, copied once, read on the device as tensors. Where each view begins depends on the shape of
-the batch alone, so batches of one shape lie at the same addresses.
+arrays, copied once, read on the device as tensors. Each lies at one place, whatever the batch: work
+that is launched again and again finds its input where it was.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,9 @@ ALIGNMENT = 8  # words of 8 bytes: 64 bytes, so that any load of a field's begin
 
 # name: (number format, which number of the shape is its length)
 FIELDS = {
-    "token_ids": (np.int64, "num_tokens"),
-    "positions": (np.int64, "num_tokens"),
-    "slot_mapping": (np.int64, "num_tokens"),
     "cu_seqlens_q": (np.int32, "num_seqs + 1"),
     "seq_lens": (np.int32, "num_seqs"),
-    "block_tables": (np.int32, "num_seqs * table_width"),
+    "table_rows": (np.int64, "num_seqs"),
     "logits_indices": (np.int64, "num_sampled"),
     "rows": (np.int64, "num_sampled"),
     "sample_positions": (np.int64, "num_sampled"),
@@ -35,68 +32,102 @@ FIELDS = {
     "min_p": (np.float32, "num_sampled"),
     "presence_penalty": (np.float32, "num_sampled"),
     "frequency_penalty": (np.float32, "num_sampled"),
+    "table_places": (np.int64, "num_changes"),
+    "table_blocks": (np.int32, "num_changes"),
+    "token_ids": (np.int64, "num_tokens"),
+    "positions": (np.int64, "num_tokens"),
+    "slot_mapping": (np.int64, "num_tokens"),
 }
 TORCH_DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
-SAMPLING_FIELDS = list(FIELDS)[list(FIELDS).index("seeds") :]
+SAMPLING_FIELDS = list(FIELDS)[list(FIELDS).index("seeds") : list(FIELDS).index("table_places")]
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """All that decides where things lie in the buffer."""
+    """How many entries the fields have; of a batch, or at most."""
 
     num_tokens: int
     num_seqs: int
     num_sampled: int  # tokens after which one is sampled
-    table_width: int  # blocks in the longest table
+    num_changes: int  # of the block tables
 
-    def lengths(self) -> dict[str, int]:
-        return vars(self) | {
-            "num_seqs + 1": self.num_seqs + 1,
-            "num_seqs * table_width": self.num_seqs * self.table_width,
-        }
+    def holds(self, other: "BatchShape") -> bool:
+        """Whether there is room for a batch of the other shape."""
+        return all(most >= vars(other)[name] for name, most in vars(self).items())
 
-    def layout(self) -> tuple[dict[str, tuple[int, int]], int]:
-        """(name -> first word and number of elements, words in all)."""
-        lengths, places, begin = self.lengths(), {}, 0
-        for name, (dtype, length) in FIELDS.items():
-            places[name] = begin, lengths[length]
-            words = -(-lengths[length] * np.dtype(dtype).itemsize // 8)
+    def length(self, name: str) -> int:
+        """Entries of a field."""
+        kind = FIELDS[name][1]
+        return self.num_seqs + 1 if kind == "num_seqs + 1" else vars(self)[kind]
+
+    def layout(self) -> tuple[dict[str, int], int]:
+        """(name -> first word, words in all), with room for batches up to this shape."""
+        places, begin = {}, 0
+        for name, (dtype, _) in FIELDS.items():
+            places[name] = begin
+            words = -(-self.length(name) * np.dtype(dtype).itemsize // 8)
             begin += -(-words // ALIGNMENT) * ALIGNMENT
         return places, begin
 
 
 class InputBuffers:
-    """The buffer on the host and, where there is another device, there."""
+    """Two buffers on the host, in turns, since the step in flight may yet read the other; and one on
+    the GPU, where steps run one after the other. On a CPU the host's are the device's."""
 
-    def __init__(self, largest: BatchShape, device: torch.device) -> None:
-        self.shape: BatchShape | None = None  # of the last views
-        _, size = largest.layout()
+    def __init__(self, capacities: list[BatchShape], device: torch.device) -> None:
+        """capacities: rising. A batch lies where the first that holds it has its places, so that
+        small batches need not copy the room for large ones."""
+        self.layouts = [(capacity, *capacity.layout()) for capacity in capacities]
+        size = self.layouts[-1][2]
         on_gpu = device.type == "cuda"
-        self.host = torch.zeros(size, dtype=torch.int64, pin_memory=on_gpu)
-        self.device = torch.zeros_like(self.host, device=device) if on_gpu else self.host
-        self.reader: Work | None = None  # the last step that reads them
+        self.hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
+        self.device = torch.zeros(size, dtype=torch.int64, device=device) if on_gpu else None
+        self.readers: list[Work | None] = [None, None]  # the last steps that read them
+        self.views: list[Any] = [None, None]  # what was handed out last, and for which shape
+        self.turn = 0
 
-    def wait(self) -> None:
-        """Wait for the step that reads them: they may be written then."""
-        if self.reader is not None:
-            self.reader.wait()
+    @property
+    def num_bytes(self) -> int:
+        """On the host and on the device."""
+        tensors = [*self.hosts, *([] if self.device is None else [self.device])]
+        return sum(tensor.nbytes for tensor in tensors)
 
-    def views(
+    def next(
         self, shape: BatchShape
     ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, torch.Tensor]]:
-        """Where the host writes a batch of this shape, and what the device reads, by name. They are
-        made anew when the shape is another than the last one: most decode steps have one."""
-        if shape != self.shape:
-            words, self.shape = self.host.numpy(), shape
-            arrays, tensors = self.last_views = {}, {}
-            for name, (begin, length) in shape.layout()[0].items():
-                dtype, _ = FIELDS[name]
-                arrays[name] = words[begin:].view(dtype)[:length]
-                tensors[name] = self.device[begin:].view(TORCH_DTYPES[dtype])[:length]
-        return self.last_views
+        """Where the host writes the next batch, of this shape, and what the device reads, by name.
 
-    def copy_to_device(self, shape: BatchShape) -> None:
+        Waits for the step that reads the buffer. Views are made anew when the shape is another than
+        the last one: most decode steps have one.
+        """
+        self.turn = 1 - self.turn
+        reader = self.readers[self.turn]
+        if reader is not None:
+            reader.wait()
+        if self.views[self.turn] is None or self.views[self.turn][0] != shape:
+            self.views[self.turn] = shape, *self.make_views(shape)
+        return self.views[self.turn][1:3]
+
+    def make_views(
+        self, shape: BatchShape
+    ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, torch.Tensor], int]:
+        """(arrays, tensors, words to copy) for a batch of this shape."""
+        places, size = next(layout[1:] for layout in self.layouts if layout[0].holds(shape))
+        host = self.hosts[self.turn]
+        words, on_device = host.numpy(), host if self.device is None else self.device
+        arrays, tensors = {}, {}
+        for name, begin in places.items():
+            dtype, length = FIELDS[name][0], shape.length(name)
+            arrays[name] = words[begin:].view(dtype)[:length]
+            tensors[name] = on_device[begin:].view(TORCH_DTYPES[dtype])[:length]
+        return arrays, tensors, size
+
+    def copy_to_device(self) -> None:
         """One copy, and none where the host is the device."""
-        if self.device is not self.host:
-            _, size = shape.layout()
-            self.device[:size].copy_(self.host[:size], non_blocking=True)
+        if self.device is not None:
+            size = self.views[self.turn][3]
+            self.device[:size].copy_(self.hosts[self.turn][:size], non_blocking=True)
+
+    def read_by(self, work: Work) -> None:
+        """The batch that was written last is read by this work."""
+        self.readers[self.turn] = work
