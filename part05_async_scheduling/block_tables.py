@@ -17,34 +17,35 @@ class BlockTables:
 
     def __init__(self, num_rows: int, width: int, device: torch.device) -> None:
         """width: blocks of the longest sequence."""
-        self.width = width
+        self.width, self.padding_row = width, num_rows
         self.host = np.zeros((num_rows + 1, width), np.int32)
-        self.changes: list[tuple[np.ndarray, np.ndarray]] = []  # places and blocks, not taken yet
+        self.places: list[int] = []  # of what has changed, through all rows; not taken yet
         # What follows belongs to the device: only work in the queue touches it.
         self.device = torch.zeros(num_rows + 1, width, dtype=torch.int32, device=device)
         self.of_batch = torch.zeros_like(self.device)  # where every batch finds its tables
 
     @property
     def num_bytes(self) -> int:
+        """On the host and on the device."""
         return self.host.nbytes + self.device.nbytes + self.of_batch.nbytes
 
     def write(self, row: int, begin: int, blocks: list[int]) -> None:
         """Write a row's entries from `begin` on."""
         self.host[row, begin : begin + len(blocks)] = blocks
         first = row * self.width + begin
-        self.changes.append((np.arange(first, first + len(blocks)), np.array(blocks, np.int32)))
+        self.places.extend(range(first, first + len(blocks)))
 
     def take_changes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the table, counted through all rows, and the blocks written there."""
-        changes, self.changes = self.changes, []
-        none = np.zeros(0, np.int64), np.zeros(0, np.int32)
-        places, blocks = zip(none, *changes, strict=True)
-        return np.concatenate(places), np.concatenate(blocks)
+        """Places in the tables that were written since the last time, and the blocks there."""
+        # Each once: a GPU may write two blocks of one place in any order.
+        places, self.places = np.unique(np.array(self.places, np.int64)), []
+        return places, self.host.reshape(-1)[places]
 
-    def update(self, places: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Write what has changed, on the device."""
-        self.device.view(-1).index_copy_(0, places, blocks)
+    def update(self, changes: torch.Tensor, rows: torch.Tensor) -> None:
+        """On the device: write what has changed, and put rows where attention reads them.
 
-    def gather(self, rows: torch.Tensor) -> None:
-        """Put these rows where attention reads them."""
+        changes: [2, num_changes] int64, places and blocks; rows: [num_seqs] int64, of the batch.
+        """
+        if changes.numel():
+            self.device.view(-1).index_copy_(0, changes[0], changes[1].int())
         torch.index_select(self.device, 0, rows, out=self.of_batch[: len(rows)])

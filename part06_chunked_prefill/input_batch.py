@@ -2,7 +2,7 @@
 
 What a step needs of a sequence time after time is kept in tables, with a row for each running
 sequence: a step then costs a few operations on whole arrays. It is written into one of two buffers,
-since the step in flight reads the other.
+since the step in flight reads the other, and reaches a GPU in one copy.
 
 A batch holds tensors and plain numbers, no sequence: the host changes sequences while the device
 still reads the batch.
@@ -13,15 +13,36 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from common.device import to_device
 from common.kernels import AttentionMetadata
+from common.packed_buffers import Arrays, PackedBuffers, Tensors
 from common.prompt_logprobs import PromptPiece, prompt_pieces
 from common.sampling import SMALLEST_TOP_P, LogitBiases, SamplingBatch, as_int64
 
+from .block_tables import BlockTables
 from .config import EngineConfig
 from .device_queue import Work
-from .input_buffers import FIELDS, SAMPLING_FIELDS, BatchShape, InputBuffers
+from .input_buffers import FORMATS, SAMPLING_FIELDS, BatchShape
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What a batch of decoding sequences is padded to. Work on batches of one bucket is launched
+    alike: with the same sizes, on the same addresses."""
+
+    num_seqs: int
+    max_seq_len: int  # no sequence is longer
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What the sequences with penalties have generated when they join."""
+
+    rows: torch.Tensor  # [sequences] int64: where their tokens are counted
+    # [tokens] int64: of each token, in the counts of all rows one after the other
+    places: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -31,12 +52,15 @@ class Batch:
     token_ids: torch.Tensor  # [num_tokens] int64; below 0: not known, see `ModelRunner.fill_in`
     positions: torch.Tensor  # [num_tokens] int64
     metadata: AttentionMetadata
+    table_rows: torch.Tensor  # [num_seqs] int64: rows of the block tables that attention reads
+    table_changes: (
+        torch.Tensor
+    )  # [2, num_changes] int64: places in all tables, blocks written there
     logits_indices: torch.Tensor  # [num_sampled] int64: where logits are needed, each last token
     rows: torch.Tensor  # [num_sampled] int64: rows in the tables
     sampling: SamplingBatch
     has_penalties: bool
-    # (row, output so far) of the sequences that join and have penalties
-    counted: list[tuple[int, list[int]]] = field(default_factory=list)
+    joined: Joined | None = None
     prompts: list[PromptPiece] = field(default_factory=list)  # to be scored
 
 
@@ -48,30 +72,33 @@ class InputBatch:
     ) -> None:
         self.block_size, self.vocab_size, self.device = config.block_size, vocab_size, device
         rows, width = config.max_num_seqs, -(-max_model_len // config.block_size)
-        self.block_tables = np.zeros((rows, width), np.int32)
-        self.sampling = {name: np.zeros(rows, FIELDS[name][0]) for name in SAMPLING_FIELDS}
-        largest = BatchShape(config.max_num_batched_tokens, rows, rows, width)
-        self.buffers = [InputBuffers(largest, device) for _ in range(2)]
+        self.tables = BlockTables(rows, width, device)
+        self.sampling = {name: np.zeros(rows, FORMATS[name]) for name in SAMPLING_FIELDS}
+        # What few sequences ask for is looked for only in batches that have one of these.
+        self.is_special = np.zeros(rows, np.bool_)
+        most_tokens = max(config.max_num_batched_tokens, rows)
+        capacities = [BatchShape(n, rows, rows, rows * width) for n in (rows, most_tokens)]
+        self.buffers = PackedBuffers(FORMATS, [c.lengths() for c in capacities], device)
 
     @property
     def num_bytes(self) -> int:
         """On the host and on the device."""
-        buffers = {id(x): x for buffer in self.buffers for x in (buffer.host, buffer.device)}
-        arrays = [self.block_tables, *self.sampling.values(), *buffers.values()]
-        return sum(x.nbytes for x in arrays)
+        columns = sum(column.nbytes for column in self.sampling.values())
+        return self.buffers.num_bytes + self.tables.num_bytes + columns
 
     def update(self, scheduled: SchedulerOutput) -> None:
         """Note the sequences that joined, and new blocks."""
         for sequence in scheduled.admitted:
             self.admit(sequence)
         for sequence, blocks in scheduled.new_blocks.items():
-            end = len(sequence.block_table)
-            self.block_tables[sequence.row, end - len(blocks) : end] = blocks
+            self.tables.write(sequence.row, len(sequence.block_table) - len(blocks), blocks)
 
     def admit(self, sequence: Sequence) -> None:
         """Write the table of a sequence, and what does not change while it runs."""
-        self.block_tables[sequence.row, : len(sequence.block_table)] = sequence.block_table
+        self.tables.write(sequence.row, 0, sequence.block_table)
         params = sequence.params
+        wishes = (params.logprobs, params.prompt_logprobs)
+        self.is_special[sequence.row] = params.has_biases or wishes != (None, None)
         values = {
             "seeds": as_int64(sequence.seed),
             "choices": sequence.request.choice,
@@ -86,105 +113,134 @@ class InputBatch:
         for name, value in values.items():
             self.sampling[name][sequence.row] = value
 
-    def prepare(self, scheduled: SchedulerOutput) -> Batch:
+    def prepare(self, scheduled: SchedulerOutput, bucket: Bucket | None = None) -> Batch:
         """Tensors for the next tokens of each sequence."""
         self.update(scheduled)
         sequences = list(scheduled.num_new_tokens)
         counts = list(scheduled.num_new_tokens.values())
         starts = [sequence.num_computed_tokens for sequence in sequences]
-        batch = self.lay_out(sequences, starts, counts)
-        return replace(
-            batch,
-            counted=[
-                (sequence.row, list(sequence.output_token_ids))
-                for sequence in scheduled.admitted
-                if sequence.params.has_penalties
-            ],
-            prompts=prompt_pieces(sequences, starts, counts),
+        batch = self.lay_out(sequences, starts, counts, bucket)
+        joined = self.joined([s for s in scheduled.admitted if s.params.has_penalties])
+        pieces = []
+        if self.is_special[[sequence.row for sequence in sequences]].any():
+            pieces = prompt_pieces(sequences, starts, counts)
+        return replace(batch, joined=joined, prompts=pieces)
+
+    def joined(self, sequences: list[Sequence]) -> Joined | None:
+        """What is counted of sequences that join. All of it is known: none has tokens in flight."""
+        if not sequences:
+            return None
+        rows = [sequence.row for sequence in sequences]
+        tokens = [np.array(sequence.output_token_ids, np.int64) for sequence in sequences]
+        places = [row * self.vocab_size + ids for row, ids in zip(rows, tokens, strict=True)]
+        return Joined(
+            to_device(rows, torch.int64, self.device),
+            to_device(np.concatenate(places), torch.int64, self.device),
         )
 
-    def lay_out(self, sequences: list[Sequence], begins: list[int], counts: list[int]) -> Batch:
-        """Tensors for `counts` tokens of each sequence, from `begins` on."""
-        starts, new = np.array(begins), np.array(counts)
-        lengths, ends = starts + new, new.cumsum()
-        is_sampled = lengths == [sequence.num_total_tokens for sequence in sequences]
-        sampled = [sequences[i] for i in np.flatnonzero(is_sampled)]
-        width = -(-int(lengths.max()) // self.block_size)
-        shape = BatchShape(int(new.sum()), len(sequences), len(sampled), width)
+    def lay_out(
+        self,
+        sequences: list[Sequence],
+        begins: list[int],
+        counts: list[int],
+        bucket: Bucket | None = None,
+    ) -> Batch:
+        """Tensors for `counts` tokens of each sequence, from `begins` on.
 
-        self.buffers.reverse()
-        buffers = self.buffers[0]
-        buffers.wait()
-        arrays, tensors = buffers.views(shape)
-        rows = np.array([sequence.row for sequence in sequences])
+        Padding, up to a bucket's size, lies behind the sequences: one token each, in the row of the
+        tables that no sequence has. What is computed for it is not kept.
+        """
+        padding = 0 if bucket is None else bucket.num_seqs - len(sequences)
+        rows = np.array([s.row for s in sequences] + [self.tables.padding_row] * padding)
+        starts, new = np.array(begins + [0] * padding), np.array(counts + [1] * padding)
+        lengths, ends = starts + new, new.cumsum()
+        is_sampled = lengths == [s.num_total_tokens for s in sequences] + [0] * padding
+        sampled = np.flatnonzero(is_sampled)
+        changes = self.tables.take_changes()
+        shape = BatchShape(int(ends[-1]), len(rows), len(sampled), len(changes[0]))
+
+        arrays, tensors = self.buffers.next(shape.lengths())
         positions = np.arange(shape.num_tokens) + np.repeat(starts - (ends - new), new)
-        blocks = self.block_tables[np.repeat(rows, new), positions // self.block_size]
-        slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
-        arrays["token_ids"][:] = [
-            token_id
-            for sequence, begin, end in zip(sequences, starts, lengths, strict=True)
-            for token_id in sequence.tokens(begin, end)
-        ]
+        token_rows = np.repeat(rows, new)
+        blocks = self.tables.host[token_rows, positions // self.block_size].astype(np.int64)
+        arrays["token_ids"][:] = -1 - token_rows
+        write_known_tokens(arrays["token_ids"], sequences, begins, counts)
         arrays["positions"][:] = positions
-        arrays["slot_mapping"][:] = slots
+        arrays["slot_mapping"][:] = blocks * self.block_size + positions % self.block_size
+        arrays["slot_mapping"][shape.num_tokens - padding :] = -1
         arrays["cu_seqlens_q"][0] = 0
         arrays["cu_seqlens_q"][1:] = ends
         arrays["seq_lens"][:] = lengths
-        arrays["block_tables"].reshape(-1, width)[:] = self.block_tables[rows, :width]
-        arrays["logits_indices"][:] = ends[is_sampled] - 1
-        arrays["rows"][:] = rows = rows[is_sampled]
-        arrays["sample_positions"][:] = lengths[is_sampled]
+        arrays["table_rows"][:] = rows
+        arrays["table_changes"].reshape(2, -1)[:] = changes
+        arrays["logits_indices"][:] = ends[sampled] - 1
+        arrays["rows"][:] = rows[sampled]
+        arrays["sample_positions"][:] = lengths[sampled]
         for name, column in self.sampling.items():
-            arrays[name][:] = column[rows]
-        buffers.copy_to_device(shape)
+            arrays[name][:] = column[rows[sampled]]
+        self.buffers.copy_to_device()
+        max_seq_len = int(lengths.max()) if bucket is None else bucket.max_seq_len
         return Batch(
             tensors["token_ids"],
             tensors["positions"],
-            attention_metadata(tensors, width, int(new.max()), int(lengths.max())),
+            self.attention_metadata(tensors, int(new.max()), max_seq_len),
+            table_rows=tensors["table_rows"],
+            table_changes=tensors["table_changes"].view(2, -1),
             logits_indices=tensors["logits_indices"],
             rows=tensors["rows"],
-            sampling=self.sampling_batch(sampled, tensors, lengths[is_sampled]),
-            has_penalties=any(sequence.params.has_penalties for sequence in sampled),
+            sampling=self.sampling_batch([sequences[i] for i in sampled], arrays, tensors),
+            has_penalties=bool(
+                arrays["presence_penalty"].any() or arrays["frequency_penalty"].any()
+            ),
+        )
+
+    def attention_metadata(
+        self, tensors: Tensors, max_query_len: int, max_seq_len: int
+    ) -> AttentionMetadata:
+        """What attention is told about a batch; the tensors by the names of their fields."""
+        return AttentionMetadata(
+            cu_seqlens_q=tensors["cu_seqlens_q"],
+            seq_lens=tensors["seq_lens"],
+            block_tables=self.tables.of_batch[: len(tensors["seq_lens"])],
+            slot_mapping=tensors["slot_mapping"],
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
         )
 
     def sampling_batch(
-        self, drawn: list[Sequence], tensors: dict[str, torch.Tensor], positions: np.ndarray
+        self, drawn: list[Sequence], arrays: Arrays, tensors: Tensors
     ) -> SamplingBatch:
-        """What decides about each token that is drawn.
-
-        drawn: the sequence of each. positions: [num_sampled], the number of tokens before it.
-        """
-        biases = None
-        if any(sequence.params.has_biases for sequence in drawn):
+        """What decides about each token that is drawn; `drawn`: the sequence of each."""
+        biases, num_logprobs = None, [None] * len(drawn)
+        if self.is_special[arrays["rows"]].any():
+            positions = arrays["sample_positions"].tolist()  # the number of tokens before each
             rows = [
                 sequence.params.biases(
                     sequence.ending_token_ids, position - len(sequence.prompt_token_ids)
                 )
-                for sequence, position in zip(drawn, positions.tolist(), strict=True)
+                for sequence, position in zip(drawn, positions, strict=True)
             ]
             biases = LogitBiases.build(rows, self.device)
+            num_logprobs = [sequence.params.logprobs for sequence in drawn]
         return SamplingBatch(
             **{name: tensors[name].unsqueeze(1) for name in SAMPLING_FIELDS},
             positions=tensors["sample_positions"].unsqueeze(1),
             output_counts=None,
-            num_logprobs=[sequence.params.logprobs for sequence in drawn],
+            num_logprobs=num_logprobs,
             biases=biases,
         )
 
     def launched(self, work: Work) -> None:
         """The batch that was prepared last is read by this work."""
-        self.buffers[0].reader = work
+        self.buffers.read_by(work)
 
 
-def attention_metadata(
-    tensors: dict[str, torch.Tensor], table_width: int, max_query_len: int, max_seq_len: int
-) -> AttentionMetadata:
-    """What attention is told about a batch; the tensors by the names of their fields."""
-    return AttentionMetadata(
-        cu_seqlens_q=tensors["cu_seqlens_q"],
-        seq_lens=tensors["seq_lens"],
-        block_tables=tensors["block_tables"].view(-1, table_width),
-        slot_mapping=tensors["slot_mapping"],
-        max_query_len=max_query_len,
-        max_seq_len=max_seq_len,
-    )
+def write_known_tokens(
+    token_ids: np.ndarray, sequences: list[Sequence], begins: list[int], counts: list[int]
+) -> None:
+    """Write the tokens that the host has read into those of the batch; others stay as they are."""
+    place = 0
+    for sequence, begin, count in zip(sequences, begins, counts, strict=True):
+        if begin < sequence.num_tokens:
+            token_ids[place : place + count] = sequence.tokens(begin, begin + count)
+        place += count
