@@ -81,13 +81,15 @@ class PackedBuffers:
         """Where the host writes so many entries of each field, and what the device reads, by name.
 
         Waits for the work that reads the buffer. Views are made anew when the lengths are others
-        than the last time: most steps of decoding have the same.
+        than the last time: most steps of decoding have the same. Raises ValueError.
         """
         self.turn = (self.turn + 1) % len(self.hosts)
         if (reader := self.readers[self.turn]) is not None:
             reader.wait()
         if self.views[self.turn] is None or self.views[self.turn][0] != lengths:
-            layout = next(layout for layout in self.layouts if layout.holds(lengths))
+            layout = next((layout for layout in self.layouts if layout.holds(lengths)), None)
+            if layout is None:
+                raise ValueError(f"no buffer has room for {lengths}")
             self.views[self.turn] = lengths, layout, *self.make_views(lengths, layout)
         return self.views[self.turn][2:]
 

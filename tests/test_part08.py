@@ -543,7 +543,6 @@ def test_the_largest_step_has_all_that_rejection_needs(proposer: str) -> None:
     """What a GPU's memory is kept for: the probabilities of every draft, and of the model."""
     engine = engine_with(proposer, num_speculative_tokens=3, max_num_seqs=5)
     runner = engine.runner
-    runner.inputs.block_tables[:] = 0
     batch = runner.prepare(runner.largest_step(20))
     logits = torch.zeros(len(batch.logits_indices), engine.vocab_size)
     rows = runner.rejection_rows(batch, logits)
