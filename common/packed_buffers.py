@@ -68,7 +68,7 @@ class PackedBuffers:
         ]
         self.device = torch.zeros(size, dtype=torch.int64, device=device) if on_gpu else None
         self.readers: list[Reader | None] = [None] * num_hosts
-        self.views: list[Any] = [None] * num_hosts  # (lengths, layout, arrays, tensors), the last
+        self.last: list[Any] = [None] * num_hosts  # (layout, lengths, arrays, tensors)
         self.turn = 0
 
     @property
@@ -80,33 +80,37 @@ class PackedBuffers:
     def next(self, lengths: Lengths) -> tuple[Arrays, Tensors]:
         """Where the host writes so many entries of each field, and what the device reads, by name.
 
-        Waits for the work that reads the buffer. Views are made anew when the lengths are others
+        Waits for the work that reads the buffer. A view is made anew when its length is another
         than the last time: most steps of decoding have the same. Raises ValueError.
         """
         self.turn = (self.turn + 1) % len(self.hosts)
         if (reader := self.readers[self.turn]) is not None:
             reader.wait()
-        if self.views[self.turn] is None or self.views[self.turn][0] != lengths:
-            layout = next((layout for layout in self.layouts if layout.holds(lengths)), None)
-            if layout is None:
-                raise ValueError(f"no buffer has room for {lengths}")
-            self.views[self.turn] = lengths, layout, *self.make_views(lengths, layout)
-        return self.views[self.turn][2:]
-
-    def make_views(self, lengths: Lengths, layout: Layout) -> tuple[Arrays, Tensors]:
-        host = self.hosts[self.turn]
-        words, on_device = host.numpy(), host if self.device is None else self.device
-        arrays, tensors = {}, {}
-        for name, begin in layout.begins.items():
-            dtype = self.formats[name]
-            arrays[name] = words[begin:].view(dtype)[: lengths[name]]
-            tensors[name] = on_device[begin:].view(TORCH_DTYPES[dtype])[: lengths[name]]
+        layout = next((layout for layout in self.layouts if layout.holds(lengths)), None)
+        if layout is None:
+            raise ValueError(f"no buffer has room for {lengths}")
+        arrays, tensors, before = {}, {}, {}
+        if (last := self.last[self.turn]) is not None and last[0] is layout:
+            _, before, arrays, tensors = last
+        for name, length in lengths.items():
+            if before.get(name) != length:
+                arrays[name], tensors[name] = self.views(name, layout.begins[name], length)
+        self.last[self.turn] = layout, lengths, arrays, tensors
         return arrays, tensors
+
+    def views(
+        self, name: str, begin: int, length: int
+    ) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
+        """A field on the host and on the device."""
+        dtype, host = self.formats[name], self.hosts[self.turn]
+        device = host if self.device is None else self.device
+        tensor = device[begin:].view(TORCH_DTYPES[dtype])[:length]
+        return host.numpy()[begin:].view(dtype)[:length], tensor
 
     def copy_to_device(self) -> None:
         """One copy, and none where the host is the device."""
         if self.device is not None:
-            lengths, layout, *_ = self.views[self.turn]
+            layout, lengths, *_ = self.last[self.turn]
             size = layout.num_words_of(lengths)
             self.device[:size].copy_(self.hosts[self.turn][:size], non_blocking=True)
 

@@ -19,7 +19,9 @@ class BlockTables:
         """width: blocks of the longest sequence."""
         self.width, self.padding_row = width, num_rows
         self.host = np.zeros((num_rows + 1, width), np.int32)
-        self.places: list[int] = []  # of what has changed, through all rows; not taken yet
+        # Of what has changed, through all rows. Each once: a GPU may write two blocks of one place
+        # in any order.
+        self.places: set[int] = set()
         # What follows belongs to the device: only work in the queue touches it.
         self.device = torch.zeros(num_rows + 1, width, dtype=torch.int32, device=device)
         self.of_batch = torch.zeros_like(self.device)  # where every batch finds its tables
@@ -33,12 +35,12 @@ class BlockTables:
         """Write a row's entries from `begin` on."""
         self.host[row, begin : begin + len(blocks)] = blocks
         first = row * self.width + begin
-        self.places.extend(range(first, first + len(blocks)))
+        self.places.update(range(first, first + len(blocks)))
 
     def take_changes(self) -> tuple[np.ndarray, np.ndarray]:
         """Places in the tables that were written since the last time, and the blocks there."""
-        # Each once: a GPU may write two blocks of one place in any order.
-        places, self.places = np.unique(np.array(self.places, np.int64)), []
+        places = np.array(sorted(self.places), np.int64)
+        self.places.clear()
         return places, self.host.reshape(-1)[places]
 
     def update(self, changes: torch.Tensor, rows: torch.Tensor) -> None:

@@ -160,19 +160,13 @@ class InputBatch:
         shape = BatchShape(int(ends[-1]), len(rows), len(sampled), len(changes[0]))
 
         arrays, tensors = self.buffers.next(shape.lengths())
-        positions = np.arange(shape.num_tokens) + np.repeat(starts - (ends - new), new)
-        token_rows = np.repeat(rows, new)
-        blocks = self.tables.host[token_rows, positions // self.block_size].astype(np.int64)
-        arrays["token_ids"][:] = -1 - token_rows
-        write_known_tokens(arrays["token_ids"], sequences, begins, counts)
-        arrays["positions"][:] = positions
-        arrays["slot_mapping"][:] = blocks * self.block_size + positions % self.block_size
-        arrays["slot_mapping"][shape.num_tokens - padding :] = -1
         arrays["cu_seqlens_q"][0] = 0
         arrays["cu_seqlens_q"][1:] = ends
         arrays["seq_lens"][:] = lengths
         arrays["table_rows"][:] = rows
         arrays["table_changes"].reshape(2, -1)[:] = changes
+        arrays["positions"][:] = np.arange(shape.num_tokens) + np.repeat(lengths - ends, new)
+        self.write_tokens(arrays, np.repeat(rows, new), sequences, begins, counts)
         arrays["logits_indices"][:] = ends[sampled] - 1
         arrays["rows"][:] = rows[sampled]
         arrays["sample_positions"][:] = lengths[sampled]
@@ -183,7 +177,7 @@ class InputBatch:
         return Batch(
             tensors["token_ids"],
             tensors["positions"],
-            self.attention_metadata(tensors, int(new.max()), max_seq_len),
+            self.attention_metadata(tensors, new, max_seq_len),
             table_rows=tensors["table_rows"],
             table_changes=tensors["table_changes"].view(2, -1),
             logits_indices=tensors["logits_indices"],
@@ -194,17 +188,40 @@ class InputBatch:
             ),
         )
 
+    def write_tokens(
+        self,
+        arrays: Arrays,
+        rows: np.ndarray,
+        sequences: list[Sequence],
+        begins: list[int],
+        counts: list[int],
+    ) -> None:
+        """The new tokens, and their slots in the cache. rows: of each token."""
+        positions, token_ids = arrays["positions"], arrays["token_ids"]
+        blocks = self.tables.host[rows, positions // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + positions % self.block_size
+        arrays["slot_mapping"][:] = np.where(rows == self.tables.padding_row, -1, slots)
+        token_ids[:] = -1 - rows  # where the host has not read them yet
+        if any(b < s.num_tokens for s, b in zip(sequences, begins, strict=True)):
+            batch = zip(sequences, begins, counts, strict=True)
+            known = [token_id for s, b, n in batch for token_id in s.tokens(b, b + n)]
+            token_ids[: len(known)] = known
+
     def attention_metadata(
-        self, tensors: Tensors, max_query_len: int, max_seq_len: int
+        self, tensors: Tensors, new: np.ndarray, max_seq_len: int
     ) -> AttentionMetadata:
-        """What attention is told about a batch; the tensors by the names of their fields."""
+        """What attention is told about a batch; the tensors by the names of their fields.
+
+        new: [num_seqs], how many new tokens each sequence has.
+        """
         return AttentionMetadata(
             cu_seqlens_q=tensors["cu_seqlens_q"],
             seq_lens=tensors["seq_lens"],
             block_tables=self.tables.of_batch[: len(tensors["seq_lens"])],
             slot_mapping=tensors["slot_mapping"],
-            max_query_len=max_query_len,
+            max_query_len=int(new.max()),
             max_seq_len=max_seq_len,
+            max_decode_query_len=int(new.min() == 1),
         )
 
     def sampling_batch(
@@ -233,14 +250,3 @@ class InputBatch:
     def launched(self, work: Work) -> None:
         """The batch that was prepared last is read by this work."""
         self.buffers.read_by(work)
-
-
-def write_known_tokens(
-    token_ids: np.ndarray, sequences: list[Sequence], begins: list[int], counts: list[int]
-) -> None:
-    """Write the tokens that the host has read into those of the batch; others stay as they are."""
-    place = 0
-    for sequence, begin, count in zip(sequences, begins, counts, strict=True):
-        if begin < sequence.num_tokens:
-            token_ids[place : place + count] = sequence.tokens(begin, begin + count)
-        place += count

@@ -57,6 +57,7 @@ class ModelRunner:
         num_blocks = choose_num_blocks(config, shape, self.dtype, self.device, reserved)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
+        self.warm_up()
         release_openmp_workers()  # from now on the queue's thread does the work
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
@@ -80,19 +81,37 @@ class ModelRunner:
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
         """As many tokens as one step may run, in max_num_seqs sequences; all in block 0."""
-        largest = SchedulerOutput()
-        params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
+        lengths = []
         left = self.config.max_num_batched_tokens
         most_seqs = min(self.config.max_num_seqs, left)
         for i in range(most_seqs):
             count = min(left - (most_seqs - i - 1), max_model_len)
             left -= count
-            request = Request(f"largest-{i}", [0] * count, params)
-            sequence = Sequence(request, i, frozenset(), count, row=i)
-            sequence.block_table = [0] * -(-count // self.config.block_size)
-            largest.admitted.append(sequence)
-            largest.run(sequence, count)
-        return largest
+            lengths.append((count, count))
+        params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
+        return self.made_up(lengths, params)
+
+    def made_up(self, lengths: list[tuple[int, int]], params: SamplingParams) -> SchedulerOutput:
+        """A step of sequences that nobody sent, all in block 0, by their (new tokens, tokens)."""
+        step = SchedulerOutput()
+        for i, (num_new, num_tokens) in enumerate(lengths):
+            request = Request(f"made-up-{i}", [0] * num_tokens, params)
+            sequence = Sequence(request, i, frozenset(), num_tokens, row=i)
+            sequence.num_computed_tokens = num_tokens - num_new
+            sequence.block_table = [0] * -(-num_tokens // self.config.block_size)
+            step.admitted.append(sequence)
+            step.run(sequence, num_new)
+        return step
+
+    def warm_up(self) -> None:
+        """Compile what steps will launch, where that is done at a kernel's first launch: a request
+        would wait for it, and all that run beside it."""
+        shape, longest = self.model.config, self.max_model_len
+        group = shape.num_heads // shape.num_kv_heads
+        most = min(longest, self.config.max_num_batched_tokens)
+        for lengths in self.ops.warm_up_lengths(group, most, longest, 1):
+            for params in (SamplingParams(temperature=0.0), SamplingParams(top_k=2, top_p=0.9)):
+                self.launch(self.prepare(self.made_up(lengths, params))).result()
 
     def prepare(self, scheduled: SchedulerOutput) -> Batch:
         """Tensors for the next tokens of each sequence."""

@@ -84,6 +84,7 @@ class ModelRunner:
         elif config.speculative == "self":
             layers = layers_that_draft(config.draft_layers, shape.num_layers)
             self.drafter = Runnable(self.model, self.kv.data, layers)
+        self.warm_up()
         release_openmp_workers()  # from now on the queue's thread does the work
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
@@ -108,26 +109,46 @@ class ModelRunner:
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
         """As many tokens as one step may run, in max_num_seqs sequences; all in block 0."""
-        largest = SchedulerOutput()
-        params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
+        lengths = []
         left, drafts = self.config.max_num_batched_tokens, self.config.num_speculative_tokens or 0
         most_seqs = min(self.config.max_num_seqs, left)
         each = min(1 + drafts, left // most_seqs)
         for i in range(most_seqs):
             count = min(left - each * (most_seqs - i - 1), max_model_len)
             left -= count
-            num_drafts = min(drafts, count - 1)
-            request = Request(f"largest-{i}", [0] * (count - num_drafts), params)
-            sequence = Sequence(request, i, frozenset(), count, row=i)
-            sequence.block_table = [0] * -(-count // self.config.block_size)
+            lengths.append((count, count))
+        params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
+        return self.made_up(lengths, params)
+
+    def made_up(self, lengths: list[tuple[int, int]], params: SamplingParams) -> SchedulerOutput:
+        """A step of sequences that nobody sent, all in block 0, by their (new tokens, tokens); they
+        have as many drafts as there is room for."""
+        step, most = SchedulerOutput(), self.config.num_speculative_tokens or 0
+        for i, (num_new, num_tokens) in enumerate(lengths):
+            num_drafts = min(most, num_new - 1)
+            request = Request(f"made-up-{i}", [0] * (num_tokens - num_drafts), params)
+            sequence = Sequence(request, i, frozenset(), num_tokens, row=i)
+            sequence.num_computed_tokens = num_tokens - num_new
+            sequence.block_table = [0] * -(-num_tokens // self.config.block_size)
             sequence.draft_token_ids = [0] * num_drafts
             if self.config.speculative in ("draft", "self"):  # what rejection compares with
                 shape = (num_drafts, self.model.config.vocab_size)
-                probs = torch.full(shape, 1 / shape[1], dtype=torch.float64, device=self.device)
-                sequence.draft_probs = probs
-            largest.admitted.append(sequence)
-            largest.run(sequence, count)
-        return largest
+                sequence.draft_probs = torch.full(shape, 1 / shape[1], device=self.device)
+            step.admitted.append(sequence)
+            step.run(sequence, num_new)
+        return step
+
+    def warm_up(self) -> None:
+        """Compile what steps will launch, where that is done at a kernel's first launch: a request
+        would wait for it, and all that run beside it."""
+        longest, decoded = self.max_model_len, 1 + (self.config.num_speculative_tokens or 0)
+        most = min(longest, self.config.max_num_batched_tokens)
+        for runs in filter(None, (self.target, self.drafter)):
+            shape = runs.model.config
+            group = shape.num_heads // shape.num_kv_heads
+            for lengths in self.ops.warm_up_lengths(group, most, longest, decoded):
+                for params in (SamplingParams(temperature=0.0), SamplingParams(top_k=2, top_p=0.9)):
+                    self.launch(self.prepare(self.made_up(lengths, params)), runs).result()
 
     def prepare(self, scheduled: SchedulerOutput) -> Batch:
         """Tensors for the next tokens of each sequence."""
@@ -138,17 +159,17 @@ class ModelRunner:
         """What a step's input takes, and the counts of tokens."""
         return self.inputs.num_bytes + self.last_token_ids.nbytes + self.counts.nbytes
 
-    def launch(self, batch: Batch) -> Work:
+    def launch(self, batch: Batch, what: Runnable | None = None) -> Work:
         """Give the device the batch; its tokens can be read from what this returns."""
-        work = self.queue.submit(lambda: self.run(batch))
+        work = self.queue.submit(lambda: self.run(batch, what))
         self.inputs.launched(work)
         return work
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Sampled:
-        """All that the device does in a step."""
+    def run(self, batch: Batch, what: Runnable | None = None) -> Sampled:
+        """All that the device does in a step. what: the model unless given."""
         self.fill_in(batch)
-        logits, scores = self.forward(batch)
+        logits, scores = self.forward(batch, what)
         return replace(self.sample(batch, logits), prompts=scores)
 
     def fill_in(self, batch: Batch) -> None:
