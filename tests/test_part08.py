@@ -205,7 +205,7 @@ def test_a_text_that_repeats_itself_takes_few_steps(monkeypatch: pytest.MonkeyPa
     """A model that counts to seven and begins again: after the first time each draft stays."""
     engine = engine_with("ngram", num_speculative_tokens=5)
 
-    def count(batch: Any) -> tuple[torch.Tensor, list[Any]]:
+    def count(batch: Any, what: Any = None) -> tuple[torch.Tensor, list[Any]]:
         last = batch.token_ids[batch.logits_indices]
         return 50.0 * torch.nn.functional.one_hot((last + 1) % 7, engine.vocab_size).float(), []
 
