@@ -91,9 +91,18 @@ def kv_cache_budget(device: torch.device, gpu_memory_utilization: float, reserve
     return min(CPU_LIMIT, int(CPU_SHARE * free_memory()))
 
 
-def peak_memory(device: torch.device, run: Callable[[], object]) -> int:
-    """Bytes of a GPU that `run` takes at its peak, beside what is taken before; on a CPU nothing is
-    run. Raises torch.OutOfMemoryError.
+def largest_counts(num_tokens: int, num_seqs: int, most: int, least: int = 1) -> list[int]:
+    """New tokens of each sequence in the largest step: so many in all or as many as may be, the
+    first sequences with the most that one may have, all others with the least."""
+    counts: list[int] = []
+    for i in range(num_seqs):
+        counts.append(min(num_tokens - sum(counts) - least * (num_seqs - i - 1), most))
+    return counts
+
+
+def peak_memory(device: torch.device, run: Callable[[], object], num_tokens: int) -> int:
+    """Bytes of a GPU that `run`, a step of so many tokens, takes at its peak, beside what is taken
+    before; on a CPU nothing is run. Raises ValueError.
 
     Counted is what the allocator reserves: between the pieces in use some lies idle, and nobody else
     can have it.
@@ -103,7 +112,13 @@ def peak_memory(device: torch.device, run: Callable[[], object]) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_reserved(device)
-    run()
+    try:
+        run()
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"no memory on the GPU for a step of {num_tokens} tokens:"
+            " see max_num_batched_tokens and max_model_len"
+        ) from error
     peak = torch.cuda.max_memory_reserved(device)
     torch.cuda.empty_cache()
     return peak - before

@@ -15,14 +15,14 @@ import torch
 
 from common.device import to_device
 from common.kernels import AttentionMetadata
-from common.packed_buffers import Arrays, PackedBuffers, Tensors
+from common.packed_fields import Arrays, Tensors
 from common.prompt_logprobs import PromptPiece, prompt_pieces
 from common.sampling import SMALLEST_TOP_P, LogitBiases, SamplingBatch, as_int64
 
 from .block_tables import BlockTables
 from .config import EngineConfig
 from .device_queue import Work
-from .input_buffers import FORMATS, SAMPLING_FIELDS, BatchShape
+from .input_buffers import FORMATS, SAMPLING_FIELDS, BatchShape, InputBuffers
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
 
@@ -78,7 +78,7 @@ class InputBatch:
         self.is_special = np.zeros(rows, np.bool_)
         most_tokens = max(max_model_len, config.max_num_batched_tokens, rows)
         capacities = [BatchShape(n, rows, rows, rows * width) for n in (rows, most_tokens)]
-        self.buffers = PackedBuffers(FORMATS, [c.lengths() for c in capacities], device)
+        self.buffers = InputBuffers(capacities, device)
 
     @property
     def num_bytes(self) -> int:
@@ -159,7 +159,7 @@ class InputBatch:
         changes = self.tables.take_changes()
         shape = BatchShape(int(ends[-1]), len(rows), len(sampled), len(changes[0]))
 
-        arrays, tensors = self.buffers.next(shape.lengths())
+        arrays, tensors = self.buffers.next(shape)
         arrays["cu_seqlens_q"][0] = 0
         arrays["cu_seqlens_q"][1:] = ends
         arrays["seq_lens"][:] = lengths
@@ -172,7 +172,7 @@ class InputBatch:
         arrays["sample_positions"][:] = lengths[sampled]
         for name, column in self.sampling.items():
             arrays[name][:] = column[rows[sampled]]
-        self.buffers.copy_to_device()
+        self.buffers.copy_to_device(shape)
         max_seq_len = int(lengths.max()) if bucket is None else bucket.max_seq_len
         return Batch(
             tensors["token_ids"],

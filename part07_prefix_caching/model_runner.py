@@ -14,7 +14,7 @@ import torch
 
 from common.device import release_openmp_workers, resolve_device, usable_cores
 from common.kernels import select_ops
-from common.kv_memory import choose_num_blocks, longest_sequence, peak_memory
+from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, iter_weights, load_config
@@ -70,26 +70,17 @@ class ModelRunner:
     def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
         self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
-        try:
-            largest = self.largest_step(shape.max_model_len)
-            return peak_memory(self.device, lambda: self.launch(self.prepare(largest)).result())
-        except torch.OutOfMemoryError as error:
-            most = self.config.max_num_batched_tokens
-            raise ValueError(
-                f"max_num_batched_tokens is {most}: no memory on the GPU for such a step"
-            ) from error
+        largest = self.largest_step(shape.max_model_len)
+        return peak_memory(
+            self.device, lambda: self.launch(self.prepare(largest)).result(), largest.num_tokens
+        )
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
-        """As many tokens as one step may run, in max_num_seqs sequences; all in block 0."""
-        lengths = []
-        left = self.config.max_num_batched_tokens
-        most_seqs = min(self.config.max_num_seqs, left)
-        for i in range(most_seqs):
-            count = min(left - (most_seqs - i - 1), max_model_len)
-            left -= count
-            lengths.append((count, count))
+        """As many tokens as one step may run, in max_num_seqs sequences."""
+        most = self.config.max_num_batched_tokens
+        counts = largest_counts(most, min(self.config.max_num_seqs, most), max_model_len)
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
-        return self.made_up(lengths, params)
+        return self.made_up([(count, count) for count in counts], params)
 
     def made_up(self, lengths: list[tuple[int, int]], params: SamplingParams) -> SchedulerOutput:
         """A step of sequences that nobody sent, all in block 0, by their (new tokens, tokens)."""

@@ -15,14 +15,14 @@ import torch
 
 from common.device import to_device
 from common.kernels import AttentionMetadata
-from common.packed_buffers import Arrays, PackedBuffers, Tensors
+from common.packed_fields import Arrays, Tensors
 from common.prompt_logprobs import PromptPiece, prompt_pieces
 from common.sampling import SMALLEST_TOP_P, LogitBiases, SamplingBatch, as_int64
 
 from .block_tables import BlockTables
 from .config import EngineConfig
 from .device_queue import Work
-from .input_buffers import FORMATS, SAMPLING_FIELDS, BatchShape
+from .input_buffers import FORMATS, SAMPLING_FIELDS, BatchShape, InputBuffers
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
 
@@ -87,9 +87,7 @@ class InputBatch:
         most_tokens = max(config.max_num_batched_tokens, sampled)
         capacities = [BatchShape(n, rows, sampled, rows * width) for n in (sampled, most_tokens)]
         # A model that drafts reads a batch for each of a draft's tokens, while the host goes on.
-        self.buffers = PackedBuffers(
-            FORMATS, [c.lengths() for c in capacities], device, num_hosts=2 + self.most_drafts
-        )
+        self.buffers = InputBuffers(capacities, device, num_hosts=2 + self.most_drafts)
 
     @property
     def num_bytes(self) -> int:
@@ -181,7 +179,7 @@ class InputBatch:
         changes = self.tables.take_changes()
         shape = BatchShape(int(ends[-1]), len(rows), len(sampled), len(changes[0]))
 
-        arrays, tensors = self.buffers.next(shape.lengths())
+        arrays, tensors = self.buffers.next(shape)
         arrays["cu_seqlens_q"][0] = 0
         arrays["cu_seqlens_q"][1:] = ends
         arrays["seq_lens"][:] = lengths
@@ -196,7 +194,7 @@ class InputBatch:
         arrays["sample_positions"][:] = arrays["positions"][is_drawn] + 1
         for name, column in self.sampling.items():
             arrays[name][:] = column[rows[sampled]]
-        self.buffers.copy_to_device()
+        self.buffers.copy_to_device(shape)
         max_seq_len = int(lengths.max()) if bucket is None else bucket.max_seq_len
         return Batch(
             tensors["token_ids"],

@@ -15,7 +15,7 @@ import torch
 
 from common.device import release_openmp_workers, resolve_device, to_device, usable_cores
 from common.kernels import select_ops
-from common.kv_memory import choose_num_blocks, longest_sequence, peak_memory
+from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, iter_weights, load_config, resolve_draft_model
@@ -98,27 +98,18 @@ class ModelRunner:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
         self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
         self.target = Runnable(self.model, self.kv.data)
-        try:
-            largest = self.largest_step(shape.max_model_len)
-            return peak_memory(self.device, lambda: self.launch(self.prepare(largest)).result())
-        except torch.OutOfMemoryError as error:
-            most = self.config.max_num_batched_tokens
-            raise ValueError(
-                f"max_num_batched_tokens is {most}: no memory on the GPU for such a step"
-            ) from error
+        largest = self.largest_step(shape.max_model_len)
+        return peak_memory(
+            self.device, lambda: self.launch(self.prepare(largest)).result(), largest.num_tokens
+        )
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
-        """As many tokens as one step may run, in max_num_seqs sequences; all in block 0."""
-        lengths = []
-        left, drafts = self.config.max_num_batched_tokens, self.config.num_speculative_tokens or 0
-        most_seqs = min(self.config.max_num_seqs, left)
-        each = min(1 + drafts, left // most_seqs)
-        for i in range(most_seqs):
-            count = min(left - each * (most_seqs - i - 1), max_model_len)
-            left -= count
-            lengths.append((count, count))
+        """As many tokens as one step may run, in max_num_seqs sequences."""
+        most, drafts = self.config.max_num_batched_tokens, self.config.num_speculative_tokens or 0
+        rows = min(self.config.max_num_seqs, most)
+        counts = largest_counts(most, rows, max_model_len, min(1 + drafts, most // rows))
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
-        return self.made_up(lengths, params)
+        return self.made_up([(count, count) for count in counts], params)
 
     def made_up(self, lengths: list[tuple[int, int]], params: SamplingParams) -> SchedulerOutput:
         """A step of sequences that nobody sent, all in block 0, by their (new tokens, tokens); they

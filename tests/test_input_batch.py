@@ -1,5 +1,6 @@
 """The input of a step, from part 05 on: packed buffers, block tables on the device, padding."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.packed_buffers import PackedBuffers
+from common.packed_fields import PackedFields
 from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.parts import PARTS, distinct_files, engine_of, module_of
@@ -30,38 +31,44 @@ def test_packed_fields_do_not_overlap(part: int, numbers: tuple[int, int, int, i
     module = module_of(part, "input_buffers")
     shape, largest = module.BatchShape(*numbers), module.BatchShape(40, 40, 40, 40)
     small = module.BatchShape(4, 40, 40, 40)
-    capacities = [small.lengths(), largest.lengths()]
-    buffers = PackedBuffers(module.FORMATS, capacities, torch.device("cpu"))
-    arrays, tensors = buffers.next(shape.lengths())
+    buffers = module.InputBuffers([small, largest], torch.device("cpu"))
+    arrays, tensors = buffers.next(shape)
+    tensors = dict(tensors)
     for number, array in enumerate(arrays.values()):
         array[:] = number
-    buffers.copy_to_device()
+    buffers.copy_to_device(shape)
     for number, (name, tensor) in enumerate(tensors.items()):
-        assert tensor.data_ptr() % 64 == buffers.hosts[buffers.turn].data_ptr() % 64, name
+        assert tensor.data_ptr() % 64 == buffers.hosts[buffers.turn].words.data_ptr() % 64, name
         assert (tensor == number).all(), name
         assert len(tensor) == len(arrays[name]) == shape.lengths()[name], name
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    assert [len(side["token_ids"]) for side in buffers.next(largest.lengths())] == [40, 40]
+    assert [len(side["token_ids"]) for side in buffers.next(largest)] == [40, 40]
     other = replace(shape, num_seqs=41 - shape.num_seqs, num_sampled=1, num_changes=3)
-    _, tensors = buffers.next(other.lengths())
+    _, tensors = buffers.next(other)
     again = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     assert again == places, "a field lies at one place, whatever the other fields' lengths"
     with pytest.raises(ValueError, match="room"):
-        buffers.next(replace(largest, num_tokens=41).lengths())
+        buffers.next(replace(largest, num_tokens=41))
 
 
 def test_a_gpu_gets_one_copy_of_what_there_is() -> None:
     """A second buffer plays the GPU's: all of a batch arrives there, none of the rest."""
-    capacity = {"a": 3, "b": 100}
-    buffers = PackedBuffers({"a": np.int32, "b": np.int64}, [capacity], torch.device("cpu"))
-    buffers.device = torch.full_like(buffers.hosts[0], -1)
+    module = module_of(5, "input_buffers")
+    largest = module.BatchShape(3, 3, 3, 100)
+    buffers = module.InputBuffers([largest], torch.device("cpu"))
+    sizes = module.FORMATS, [largest.lengths()], torch.device("cpu")
+    buffers.device = PackedFields(*sizes)
+    buffers.device.words.fill_(-1)
     for count in (5, 2):
-        arrays, tensors = buffers.next({"a": 2, "b": count})
-        arrays["a"][:], arrays["b"][:] = count, range(count)
-        buffers.copy_to_device()
-        assert tensors["a"].tolist() == [count] * 2 and tensors["b"].tolist() == [*range(count)]
-    on_device = buffers.device[8:].tolist()
-    assert on_device == [0, 1, 2, 3, 4] + [-1] * (len(on_device) - 5)
+        shape = module.BatchShape(2, 1, 1, count)
+        arrays, tensors = buffers.next(shape)
+        arrays["rows"][:], arrays["table_changes"][:] = count, range(2 * count)
+        buffers.copy_to_device(shape)
+        assert tensors["rows"].tolist() == [count]
+        assert tensors["table_changes"].tolist() == [*range(2 * count)]
+    begin = buffers.device.layouts[0].begins["table_changes"]
+    on_device = buffers.device.words[begin:].tolist()
+    assert on_device == [*range(10)] + [-1] * (len(on_device) - 10)
 
 
 @pytest.mark.parametrize("part", distinct_files("input_batch.py"))
@@ -156,9 +163,9 @@ def test_a_step_says_what_its_input_takes(part: int) -> None:
     assert stats["kv_cache_bytes"] == 64 * 4 * per_token
     assert stats["weight_bytes"] == engine.runner.model.num_bytes > 0
     hosts, tables = inputs.buffers.hosts, inputs.tables
-    assert len({buffer.data_ptr() for buffer in hosts}) == 2
+    assert len({buffer.words.data_ptr() for buffer in hosts}) == 2
     before = stats["buffer_bytes"]
-    known = sum(buffer.nbytes for buffer in hosts) + 3 * tables.host.nbytes
+    known = sum(buffer.words.nbytes for buffer in hosts) + 3 * tables.host.nbytes
     assert before > known + 8 * engine.vocab_size * 4
     engine.generate([PROMPT], replace(GREEDY, frequency_penalty=0.1), progress=False)
     assert engine.stats()["buffer_bytes"] == before
@@ -290,13 +297,17 @@ def test_padding_changes_nothing(part: int) -> None:
 
 
 @pytest.mark.parametrize("part", distinct_files("input_batch.py"))
-def test_batches_of_one_bucket_lie_at_the_same_places(part: int) -> None:
+def test_batches_of_one_bucket_lie_at_the_same_places(
+    part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also when other batches come between, when one is full and the other is not, and when table
     changes are many."""
     flags = {"max_model_len": 64, "num_blocks": 200, "block_size": 4, "max_num_seqs": 8}
     engine = engine_of(part, MODEL, threads=1, max_num_batched_tokens=500, **flags)
     inputs = engine.runner.inputs
-    inputs.buffers.device = torch.zeros_like(inputs.buffers.hosts[0])  # plays a GPU's
+    monkeypatch.setattr(
+        inputs.buffers, "device", copy.deepcopy(inputs.buffers.hosts[0])
+    )  # plays a GPU's
     bucket = module_of(part, "input_batch").Bucket(num_seqs=8, max_seq_len=64)
     places = set()
     for lengths in ([9, 1, 30], [60] * 8, [2]):
