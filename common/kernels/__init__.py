@@ -167,11 +167,14 @@ class Ops(ABC):
     ) -> torch.Tensor:
         """The next token of each row: greedy, or drawn as part 01's sampler draws.
 
-        logits: [batch, vocab] after penalties; the others are [batch] (top_k, seeds, positions and
-        choices int64). choices: which of several completions of one prompt a row belongs to, all 0
-        unless given; with seed, position and token it is the noise's counter. Temperatures below 1e-5 are greedy. The result is the argmax of filtered logits plus
-        `common.sampling.gumbel_noise`, token for token what part 01's `sample` gives, up to the
-        rounding of logits that are equal within it. Returns [batch] int64.
+        logits: [batch, vocab] after penalties, in any floating dtype; the result is that of their
+        float32 values. The others are [batch] (top_k, seeds, positions and choices int64). choices:
+        which of several completions of one prompt a row belongs to, all 0 unless given; with seed,
+        position and token it is the noise's counter. Temperatures below 1e-5 are greedy.
+
+        The result is the argmax of filtered logits plus `common.sampling.gumbel_noise`, token for
+        token what part 01's `sample` gives, up to the rounding of logits that are equal within it.
+        NO_TOKEN in rows that have NaN or +infinity, or only -infinity. Returns [batch] int64.
         """
 
     @abstractmethod
