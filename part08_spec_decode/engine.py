@@ -19,7 +19,7 @@ from common.models.generation_config import sampling_defaults
 from common.models.tokenizer import Tokenizer
 from common.prompt_logprobs import PromptScores, add_prompt_logprobs
 from common.requests import ParamsForPrompts, Prompts, Request, check_request, make_requests
-from common.sampling import MAX_N, NO_TOKEN
+from common.sampling import MAX_N
 from common.trace import Trace, phase
 
 from .config import EngineConfig
@@ -180,15 +180,14 @@ class LLMEngine:
         self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs | None]
     ) -> None:
         """Add new tokens to a sequence, up to the one that ends it."""
-        reason, num_taken = None, 0
         sequence.num_placeholders -= 1
-        while reason is None and num_taken < len(token_ids):
-            sequence.output_token_ids.append(token_ids[num_taken])
-            num_taken += 1
-            reason = self.finish_reason(sequence)
-        if reason is not None:
-            self.finish(sequence)
-        self.emit(sequence, token_ids[:num_taken], logprobs[:num_taken], reason)
+        for num_taken, token_id in enumerate(token_ids, start=1):
+            reason = sequence.append(token_id)
+            if reason is not None:
+                self.finish(sequence)
+                token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
+                break
+        self.emit(sequence, token_ids, logprobs, reason)
 
     def emit(
         self,
@@ -209,15 +208,6 @@ class LLMEngine:
                 draft_counts=sequence.draft_counts,
             )
         )
-
-    def finish_reason(self, sequence: Sequence) -> str | None:
-        """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""
-        token_id = sequence.output_token_ids[-1]
-        if token_id == NO_TOKEN:
-            return "error"
-        if token_id in sequence.ending_token_ids:
-            return "stop"
-        return "length" if sequence.num_tokens == sequence.limit else None
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds is free."""
