@@ -51,7 +51,7 @@ class DraftCounts(NamedTuple):
 NO_DRAFTS = DraftCounts()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestOutput:
     """What one step of an engine adds to a request.
 
@@ -105,7 +105,7 @@ class Completion:
         return len(self.token_ids)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Delta:
     """What one or more new tokens add to a completion. `finish_reason` is set on the last."""
 

@@ -25,7 +25,7 @@ from .config import EngineConfig
 from .device_queue import Work
 from .model_runner import Batch, ModelRunner
 from .scheduler import Scheduler, SchedulerOutput
-from .sequence import Sequence
+from .sequence import Sequence, Status
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,8 @@ class LLMEngine:
         """
         add_prompt_logprobs(scheduled.num_new_tokens, scores)
         for sequence, new, scored in zip(scheduled.sampled, token_ids, logprobs, strict=True):
-            if self.is_alive(sequence):
+            if sequence.status is not Status.FINISHED:
                 self.append(sequence, new, scored)
-
-    def is_alive(self, sequence: Sequence) -> bool:
-        """Whether it has not ended; its id may be another request's by now."""
-        return self.sequences.get(sequence.request_id) is sequence
 
     def append(
         self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs | None]
@@ -199,7 +195,7 @@ class LLMEngine:
         """
         failed = self.scheduled.num_new_tokens if self.scheduled else self.scheduler.running
         for sequence in list(failed):
-            if self.is_alive(sequence):
+            if sequence.status is not Status.FINISHED:
                 self.abort(sequence.request_id, "error")
 
     def has_unfinished(self) -> bool:
@@ -225,7 +221,7 @@ class LLMEngine:
         known = [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.ending]
         assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
         for sequence in known:
-            assert self.is_alive(sequence), sequence.request_id
+            assert self.sequences.get(sequence.request_id) is sequence, sequence.request_id
             expected = sum(sequence in pending.scheduled.sampled for pending in self.in_flight)
             assert sequence.num_placeholders == expected, f"{sequence.request_id}: {expected}"
         self.scheduler.check_integrity()

@@ -14,7 +14,7 @@ from .draft_model import ModelProposer
 from .model_runner import ModelRunner
 from .proposer import NgramProposer, Proposer
 from .scheduler import Scheduler
-from .sequence import Sequence
+from .sequence import Sequence, Status
 
 
 class NoSpeculator:
@@ -28,8 +28,8 @@ class NoSpeculator:
         num_tokens, seconds: of the step before.
         """
 
-    def settle(self, sequence: Sequence, token_ids: list[int]) -> None:
-        """A step has drawn these tokens after a sequence: drafts that stayed, and one more."""
+    def settle(self, sequences: list[Sequence], token_ids: list[list[int]]) -> None:
+        """A step has drawn these tokens after each sequence: drafts that stayed, and one more."""
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence: it has ended."""
@@ -76,7 +76,12 @@ class Speculator(NoSpeculator):
             room = min(room, blocks - sequence.num_tokens)
         return min(self.most, max(room, 0))
 
-    def settle(self, sequence: Sequence, token_ids: list[int]) -> None:
+    def settle(self, sequences: list[Sequence], token_ids: list[list[int]]) -> None:
+        for sequence, new in zip(sequences, token_ids, strict=True):
+            if sequence.status is not Status.FINISHED:
+                self.settle_draft(sequence, new)
+
+    def settle_draft(self, sequence: Sequence, token_ids: list[int]) -> None:
         """What was computed for rejected drafts is as if it had never been: the tokens that come
         instead are computed in their place."""
         num_drafts, num_accepted = len(sequence.draft_token_ids), len(token_ids) - 1
