@@ -44,8 +44,12 @@ class DraftCounts(NamedTuple):
 
     def plus(self, num_tokens: int, num_accepted: int) -> "DraftCounts":
         """After one more draft, of so many tokens; without any it was none."""
-        new = int(num_tokens > 0), num_tokens, num_accepted
-        return DraftCounts(*(x + y for x, y in zip(self, new, strict=True)))
+        if num_tokens == 0:
+            return self
+        num_drafts, num_draft_tokens, num_accepted_tokens = self
+        return DraftCounts(
+            num_drafts + 1, num_draft_tokens + num_tokens, num_accepted_tokens + num_accepted
+        )
 
 
 NO_DRAFTS = DraftCounts()

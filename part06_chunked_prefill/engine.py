@@ -16,7 +16,7 @@ from common.completions import Completion, RequestOutput, TokenLogprobs, run_to_
 from common.models.checkpoint import eos_token_ids, load_config, resolve
 from common.models.generation_config import sampling_defaults
 from common.models.tokenizer import Tokenizer
-from common.prompt_logprobs import PromptScores, add_prompt_logprobs
+from common.prompt_logprobs import add_prompt_logprobs
 from common.requests import ParamsForPrompts, Prompts, Request, check_request, make_requests
 from common.sampling import MAX_N
 from common.trace import Trace, phase
@@ -24,6 +24,7 @@ from common.trace import Trace, phase
 from .config import EngineConfig
 from .device_queue import Work
 from .model_runner import Batch, ModelRunner
+from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence, Status
 
@@ -105,8 +106,7 @@ class LLMEngine:
             if self.in_flight and (is_full or not scheduled.num_tokens):
                 pending = self.in_flight.popleft()
                 self.scheduled = scheduled = pending.scheduled
-                token_ids, logprobs, scores = self.wait(pending)
-                self.postprocess(scheduled, token_ids, logprobs, scores)
+                self.postprocess(scheduled, self.wait(pending))
             outputs, self.outbox = self.outbox, []
             self.trace.outputs(outputs)
         return outputs
@@ -127,44 +127,28 @@ class LLMEngine:
         return self.runner.launch(batch)
 
     @phase
-    def wait(
-        self, pending: PendingStep
-    ) -> tuple[list[list[int]], list[list[TokenLogprobs | None]], list[PromptScores]]:
+    def wait(self, pending: PendingStep) -> Sampled:
         """The next tokens of each sampled sequence, when the device has them; and the scores of
         prompts that ask for them."""
         sampled = pending.work.result()
         self.trace.device(pending.number, *pending.work.times())
-        return *sampled.lists(), sampled.prompts
+        return sampled
 
     @phase
-    def postprocess(
-        self,
-        scheduled: SchedulerOutput,
-        token_ids: list[list[int]],
-        logprobs: list[list[TokenLogprobs | None]],
-        scores: list[PromptScores],
-    ) -> None:
+    def postprocess(self, scheduled: SchedulerOutput, sampled: Sampled) -> None:
         """Append the tokens; release the sequences that end.
 
         Tokens of a sequence that has ended since the launch are dropped.
         """
-        add_prompt_logprobs(scheduled.num_new_tokens, scores)
+        add_prompt_logprobs(scheduled.num_new_tokens, sampled.prompts)
+        token_ids, logprobs = sampled.lists()
         for sequence, new, scored in zip(scheduled.sampled, token_ids, logprobs, strict=True):
             if sequence.status is not Status.FINISHED:
-                self.append(sequence, new, scored)
-
-    def append(
-        self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs | None]
-    ) -> None:
-        """Add new tokens to a sequence, up to the one that ends it."""
-        sequence.num_placeholders -= 1
-        for num_taken, token_id in enumerate(token_ids, start=1):
-            reason = sequence.append(token_id)
-            if reason is not None:
-                self.finish(sequence)
-                token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
-                break
-        self.emit(sequence, token_ids, logprobs, reason)
+                sequence.num_placeholders -= 1
+                reason = sequence.extend(new)
+                if reason is not None:
+                    self.finish(sequence)
+                self.emit(sequence, new, scored[: len(new)], reason)
 
     def emit(
         self,

@@ -67,16 +67,23 @@ class Sequence:
         # Penalties change with every token, so a sequence that has them drafts nothing.
         self.may_draft = self.request.may_draft and not self.params.has_penalties
 
-    def append(self, token_id: int) -> str | None:
-        """Add a token to the output. Returns why the sequence ends with it, `stop`, `length` or
-        `error`; None: it goes on."""
-        self.output_token_ids.append(token_id)
-        self.num_tokens += 1
-        if token_id == NO_TOKEN:
-            return "error"
-        if token_id in self.ending_token_ids:
-            return "stop"
-        return "length" if self.num_tokens == self.limit else None
+    def extend(self, token_ids: list[int]) -> str | None:
+        """Add tokens to the output, up to the one that ends it; those behind it are taken off the list.
+        Returns why it ends, with `stop`, `length` or `error`; None: it goes on."""
+        for place, token_id in enumerate(token_ids, start=1):
+            self.output_token_ids.append(token_id)
+            self.num_tokens += 1
+            if token_id == NO_TOKEN:
+                reason = "error"
+            elif token_id in self.ending_token_ids:
+                reason = "stop"
+            elif self.num_tokens == self.limit:
+                reason = "length"
+            else:
+                continue
+            del token_ids[place:]
+            return reason
+        return None
 
     @property
     def num_total_tokens(self) -> int:

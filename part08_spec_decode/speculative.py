@@ -6,6 +6,7 @@ A proposer makes the drafts, `draft_length.py` says how long they are worth to b
 
 from typing import Any
 
+from common.completions import NO_DRAFTS
 from common.trace import Trace, phase
 
 from .config import EngineConfig
@@ -47,7 +48,7 @@ class Speculator(NoSpeculator):
         self.proposer, self.most, self.trace = proposer, most, trace
         self.lengths = DraftLength()
         self.proposed: dict[Sequence, list[int]] = {}  # whole drafts, also what is not verified
-        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.counts = NO_DRAFTS  # of all sequences
 
     @phase
     def propose(self, scheduler: Scheduler, num_tokens: int, seconds: float) -> None:
@@ -90,9 +91,7 @@ class Speculator(NoSpeculator):
         sequence.draft_counts = sequence.draft_counts.plus(num_drafts, num_accepted)
         if num_drafts > num_accepted:
             self.trace.rejected(sequence.request_id, num_drafts - num_accepted)
-        self.num_drafts += num_drafts > 0
-        self.num_draft_tokens += num_drafts
-        self.num_accepted_tokens += num_accepted
+        self.counts = self.counts.plus(num_drafts, num_accepted)
         if proposed := self.proposed.pop(sequence, None):
             self.lengths.observe(sequence, proposed, token_ids)
         sequence.draft_token_ids, sequence.draft_probs = [], None
@@ -103,11 +102,7 @@ class Speculator(NoSpeculator):
         self.proposed.pop(sequence, None)
 
     def stats(self) -> dict[str, Any]:
-        return {
-            "num_drafts": self.num_drafts,
-            "num_draft_tokens": self.num_draft_tokens,
-            "num_accepted_tokens": self.num_accepted_tokens,
-        }
+        return self.counts._asdict()
 
 
 def make_speculator(config: EngineConfig, runner: ModelRunner, trace: Trace) -> NoSpeculator:

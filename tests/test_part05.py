@@ -424,7 +424,7 @@ def test_the_packed_batch_says_what_is_scheduled(part: int) -> None:
     old = sequence_class(
         Request("old", [7] * 6, GREEDY), 9, no_end, 20, row=2, num_computed_tokens=6
     )
-    old.append(42)
+    old.extend([42])
     old.block_table = [9, 3]
     params = SamplingParams(top_k=5, presence_penalty=0.5, min_tokens=2)
     request = Request("new", [11, 12, 13], params, choice=2)
