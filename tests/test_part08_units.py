@@ -450,7 +450,7 @@ def sequence_of(token_ids: list[int], num_output: int = 0) -> Sequence:
     cut = len(token_ids) - num_output
     request = Request("a", token_ids[:cut], SamplingParams())
     sequence = Sequence(request, 0, frozenset(), len(token_ids) + 1000)
-    sequence.output_token_ids = token_ids[cut:]
+    sequence.extend(token_ids[cut:])
     return sequence
 
 
@@ -481,7 +481,7 @@ class TestNgram:
         proposer = NgramProposer(min_n, min_n + extra)
         sequence = sequence_of(pieces[0])
         for piece, rests_now in zip([[], *pieces[1:]], rests, strict=False):
-            sequence.output_token_ids += piece
+            sequence.extend(piece)
             [draft] = proposer.propose([sequence], [0 if rests_now else max_length])
             token_ids = sequence.prompt_token_ids + sequence.output_token_ids
             found = search(token_ids, min_n, min_n + extra, max_length)

@@ -109,7 +109,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         device="cpu",
         threads=1,
         max_num_seqs=count,
-        max_num_batched_tokens=max(256, count),
+        max_num_batched_tokens=count * PROMPT_LEN,  # all prompts in one step
         num_blocks=count * (2 + (PROMPT_LEN + output_len) // 16),
         max_model_len=PROMPT_LEN + output_len,
     )
