@@ -130,10 +130,8 @@ class ModelRunner:
         """Put what the device keeps from step to step into the batch: block tables, and the tokens
         that were not known to the host. And count what the sequences that join have generated."""
         self.inputs.tables.update(batch.table_changes, batch.table_rows)
-        if batch.joined is not None:
-            self.counts.index_fill_(0, batch.joined.rows, 0)
-            places = batch.joined.places
-            self.counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+        if batch.joining is not None:
+            batch.joining.write_to(self.counts)
         drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
         batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
 

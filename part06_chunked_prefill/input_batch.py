@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from common.device import to_device
 from common.kernels import AttentionMetadata
 from common.packed_fields import Arrays, Tensors
 from common.prompt_logprobs import PromptPiece, prompt_pieces
-from common.sampling import SMALLEST_TOP_P, LogitBiases, SamplingBatch, as_int64
+from common.sampling import LogitBiases, SamplingBatch, as_int64
+from common.token_counts import JoiningOutputs
 
 from .block_tables import BlockTables
 from .config import EngineConfig
@@ -37,15 +37,6 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """What the sequences with penalties have generated when they join."""
-
-    rows: torch.Tensor  # [sequences] int64: where their tokens are counted
-    # [tokens] int64: of each token, in the counts of all rows one after the other
-    places: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Batch:
     """The model's input: the new tokens of all sequences, flat."""
 
@@ -60,7 +51,7 @@ class Batch:
     rows: torch.Tensor  # [num_sampled] int64: rows in the tables
     sampling: SamplingBatch
     has_penalties: bool
-    joined: Joined | None = None
+    joining: JoiningOutputs | None = None  # of the sequences that join and have penalties
     prompts: list[PromptPiece] = field(default_factory=list)  # to be scored
 
 
@@ -99,18 +90,8 @@ class InputBatch:
         params = sequence.params
         wishes = (params.logprobs, params.prompt_logprobs)
         self.is_special[sequence.row] = params.has_biases or wishes != (None, None)
-        values = {
-            "seeds": as_int64(sequence.seed),
-            "choices": sequence.request.choice,
-            # A top_k of the whole vocabulary keeps all.
-            "top_k": params.top_k if 0 < params.top_k < self.vocab_size else 0,
-            "temperature": params.temperature,
-            "top_p": max(params.top_p, SMALLEST_TOP_P),
-            "min_p": params.min_p,
-            "presence_penalty": params.presence_penalty,
-            "frequency_penalty": params.frequency_penalty,
-        }
-        for name, value in values.items():
+        values = {"seeds": as_int64(sequence.seed), "choices": sequence.request.choice}
+        for name, value in (values | params.numbers(self.vocab_size)).items():
             self.sampling[name][sequence.row] = value
 
     def prepare(self, scheduled: SchedulerOutput, bucket: Bucket | None = None) -> Batch:
@@ -120,23 +101,13 @@ class InputBatch:
         counts = list(scheduled.num_new_tokens.values())
         starts = [sequence.num_computed_tokens for sequence in sequences]
         batch = self.lay_out(sequences, starts, counts, bucket)
-        joined = self.joined([s for s in scheduled.admitted if s.params.has_penalties])
+        counted = [s for s in scheduled.admitted if s.params.has_penalties]
+        rows, outputs = [s.row for s in counted], [s.output_token_ids for s in counted]
         pieces = []
         if self.is_special[[sequence.row for sequence in sequences]].any():
             pieces = prompt_pieces(sequences, starts, counts)
-        return replace(batch, joined=joined, prompts=pieces)
-
-    def joined(self, sequences: list[Sequence]) -> Joined | None:
-        """What is counted of sequences that join. All of it is known: none has tokens in flight."""
-        if not sequences:
-            return None
-        rows = [sequence.row for sequence in sequences]
-        tokens = [np.array(sequence.output_token_ids, np.int64) for sequence in sequences]
-        places = [row * self.vocab_size + ids for row, ids in zip(rows, tokens, strict=True)]
-        return Joined(
-            to_device(rows, torch.int64, self.device),
-            to_device(np.concatenate(places), torch.int64, self.device),
-        )
+        joining = JoiningOutputs.build(rows, outputs, self.vocab_size, self.device)
+        return replace(batch, joining=joining, prompts=pieces)
 
     def lay_out(
         self,

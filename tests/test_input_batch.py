@@ -105,7 +105,7 @@ def test_the_packed_batch_says_what_is_scheduled(part: int) -> None:
     assert (batch.metadata.max_query_len, batch.metadata.max_seq_len) == (3, 7)
     assert batch.logits_indices.tolist() == [2, 3]
     assert batch.rows.tolist() == [0, 2]
-    assert batch.has_penalties and batch.joined.rows.tolist() == [0]
+    assert batch.has_penalties and batch.joining.rows.tolist() == [0]
     assert (runner.counts[0] == 0).all() and (runner.counts[1:] == 9).all()
     assert batch.sampling.seeds.tolist() == [[-1], [9]]
     assert batch.sampling.choices.tolist() == [[2], [0]]
