@@ -101,7 +101,7 @@ class Operations(TorchDispatchMode):
         if packet in INDEXING and any(x is not None and x.dtype in MASKS for x in arguments[1]):
             complain("a boolean mask as index has a size that only the GPU knows")
         if packet is aten.lift_fresh and arguments[0].dim() > 0:
-            complain("a list or an array as index is copied from memory that is not pinned")
+            complain("numbers of Python or numpy are copied from memory that is not pinned")
         return operation(*arguments, **named)
 
 
