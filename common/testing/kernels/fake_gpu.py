@@ -36,12 +36,15 @@ ARCHITECTURES = {
 
 @dataclass
 class FakeDriver:
-    """What Triton asks its driver for. `compiled` takes the source and metadata of every kernel
-    that is launched for the first time, as Triton gives them to a launcher."""
+    """What Triton asks its driver for.
+
+    compiled: the source and metadata of every kernel that is launched for the first time.
+    launched: the arguments of every launch.
+    """
 
     architecture: Architecture
     compiled: list[tuple[Any, Any]] = field(default_factory=list)
-    num_launches: int = 0
+    launched: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property
     def utils(self) -> "FakeDriver":
@@ -71,7 +74,7 @@ class FakeDriver:
         return self.launch
 
     def launch(self, *arguments: Any) -> None:
-        self.num_launches += 1
+        self.launched.append(arguments)
 
 
 @contextmanager
