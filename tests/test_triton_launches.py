@@ -32,7 +32,7 @@ from common.testing.kernels.launches import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
-FALCON = Model("Falcon-7B", 4544, 18176, 71, 1, 64)
+FALCON = Model("Falcon-7B", 4544, 18176, 71, 1, 64, 65024)
 FORMATS = (torch.bfloat16, torch.float32)
 DECODE_QUERIES = (None, 1, 3, 5, 9)  # of a sequence: not known, one, one and so many drafts
 MAX_LENGTHS = (40, 256, 257, 8192)

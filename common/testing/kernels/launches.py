@@ -71,6 +71,7 @@ class Model:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    vocab: int
     has_head_norms: bool = False
     window: int | None = None
 
@@ -80,11 +81,11 @@ class Model:
 
 
 MODELS = (
-    Model("Qwen3-0.6B", 1024, 3072, 16, 8, 128, has_head_norms=True),
-    Model("SmolLM2-135M", 576, 1536, 9, 3, 64),
-    Model("Qwen2.5-0.5B", 896, 4864, 14, 2, 64),
-    Model("Qwen2.5-7B", 3584, 18944, 28, 4, 128),
-    Model("Mistral-7B-v0.1", 4096, 14336, 32, 8, 128, window=4096),
+    Model("Qwen3-0.6B", 1024, 3072, 16, 8, 128, 151936, has_head_norms=True),
+    Model("SmolLM2-135M", 576, 1536, 9, 3, 64, 49152),
+    Model("Qwen2.5-0.5B", 896, 4864, 14, 2, 64, 151936),
+    Model("Qwen2.5-7B", 3584, 18944, 28, 4, 128, 152064),
+    Model("Mistral-7B-v0.1", 4096, 14336, 32, 8, 128, 32000, window=4096),
 )
 
 
