@@ -80,9 +80,8 @@ class Sequence:
 
         One that is not read yet is written as -1 - row: the device puts in what that row has drawn.
         """
-        offset = len(self.prompt_token_ids)
         if begin >= self.num_tokens:
             return [-1 - self.row] * (end - begin)
-        if begin >= offset:
-            return self.output_token_ids[begin - offset : end - offset]
-        return (self.prompt_token_ids + self.output_token_ids)[begin:end]
+        offset = len(self.prompt_token_ids)
+        output = self.output_token_ids[max(begin - offset, 0) : max(end - offset, 0)]
+        return self.prompt_token_ids[begin:end] + output

@@ -107,10 +107,9 @@ class Sequence:
         One that is not read yet is written as -1 - row: the device puts in what that row has drawn.
         Behind the known tokens lie the drafts.
         """
-        offset = len(self.prompt_token_ids)
         if begin >= self.num_tokens:
             return [-1 - self.row] * (end - begin)
+        offset = len(self.prompt_token_ids)
+        output = self.output_token_ids[max(begin - offset, 0) : max(end - offset, 0)]
         drafts = self.draft_token_ids[: max(end - self.num_tokens, 0)]
-        if begin >= offset:
-            return self.output_token_ids[begin - offset : end - offset] + drafts
-        return (self.prompt_token_ids + self.output_token_ids)[begin:end] + drafts
+        return self.prompt_token_ids[begin:end] + output + drafts

@@ -31,7 +31,7 @@ def test_the_host_does_all_its_work_and_the_device_none(part: int, num_seqs: int
     assert [record.scheduled for record in records] == [dict.fromkeys(names, 1)] * 40
     assert all(set(host.PHASES) <= record.phase_seconds().keys() for record in records)
     taken = sum(len(blocks) for record in records for blocks in record.allocated.values())
-    assert taken in (2 * num_seqs, 3 * num_seqs), "40 tokens fill two or three blocks of 16"
+    assert 2 * num_seqs <= taken <= 3 * num_seqs, "40 tokens fill two or three blocks of 16"
     assert not any(record.finished or record.preempted for record in records)
     assert len(engine.trace.records()) == host.RING
     engine.check_integrity()

@@ -18,7 +18,9 @@ from common.bench.core.processes import part_package, run_worker
 from common.bench.core.results import column, make_result
 
 MODEL = "random:tiny-llama"  # its arithmetic is left out
-PROMPT_LEN, WARM_UP = 24, 32  # tokens, steps
+# Tokens. Of all lengths between, so that as many sequences need a new block in each step.
+SHORTEST, LONGEST = 24, 39
+WARM_UP = 32  # steps
 RING = (
     16  # steps that the trace keeps, so that each step pays for one that leaves, as in a long run
 )
@@ -120,13 +122,13 @@ def engine_without_device(part: int, num_seqs: int, steps: int, **job: Any) -> A
     from common.logprobs import SampledLogprobs
 
     package = part_package(part)
-    most = PROMPT_LEN + output_len(steps)
+    most = LONGEST + output_len(steps)
     config = importlib.import_module(f"{package}.config").EngineConfig(
         model=MODEL,
         device="cpu",
         threads=1,
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=num_seqs * PROMPT_LEN,  # all prompts in one step
+        max_num_batched_tokens=num_seqs * LONGEST,  # all prompts in one step
         num_blocks=num_seqs * (2 + most // 16),
         max_model_len=most,
     )
@@ -154,7 +156,8 @@ def decode_steps(engine: Any, num_seqs: int, steps: int, **job: Any) -> list[Any
 
     params = SamplingParams(temperature=0, max_tokens=output_len(steps), ignore_eos=True)
     for number in range(num_seqs):
-        prompt = [2 + (7 * number + i) % 500 for i in range(PROMPT_LEN)]
+        length = SHORTEST + number % (LONGEST - SHORTEST + 1)
+        prompt = [2 + (7 * number + i) % 500 for i in range(length)]
         engine.add_request(Request(f"request-{number}", prompt, params))
     while engine.stats()["num_waiting"]:
         engine.step()
