@@ -1,0 +1,330 @@
+"""The input of a step, from part 05 on: packed buffers, block tables on the device, padding."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.packed_fields import PackedFields
+from common.requests import Request
+from common.sampling import SamplingParams
+from common.testing.parts import PARTS, distinct_files, engine_of, module_of
+
+MODEL = "random:tiny-llama"
+GREEDY = SamplingParams(temperature=0.0)
+PROMPT = [3, 4, 5]
+
+
+SHAPES = st.tuples(*[st.integers(1, 40)] * 4)
+
+
+@pytest.mark.parametrize("part", distinct_files("input_buffers.py"))
+@given(SHAPES)
+@settings(max_examples=100, deadline=None)
+def test_packed_fields_do_not_overlap(part: int, numbers: tuple[int, int, int, int]) -> None:
+    """Each field is written with its own number; all are read back whole, at aligned addresses."""
+    module = module_of(part, "input_buffers")
+    shape, largest = module.BatchShape(*numbers), module.BatchShape(40, 40, 40, 40)
+    small = module.BatchShape(4, 40, 40, 40)
+    buffers = module.InputBuffers([small, largest], torch.device("cpu"))
+    arrays, tensors = buffers.next(shape)
+    tensors = dict(tensors)
+    for number, array in enumerate(arrays.values()):
+        array[:] = number
+    buffers.copy_to_device(shape)
+    for number, (name, tensor) in enumerate(tensors.items()):
+        assert tensor.data_ptr() % 64 == buffers.hosts[buffers.turn].words.data_ptr() % 64, name
+        assert (tensor == number).all(), name
+        assert len(tensor) == len(arrays[name]) == shape.lengths()[name], name
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    assert [len(side["token_ids"]) for side in buffers.next(largest)] == [40, 40]
+    other = replace(shape, num_seqs=41 - shape.num_seqs, num_sampled=1, num_changes=3)
+    _, tensors = buffers.next(other)
+    again = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    assert again == places, "a field lies at one place, whatever the other fields' lengths"
+    with pytest.raises(ValueError, match="room"):
+        buffers.next(replace(largest, num_tokens=41))
+
+
+def test_a_gpu_gets_one_copy_of_what_there_is() -> None:
+    """A second buffer plays the GPU's: all of a batch arrives there, none of the rest."""
+    module = module_of(5, "input_buffers")
+    largest = module.BatchShape(3, 3, 3, 100)
+    buffers = module.InputBuffers([largest], torch.device("cpu"))
+    sizes = module.FORMATS, [largest.lengths()], torch.device("cpu")
+    buffers.device = PackedFields(*sizes)
+    buffers.device.words.fill_(-1)
+    for count in (5, 2):
+        shape = module.BatchShape(2, 1, 1, count)
+        arrays, tensors = buffers.next(shape)
+        arrays["rows"][:], arrays["table_changes"][:] = count, range(2 * count)
+        buffers.copy_to_device(shape)
+        assert tensors["rows"].tolist() == [count]
+        assert tensors["table_changes"].tolist() == [*range(2 * count)]
+    begin = buffers.device.layouts[0].begins["table_changes"]
+    on_device = buffers.device.words[begin:].tolist()
+    assert on_device == [*range(10)] + [-1] * (len(on_device) - 10)
+
+
+@pytest.mark.parametrize("part", distinct_files("input_batch.py"))
+def test_the_packed_batch_says_what_is_scheduled(part: int) -> None:
+    """A prompt beside a decode row, read back from the buffer and held against plain arithmetic."""
+    engine = engine_of(part, MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8)
+    sequence_class = module_of(part, "sequence").Sequence
+    no_end = frozenset({1})
+    old = sequence_class(
+        Request("old", [7] * 6, GREEDY), 9, no_end, 20, row=2, num_computed_tokens=6
+    )
+    old.extend([42])
+    old.block_table = [9, 3]
+    params = SamplingParams(top_k=5, presence_penalty=0.5, min_tokens=2)
+    request = Request("new", [11, 12, 13], params, choice=2)
+    new = sequence_class(request, 2**64 - 1, no_end, 20, row=0)
+    new.block_table = [5]
+    scheduler_output = module_of(part, "scheduler").SchedulerOutput
+    output = scheduler_output(admitted=[new, old])
+    output.run(new, 3)
+    output.run(old, 1)
+    assert output.num_tokens == 4 and output.sampled == [new, old]
+    runner = engine.runner
+    batch = runner.prepare(output)
+    runner.counts.fill_(9)
+    runner.fill_in(batch)
+    assert batch.token_ids.tolist() == [11, 12, 13, 42]
+    assert batch.positions.tolist() == [0, 1, 2, 6]
+    assert batch.metadata.cu_seqlens_q.tolist() == [0, 3, 4]
+    assert batch.metadata.seq_lens.tolist() == [3, 7]
+    assert batch.metadata.slot_mapping.tolist() == [20, 21, 22, 14]
+    tables = batch.metadata.block_tables
+    assert tables[0, 0] == 5 and tables[1, :2].tolist() == [9, 3]
+    assert (batch.metadata.max_query_len, batch.metadata.max_seq_len) == (3, 7)
+    assert batch.logits_indices.tolist() == [2, 3]
+    assert batch.rows.tolist() == [0, 2]
+    assert batch.has_penalties and batch.joining.rows.tolist() == [0]
+    assert (runner.counts[0] == 0).all() and (runner.counts[1:] == 9).all()
+    assert batch.sampling.seeds.tolist() == [[-1], [9]]
+    assert batch.sampling.choices.tolist() == [[2], [0]]
+    assert batch.sampling.positions.tolist() == [[3], [7]]
+    assert batch.sampling.top_k.tolist() == [[5], [0]]
+    assert batch.sampling.presence_penalty.tolist() == [[0.5], [0.0]]
+    assert np.allclose(batch.sampling.temperature, [[1.0], [0.0]])
+    biased = batch.sampling.biased(torch.zeros(2, engine.vocab_size))
+    assert biased[0, 1] == -torch.inf and (biased[1] == 0).all(), "not its end before min_tokens"
+    old.num_computed_tokens, old.num_placeholders, new.num_computed_tokens = 7, 1, 1
+    old.block_table.append(8)
+    later = scheduler_output(new_blocks={old: [8]})
+    later.run(old, 1)
+    later.run(new, 1)
+    assert later.sampled == [old], "sampled only after its last token"
+    batch = runner.prepare(later)
+    assert batch.token_ids.tolist() == [-1 - 2, 12], "what row 2 has drawn is not known yet"
+    runner.fill_in(batch)
+    assert tables[0, :3].tolist() == [9, 3, 8] and tables[1, 0] == 5, "where they were"
+    assert batch.metadata.slot_mapping.tolist() == [15, 21]
+    assert batch.logits_indices.tolist() == [0] and batch.rows.tolist() == [2]
+    old.num_computed_tokens, old.num_placeholders = 8, 2
+    third = scheduler_output()
+    third.run(old, 1)
+    assert engine.runner.prepare(third).metadata.slot_mapping.tolist() == [32]
+    assert batch.sampling.num_logprobs == [None] and not batch.has_penalties
+
+
+@pytest.mark.parametrize("part", distinct_files("input_batch.py"))
+def test_what_the_device_has_drawn_is_filled_in_by_row(part: int) -> None:
+    runner = engine_of(part, MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8).runner
+    sequence_class = module_of(part, "sequence").Sequence
+    output = module_of(part, "scheduler").SchedulerOutput()
+    for row in (3, 0):
+        sequence = sequence_class(Request(f"{row}", [7], GREEDY), 0, frozenset(), 9, row=row)
+        sequence.num_computed_tokens = sequence.num_placeholders = 1
+        sequence.block_table = [row]
+        output.admitted.append(sequence)
+        output.run(sequence, 1)
+    batch = runner.prepare(output)
+    runner.last_token_ids[:4] = torch.tensor([100, 101, 102, 103])
+    runner.fill_in(batch)
+    assert batch.token_ids.tolist() == [103, 100]
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part >= 5])
+def test_a_step_says_what_its_input_takes(part: int) -> None:
+    """Both buffers, the tables, and the counts of tokens; all of it from the start."""
+    config = module_of(part, "config").EngineConfig(
+        model=MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8
+    )
+    engine = module_of(part, "engine").LLMEngine(config)
+    inputs = engine.runner.inputs
+    stats = engine.stats()
+    per_token = 2 * engine.runner.model.config.num_layers * engine.kv.data[0, 0, 0, 0].nbytes
+    assert stats["kv_cache_bytes"] == 64 * 4 * per_token
+    assert stats["weight_bytes"] == engine.runner.model.num_bytes > 0
+    hosts, tables = inputs.buffers.hosts, inputs.tables
+    assert len({buffer.words.data_ptr() for buffer in hosts}) == 2
+    before = stats["buffer_bytes"]
+    known = sum(buffer.words.nbytes for buffer in hosts) + 3 * tables.host.nbytes
+    assert before > known + 8 * engine.vocab_size * 4
+    engine.generate([PROMPT], replace(GREEDY, frequency_penalty=0.1), progress=False)
+    assert engine.stats()["buffer_bytes"] == before
+
+
+@pytest.mark.parametrize("part", [part for part in distinct_files("model_runner.py") if part >= 5])
+def test_the_buffers_hold_the_largest_step(part: int) -> None:
+    """What a GPU's memory is sized by; here it must only run. And more rows than tokens of context."""
+    flags = {"max_model_len": 12, "max_num_seqs": 40, "num_blocks": 40}
+    engine = engine_of(part, MODEL, threads=1, max_num_batched_tokens=60, **flags)
+    runner = engine.runner
+    largest = runner.largest_step(12)
+    batch = runner.prepare(largest)
+    assert batch.metadata.seq_lens.tolist() == [12, 10] + [1] * 38
+    assert len(batch.token_ids) == largest.num_tokens == 60
+    token_ids, _ = runner.launch(batch).result().lists()
+    assert len(token_ids) == 40
+    outputs = engine.generate([[2]] * 45, replace(GREEDY, max_tokens=4), progress=False)
+    assert len({tuple(output.token_ids) for output in outputs}) == 1
+
+
+# Block tables on the device.
+
+
+WRITES = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.integers(0, 5),
+        st.lists(st.integers(0, 99), max_size=4),
+        st.booleans(),
+    ),
+    max_size=20,
+)
+
+
+@given(WRITES, st.lists(st.integers(0, 4), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_the_device_is_told_what_has_changed(
+    writes: list[tuple[int, int, list[int], bool]], rows: list[int]
+) -> None:
+    """Whatever is written, in however many steps: the device has what the host has."""
+    tables = module_of(5, "block_tables").BlockTables(4, 9, torch.device("cpu"))
+    expected = np.zeros((5, 9), np.int32)
+    address = tables.of_batch.data_ptr()
+
+    def step() -> None:
+        places, blocks = tables.take_changes()
+        assert len(places) == len(set(places.tolist())), "each place once"
+        changes = torch.from_numpy(np.stack([places, blocks.astype(np.int64)]))
+        tables.update(changes, torch.tensor(rows))
+        assert (tables.device.numpy() == expected).all() and (tables.host == expected).all()
+        assert (tables.of_batch[: len(rows)].numpy() == expected[rows]).all()
+
+    for row, begin, blocks, ends_step in writes:
+        tables.write(row, begin, blocks)
+        expected[row, begin : begin + len(blocks)] = blocks
+        if ends_step:
+            step()
+    step()
+    assert len(tables.take_changes()[0]) == 0, "nothing is told twice"
+    assert tables.of_batch.data_ptr() == address and (expected[tables.padding_row] == 0).all()
+
+
+@pytest.mark.parametrize("part", distinct_files("input_batch.py"))
+def test_a_decode_step_says_little_about_tables(part: int) -> None:
+    """Sequences with long tables: what is copied does not grow with them."""
+    engine = engine_of(part, MODEL, threads=1, num_blocks=200, block_size=1, max_num_seqs=4)
+    batches = []
+    prepare = engine.runner.prepare
+    engine.runner.prepare = lambda scheduled: batches.append(prepare(scheduled)) or batches[-1]
+    params = replace(GREEDY, max_tokens=6, ignore_eos=True)
+    engine.generate([[2] * 40, [3] * 30], params, progress=False)
+    numbers = [batch.table_changes.shape[1] for batch in batches]
+    assert sum(numbers) == (40 + 30) + 2 * 5 and numbers[-3:] == [2, 2, 2]
+
+
+# Padding.
+
+
+def decoding(engine: Any, part: int, lengths: list[int]) -> Any:
+    """What the scheduler says about sequences of these lengths that decode their last token, the
+    KV cache behind them filled by a forward."""
+    modules = [module_of(part, name) for name in ("sequence", "scheduler")]
+    prompts, steps = modules[1].SchedulerOutput(), modules[1].SchedulerOutput()
+    size, block = engine.kv.block_size, 0
+    for row, length in enumerate(lengths):
+        tokens = [(7 * row + place) % 50 + 3 for place in range(length)]
+        request = Request(f"{row}", tokens, GREEDY)
+        sequence = modules[0].Sequence(request, 0, frozenset(), length + 9, row=row)
+        num_blocks = length // size + 1
+        sequence.block_table = list(range(block, block + num_blocks))
+        block += num_blocks
+        prompts.admitted.append(sequence)
+        prompts.run(sequence, length)
+    engine.runner.launch(engine.runner.prepare(prompts)).result()
+    for sequence in prompts.num_new_tokens:
+        sequence.extend([11])
+        sequence.num_computed_tokens = len(sequence.prompt_token_ids)
+        steps.run(sequence, 1)
+    return steps
+
+
+@pytest.mark.parametrize("part", distinct_files("input_batch.py"))
+def test_padding_changes_nothing(part: int) -> None:
+    """Of a padded batch the sequences' logits are those of the batch itself, and neither the KV
+    cache nor a table is written by the padding."""
+    flags = {"max_model_len": 64, "num_blocks": 40, "block_size": 4, "max_num_seqs": 8}
+    engine = engine_of(part, MODEL, threads=1, **flags)
+    runner = engine.runner
+    steps = decoding(engine, part, [9, 1, 30])
+    plain = runner.prepare(steps)
+    runner.fill_in(plain)
+    expected, _ = runner.forward(plain)
+    before = engine.kv.data.clone()
+    bucket = module_of(part, "input_batch").Bucket(num_seqs=8, max_seq_len=32)
+    batch = runner.inputs.prepare(steps, bucket)
+    runner.fill_in(batch)
+    assert batch.metadata.seq_lens.tolist() == [10, 2, 31] + [1] * 5
+    assert batch.metadata.cu_seqlens_q.tolist() == list(range(9))
+    assert batch.metadata.slot_mapping[3:].tolist() == [-1] * 5
+    assert batch.token_ids.tolist() == [11] * 3 + [0] * 5
+    assert (batch.metadata.max_query_len, batch.metadata.max_seq_len) == (1, 32)
+    assert (batch.metadata.block_tables[3:] == 0).all()
+    logits, _ = runner.forward(batch)
+    assert len(logits) == len(batch.rows) == 3
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert torch.equal(engine.kv.data, before)
+    assert runner.launch(batch).result().token_ids.tolist() == expected.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("part", distinct_files("input_batch.py"))
+def test_batches_of_one_bucket_lie_at_the_same_places(
+    part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when other batches come between, when one is full and the other is not, and when table
+    changes are many."""
+    flags = {"max_model_len": 64, "num_blocks": 200, "block_size": 4, "max_num_seqs": 8}
+    engine = engine_of(part, MODEL, threads=1, max_num_batched_tokens=500, **flags)
+    inputs = engine.runner.inputs
+    monkeypatch.setattr(
+        inputs.buffers, "device", copy.deepcopy(inputs.buffers.hosts[0])
+    )  # plays a GPU's
+    bucket = module_of(part, "input_batch").Bucket(num_seqs=8, max_seq_len=64)
+    places = set()
+    for lengths in ([9, 1, 30], [60] * 8, [2]):
+        steps = decoding(engine, part, lengths)
+        engine.runner.prepare(steps)
+        batch = inputs.prepare(steps, bucket)
+        tensors = [
+            batch.token_ids,
+            batch.positions,
+            batch.table_rows,
+            *vars(batch.metadata).values(),
+        ]
+        places.add(
+            tuple(
+                (x.data_ptr(), x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
+                for x in tensors
+            )
+        )
+    assert len(places) == 1
