@@ -135,7 +135,7 @@ def engine_without_device(part: int, num_seqs: int, steps: int, **job: Any) -> A
     engine = importlib.import_module(f"{package}.engine").LLMEngine(config)
     sampled_class = importlib.import_module(f"{package}.sampler").Sampled
 
-    def instead(batch: Any) -> Any:
+    def instead(batch: Any, *_: Any) -> Any:
         token_ids = torch.full((len(batch.rows),), 5)
         return sampled_class(token_ids, SampledLogprobs(batch.sampling.num_logprobs))
 
