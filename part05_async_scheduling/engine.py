@@ -144,7 +144,6 @@ class LLMEngine:
         token_ids, logprobs = sampled.lists()
         for sequence, new, scored in zip(scheduled.sampled, token_ids, logprobs, strict=True):
             if sequence.status is not Status.FINISHED:
-                sequence.num_placeholders -= 1
                 reason = sequence.extend(new)
                 if reason is not None:
                     self.finish(sequence)

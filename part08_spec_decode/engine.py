@@ -161,7 +161,6 @@ class LLMEngine:
         self.scheduler.publish(scheduled, [later.scheduled for later in self.in_flight])
         for sequence, new, scored in zip(scheduled.sampled, token_ids, logprobs, strict=True):
             if sequence.status is not Status.FINISHED:
-                sequence.num_placeholders -= 1
                 reason = sequence.extend(new)
                 if reason is not None:
                     self.finish(sequence)

@@ -203,7 +203,7 @@ class Scheduler:
         for sequence, count in output.num_new_tokens.items():
             sequence.num_computed_tokens += count
         for sequence in output.sampled:
-            sequence.num_placeholders += 1
+            sequence.num_total_tokens += 1
             if sequence.num_total_tokens == sequence.limit:
                 self.end(sequence)
 

@@ -115,7 +115,7 @@ def test_the_packed_batch_says_what_is_scheduled(part: int) -> None:
     assert np.allclose(batch.sampling.temperature, [[1.0], [0.0]])
     biased = batch.sampling.biased(torch.zeros(2, engine.vocab_size))
     assert biased[0, 1] == -torch.inf and (biased[1] == 0).all(), "not its end before min_tokens"
-    old.num_computed_tokens, old.num_placeholders, new.num_computed_tokens = 7, 1, 1
+    old.num_computed_tokens, old.num_total_tokens, new.num_computed_tokens = 7, 8, 1
     old.block_table.append(8)
     later = scheduler_output(new_blocks={old: [8]})
     later.run(old, 1)
@@ -127,7 +127,7 @@ def test_the_packed_batch_says_what_is_scheduled(part: int) -> None:
     assert tables[0, :3].tolist() == [9, 3, 8] and tables[1, 0] == 5, "where they were"
     assert batch.metadata.slot_mapping.tolist() == [15, 21]
     assert batch.logits_indices.tolist() == [0] and batch.rows.tolist() == [2]
-    old.num_computed_tokens, old.num_placeholders = 8, 2
+    old.num_computed_tokens, old.num_total_tokens = 8, 9
     third = scheduler_output()
     third.run(old, 1)
     assert engine.runner.prepare(third).metadata.slot_mapping.tolist() == [32]
@@ -141,7 +141,7 @@ def test_what_the_device_has_drawn_is_filled_in_by_row(part: int) -> None:
     output = module_of(part, "scheduler").SchedulerOutput()
     for row in (3, 0):
         sequence = sequence_class(Request(f"{row}", [7], GREEDY), 0, frozenset(), 9, row=row)
-        sequence.num_computed_tokens = sequence.num_placeholders = 1
+        sequence.num_computed_tokens, sequence.num_total_tokens = 1, 2
         sequence.block_table = [row]
         output.admitted.append(sequence)
         output.run(sequence, 1)
