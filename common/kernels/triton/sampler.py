@@ -3,7 +3,8 @@
 No number goes back to the host and no shape depends on one, so sampling can be captured in a CUDA
 graph; rows that need no search or no noise leave the kernels at once. All logits are read by
 programs for each row and chunk of the vocabulary: one row is spread over as many as it has chunks.
-What is compiled follows from the vocabulary and the logits' format alone, not from the batch.
+What is compiled follows from the vocabulary and the logits' format alone, not from the batch: one
+`sample` in the model's format and one in float32, which penalties and drafts need, are all of it.
 """
 
 import torch
