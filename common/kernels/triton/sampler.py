@@ -13,7 +13,6 @@ from torch import Tensor
 
 from common.kernels.triton.launch import Launcher
 from common.kernels.triton.sampler_kernels import (
-    NUM_MARKS,
     extremes_kernel,
     gather_kernel,
     marks_kernel,
@@ -21,6 +20,7 @@ from common.kernels.triton.sampler_kernels import (
     threshold_kernel,
     winner_kernel,
 )
+from common.kernels.triton.sampler_search import NUM_MARKS
 
 CHUNK = 4096  # tokens at most
 TILE = 1024
