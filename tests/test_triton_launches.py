@@ -189,11 +189,11 @@ def test_grids(ops: Ops) -> None:
     prefill = ((302 // 64 + 3) * 8, 1)
     unknown, known = launched(ops, mixed), launched(ops, mixed, decode_queries=1)
     assert unknown == {"prefill": [prefill], "decode": [(24, 4)], "combine": [(3 * 8 * 16,)]}
-    assert known == {"prefill": [prefill], "decode": [(24, 4)], "combine": [(3 * 1 * 16,)]}
+    behind = ((302 // 64 + 1) * 8, 1)  # the two before it have no part in it
+    assert known == {"prefill": [behind], "decode": [(24, 4)], "combine": [(3 * 1 * 16,)]}
     assert launched(ops, [(300, 300)], decode_queries=1)["decode"] == []
-    assert launched(ops, [(0, 9), (2, 300)], decode_queries=1)["prefill"] == [
-        ((2 // 64 + 2) * 8, 1)
-    ]
+    assert launched(ops, [(2, 300), (0, 9)], decode_queries=1)["prefill"] == [((0 + 2) * 8, 1)]
+    assert launched(ops, [(0, 9), (2, 300)], decode_queries=1)["prefill"] == [((0 + 1) * 8, 1)]
 
 
 def test_another_tile_is_taken_at_once(ops: Ops) -> None:

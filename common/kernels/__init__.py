@@ -44,6 +44,9 @@ class AttentionMetadata:
     # 1 + its drafts. A bound, as above; grids and buffers follow from it, and results do not.
     # None: not known.
     max_decode_query_len: int | None = None
+    # So many sequences at the front have at most N queries, if N is known. Fewer are right, too: the
+    # launch for those with more queries passes them over.
+    num_leading_decodes: int = 0
 
 
 class Ops(ABC):
