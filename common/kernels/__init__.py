@@ -55,6 +55,9 @@ class Ops(ABC):
 
     kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], keys then values; a
     block is one contiguous piece of memory.
+
+    Tensors other than metadata should begin at multiples of 16 bytes, as allocators give them. A view
+    that does not is computed right, but may be slower and compile a kernel of its own.
     """
 
     name: str
