@@ -164,7 +164,8 @@ class LLMEngine:
                 reason = sequence.extend(new)
                 if reason is not None:
                     self.finish(sequence)
-                self.emit(sequence, new, scored[: len(new)], reason)
+                del scored[len(new) :]
+                self.emit(sequence, new, scored, reason)
 
     def emit(
         self,
