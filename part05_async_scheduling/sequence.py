@@ -53,8 +53,8 @@ class Sequence:
         self.num_total_tokens = self.num_tokens  # also those that are launched and not read
 
     def extend(self, token_ids: list[int]) -> str | None:
-        """Add tokens to the output, up to the one that ends it; those behind it are taken off the list.
-        Returns why it ends, with `stop`, `length` or `error`; None: it goes on."""
+        """Add tokens that are read to the output, up to the one that ends it; those behind it are taken
+        off the list. Returns why it ends, with `stop`, `length` or `error`; None: it goes on."""
         num_before = self.num_tokens
         for token_id in token_ids:
             self.output_token_ids.append(token_id)
@@ -69,8 +69,6 @@ class Sequence:
                 continue
             del token_ids[self.num_tokens - num_before :]
             return reason
-        if self.num_total_tokens < self.num_tokens:
-            self.num_total_tokens = self.num_tokens
         return None
 
     @property

@@ -68,8 +68,8 @@ class Sequence:
         self.may_draft = self.request.may_draft and not self.params.has_penalties
 
     def extend(self, token_ids: list[int]) -> str | None:
-        """Add tokens to the output, up to the one that ends it; those behind it are taken off the list.
-        Returns why it ends, with `stop`, `length` or `error`; None: it goes on."""
+        """Add tokens that are read to the output, up to the one that ends it; those behind it are taken
+        off the list. Returns why it ends, with `stop`, `length` or `error`; None: it goes on."""
         num_before = self.num_tokens
         for token_id in token_ids:
             self.output_token_ids.append(token_id)
@@ -84,8 +84,6 @@ class Sequence:
                 continue
             del token_ids[self.num_tokens - num_before :]
             return reason
-        if self.num_total_tokens < self.num_tokens:
-            self.num_total_tokens = self.num_tokens
         return None
 
     @property

@@ -88,6 +88,7 @@ class Speculator(NoSpeculator):
         instead are computed in their place."""
         num_drafts, num_accepted = len(sequence.draft_token_ids), len(token_ids) - 1
         sequence.num_computed_tokens -= num_drafts - num_accepted
+        sequence.num_total_tokens += num_accepted
         sequence.num_drafter_tokens = min(sequence.num_drafter_tokens, sequence.num_computed_tokens)
         sequence.draft_counts = sequence.draft_counts.plus(num_drafts, num_accepted)
         if num_drafts > num_accepted:
