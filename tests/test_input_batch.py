@@ -1,7 +1,9 @@
 """The input of a step, from part 05 on: packed buffers, block tables on the device, padding."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,12 @@ from hypothesis import strategies as st
 from common.packed_fields import PackedFields
 from common.requests import Request
 from common.sampling import SamplingParams
+from common.testing.kernels.launches import recorded
+from common.testing.no_syncs import NoSyncs
 from common.testing.parts import PARTS, distinct_files, engine_of, module_of
 
 MODEL = "random:tiny-llama"
-GREEDY = SamplingParams(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 PROMPT = [3, 4, 5]
 
 
@@ -330,3 +334,166 @@ def test_batches_of_one_bucket_lie_at_the_same_places(
             )
         )
     assert len(places) == 1
+
+
+# What a GPU would be given.
+
+
+WITH_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def engine_for_a_gpu(part: int, patch: pytest.MonkeyPatch, **flags: Any) -> tuple[Any, set[Any]]:
+    """An engine with a GPU's kernels, none of which is run, and what it compiles at its start."""
+    from common.kernels.triton.ops import TritonOps
+
+    class Launching(TritonOps):
+        def sample(self, logits: torch.Tensor, *arguments: Any, **columns: Any) -> torch.Tensor:
+            return torch.zeros_like(super().sample(logits, *arguments, **columns))
+
+    patch.setattr(module_of(part, "model_runner"), "select_ops", lambda *which: Launching())
+    config = module_of(part, "config").EngineConfig(
+        model=MODEL, threads=1, max_model_len=1024, num_blocks=400, max_num_seqs=8, **flags
+    )
+    with recorded() as launches:
+        engine = module_of(part, "engine").LLMEngine(config)
+    return engine, {launch.variant for launch in launches}
+
+
+def flat(item: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an object of a model."""
+    if isinstance(item, torch.Tensor):
+        yield item
+    elif isinstance(item, list | tuple):
+        for one in item:
+            yield from flat(one)
+    elif hasattr(item, "__dict__"):
+        yield from flat(list(vars(item).values()))
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("part", distinct_files("input_batch.py"))
+def test_batches_of_one_bucket_are_launched_alike(
+    part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph needs: the same kernels with the same grids and numbers, on the same places
+    of all that stays. What a forward allocates for itself is the graph's own in every replay."""
+    engine, _ = engine_for_a_gpu(part, monkeypatch, block_size=4, max_num_batched_tokens=2048)
+    runner, inputs = engine.runner, engine.runner.inputs
+    inputs.buffers.device = copy.deepcopy(inputs.buffers.hosts[0])  # plays a GPU's
+    stays = [inputs.buffers.device.words, inputs.tables.of_batch, engine.kv.data]
+    stays += flat(runner.model)
+    pieces = [range(x.data_ptr(), x.data_ptr() + x.nbytes) for x in stays]
+    bucket = module_of(part, "input_batch").Bucket(num_seqs=8, max_seq_len=1024)
+
+    def launch_list(lengths: list[int]) -> list[Any]:
+        with recorded():
+            steps = decoding(engine, part, lengths)
+        batch = inputs.prepare(steps, bucket)
+        with recorded() as launches, torch.inference_mode():
+            runner.model.forward(
+                batch.token_ids.clamp(min=0), batch.positions, engine.kv.data, batch.metadata
+            )
+        return [
+            (
+                *launch.variant,
+                launch.grid,
+                launch.numbers,
+                [x if any(x in piece for piece in pieces) else None for x in launch.addresses],
+            )
+            for launch in launches
+        ]
+
+    lists = [launch_list(lengths) for lengths in ([9, 1, 30], [40] * 8, [900])]
+    assert lists[0] == lists[1] == lists[2]
+    kernels = [launch[0] for launch in lists[0]]
+    per_layer = len(kernels) / runner.model.config.num_layers
+    assert "combine_kernel" in kernels, "long sequences are split, so all are"
+    assert 5 < per_layer < 7, kernels
+    known = [x for launch in lists[0] for x in launch[-1] if x is not None]
+    assert len(set(known)) > 8, "the check sees addresses of what stays"
+    with recorded():
+        steps = decoding(engine, part, [9, 1, 30])
+    with recorded() as launches:
+        runner.run(runner.prepare(steps))
+    plain = [launch.grid for launch in launches if launch.kernel == "attention_kernel"]
+    grids = [launch[5] for launch in lists[0] if launch[0] == "attention_kernel"]
+    assert plain != grids, "a batch without a bucket is launched as it is"
+
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 700)), min_size=1, max_size=8)
+WISHES = [
+    GREEDY,
+    SamplingParams(),
+    SamplingParams(top_p=0.5, min_p=0.1),
+    SamplingParams(top_k=3),
+    SamplingParams(presence_penalty=1.0, logprobs=2),
+    SamplingParams(logit_bias={3: 5.0}, prompt_logprobs=1),
+]
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("part", distinct_files("model_runner.py")[-2:])
+def test_an_engine_compiles_nothing_after_its_start(part: int) -> None:
+    """Whatever runs in a step, its kernels are among those of the warm-up."""
+    drafting = {"speculative": "self", "num_speculative_tokens": 3} if part >= 8 else {}
+    with pytest.MonkeyPatch.context() as patch:
+        engine, warm = engine_for_a_gpu(part, patch, max_num_batched_tokens=2400, **drafting)
+
+        @given(LENGTHS, st.sampled_from(WISHES))
+        @settings(max_examples=40, deadline=None)
+        def check(lengths: list[tuple[int, int]], params: SamplingParams) -> None:
+            step = engine.runner.made_up([(new, new + old) for new, old in lengths], params)
+            with recorded() as launches:
+                engine.runner.launch(engine.runner.prepare(step)).result()
+            assert {launch.variant for launch in launches} <= warm
+
+        check()
+
+
+KINDS = [
+    SamplingParams(max_tokens=30, ignore_eos=True, **kind)
+    for kind in (
+        {"temperature": 0.0},
+        {},
+        {"top_k": 3, "top_p": 0.8, "seed": 3, "logprobs": 2},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "logprobs": 0},
+        {"logit_bias": {5: 3.0}, "min_tokens": 3},
+        {"prompt_logprobs": 2, "n": 2},
+    )
+]
+
+
+@pytest.mark.parametrize("proposer", [None, "ngram", "self", "draft"])
+@pytest.mark.parametrize("part", [part for part in distinct_files("model_runner.py") if part >= 5])
+def test_no_step_waits_for_the_device(part: int, proposer: str | None) -> None:
+    """Requests of all kinds together, also when they come back from a preemption."""
+    if proposer and part < 8:
+        pytest.skip("drafts come with part 08")
+    flags: dict[str, Any] = {"num_blocks": 22, "block_size": 4, "max_num_seqs": 8}
+    if proposer:
+        flags |= {"speculative": proposer, "num_speculative_tokens": 3}
+        flags |= {"draft_model": MODEL} if proposer == "draft" else {}
+    config = module_of(part, "config").EngineConfig(model=MODEL, threads=1, **flags)
+    engine = module_of(part, "engine").LLMEngine(config)
+    watched = []
+
+    def watch(runs: Any) -> None:
+        run = runs.run
+
+        def run_without_waiting(*arguments: Any) -> Any:
+            with NoSyncs():
+                watched.append(runs)
+                return run(*arguments)
+
+        runs.run = run_without_waiting
+
+    watch(engine.runner)
+    if proposer:
+        engine.speculator.lengths.choose = lambda sequences, limits, num_tokens: list(limits)
+    if proposer in ("self", "draft"):
+        watch(engine.speculator.proposer)
+    prompts = [[3 + i, 4, 5, 6] * 3 for i in range(len(KINDS))]
+    completions = engine.generate(prompts, KINDS, progress=False)
+    assert all(c.finish_reason == "length" for c in completions)
+    assert engine.stats()["num_preemptions"] > 0
+    assert len(watched) > 10

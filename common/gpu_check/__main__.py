@@ -1,7 +1,7 @@
 """The command line: `python -m common.gpu_check --help`."""
 
 import argparse
-import itertools
+import os
 import shlex
 import sys
 import time
@@ -14,13 +14,14 @@ from common.bench.core.arguments import positive
 from common.bench.core.processes import last_line, part_package
 from common.bench.core.results import Result, column, make_result, save_result
 from common.bench.ladder import existing_parts
-from common.gpu_check.items import FAILED, NOT_REACHED, OK, Item
+from common.gpu_check.items import FAILED, NOT_REACHED, OK, Item, not_reached
 from common.gpu_check.plan import FIRST_PART, MODEL, QUICK_MODEL, SECTIONS, Plan
-from common.gpu_check.runner import run_jobs
+from common.gpu_check.runner import End, run_jobs
 
 DEADLINE = 470  # seconds: a machine is often lent for eight minutes at a time
-LIMIT_PASSED = "the section's time limit had passed"
-DEADLINE_PASSED = "the deadline of the whole run had passed"
+LIMIT_PASSED = "the section's time was up"
+DEADLINE_PASSED = "the time for the whole run was up"
+NO_LIMITS = "the limits, by which it is judged, were not measured"
 
 COLUMNS = [
     column("section", "section"),
@@ -38,9 +39,16 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, on a CPU too")
-    parser.add_argument("--only", type=sections, default=tuple(SECTIONS), metavar="SECTION,...")
+    parser.add_argument(
+        "--only",
+        type=section_and_text,
+        nargs="+",
+        metavar="SECTION[:TEXT]",
+        help="these sections; of a section those checks whose name contains the text",
+    )
+    parser.add_argument("--list", action="store_true", help="print the plan and end")
     parser.add_argument("--parts", type=positive, nargs="+", help="default: all from 03 on")
     parser.add_argument("--model", help=f"of what runs an engine (default: {MODEL})")
     parser.add_argument(
@@ -48,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive,
         default=DEADLINE,
         metavar="SECONDS",
-        help="for everything: what does not fit any more is left out (default: %(default)s)",
+        help="for everything, counted from the start of this process: what does not fit any more"
+        " is left out (default: %(default)s)",
     )
     limits = ", ".join(f"{name} {section.seconds}" for name, section in SECTIONS.items())
     parser.add_argument("--time-limit", type=positive, help=f"s for each section ({limits})")
@@ -56,20 +65,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sections(text: str) -> tuple[str, ...]:
-    """Names with commas between, in the order in which they run."""
-    names = text.split(",")
-    for name in names:
-        if name not in SECTIONS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SECTIONS)}")
-    return tuple(name for name in SECTIONS if name in names)
+def section_and_text(text: str) -> tuple[str, str]:
+    """A section's name, and what the names of its checks are to contain."""
+    name, _, part = text.partition(":")
+    if name not in SECTIONS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SECTIONS)}")
+    return name, part
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    deadline = time.monotonic()
+    start = time.monotonic() - process_age() if argv is None else time.monotonic()
     parser = build_parser()
     args = parser.parse_args(argv)
-    deadline += args.deadline
+    deadline = start + args.deadline
     try:
         device = resolved_device(args.device, args.quick)
         parts = args.parts or [part for part in existing_parts() if part >= FIRST_PART]
@@ -79,11 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     model = args.model or (QUICK_MODEL if args.quick else MODEL)
     plan = Plan(device, args.quick, sorted(parts, reverse=True), model)
+    wanted = dict(args.only or dict.fromkeys(SECTIONS, ""))
+    if args.list:
+        print("\n".join(listing(plan, wanted, args.time_limit, args.deadline)))
+        return 0
     command = f"python -m common.gpu_check {shlex.join(argv or sys.argv[1:])}".rstrip()
     base = to_result({}, parts, command)
     result = base
     save_result(args.json, result)  # where it cannot be written, that is known at once
-    for found in check_all(plan, args.only, args.time_limit, deadline):
+    for found in check_all(plan, wanted, args.time_limit, deadline):
         result = base | changing(found)
         save_result(args.json, result)  # all there is so far: the machine may be gone any moment
     failures = result["failures"]
@@ -104,29 +116,58 @@ def resolved_device(name: str, quick: bool) -> str:
     return device
 
 
+def process_age() -> float:
+    """Seconds since this process began; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return 0.0
+
+
+def ordered(wanted: dict[str, str]) -> dict[str, str]:
+    """In the order in which they run; limits first where a section is judged by them."""
+    if any(SECTIONS[name].needs_limits for name in wanted):
+        wanted = {"limits": "", **wanted}
+    return {name: wanted[name] for name in SECTIONS if name in wanted}
+
+
+def listing(
+    plan: Plan, wanted: dict[str, str], time_limit: int | None, deadline: float
+) -> Iterator[str]:
+    """The plan in lines: sections, their seconds, and the processes of each."""
+    total = 0
+    for name in ordered(wanted):
+        seconds = (time_limit or SECTIONS[name].seconds) * plan.patience
+        total += seconds
+        at_once = 1 if SECTIONS[name].is_timed else plan.at_once
+        yield f"{name}: {seconds} s" + (f", {at_once} processes at once" if at_once > 1 else "")
+        for job in SECTIONS[name].jobs(plan):
+            share = f" ({job['share'][0] + 1} of {job['share'][1]})" if "share" in job else ""
+            yield f"    {job['name']}{share}: at most {job['limit']:.0f} s a check"
+    yield f"in all {total} s, and the last section until the deadline at {deadline:.0f} s"
+
+
 def check_all(
-    plan: Plan, only: Sequence[str], time_limit: int | None, deadline: float
+    plan: Plan, wanted: dict[str, str], time_limit: int | None, deadline: float
 ) -> Iterator[dict[str, list[Item]]]:
-    """The items of each section, after every new one; limits first where a section is judged by
-    them."""
+    """The items of each section, after every new one."""
     found: dict[str, list[Item]] = {}
-    wanted = set(only)
-    if any(SECTIONS[name].needs_limits for name in only):
-        wanted.add("limits")
-    for name, section in SECTIONS.items():
-        if name not in wanted:
-            continue
+    wanted = ordered(wanted)
+    for name, text in wanted.items():
         log(f"{name} …")
-        limits = limits_of(found)
+        section, limits = SECTIONS[name], limits_of(found)
+        is_last = name == list(wanted)[-1] and not time_limit
+        seconds = (time_limit or section.seconds) * plan.patience
+        end = End(time.monotonic() + seconds, LIMIT_PASSED)
+        if deadline < end.at or is_last:
+            end = End(deadline, DEADLINE_PASSED)
+        jobs = [job | {"limits": limits, "only": text} for job in section.jobs(plan)]
+        items = run_jobs(jobs, end, 1 if section.is_timed else plan.at_once)
         if section.needs_limits and limits is None:
-            continue  # the failure that says why is there already
-        end, why = time.monotonic() + (time_limit or section.seconds), LIMIT_PASSED
-        if deadline < end:
-            end, why = deadline, DEADLINE_PASSED
-        jobs = [job | {"limits": limits} for job in section.jobs(plan)]
-        before = run_jobs(section.before(plan), end, why, plan.at_once)
-        items = run_jobs(jobs, end, why, 1 if section.is_timed else plan.at_once)
-        for item in itertools.chain(before, items):
+            items = iter([not_reached(job["name"], NO_LIMITS, end.left) for job in jobs])
+        for item in items:
             found.setdefault(name, []).append(item)
             log(f"  {item['name']}: {item['status']} {summary(item)}")
             yield found
@@ -141,9 +182,7 @@ def to_result(found: dict[str, list[Item]], parts: list[int], command: str) -> R
     title = "Checks and measurements on the device"
     new = changing(found)
     rows, limits = new.pop("rows"), new.pop("limits")
-    return make_result(
-        title, COLUMNS, rows, limits=limits, parts=parts, command=command, extra=new
-    )
+    return make_result(title, COLUMNS, rows, limits=limits, parts=parts, command=command, extra=new)
 
 
 def changing(found: dict[str, list[Item]]) -> dict[str, Any]:
@@ -166,16 +205,15 @@ def changing(found: dict[str, list[Item]]) -> dict[str, Any]:
 
 def summary(item: Item) -> str:
     """What an item found, in one short line."""
+    if item["status"] == NOT_REACHED:
+        return f"{item['error']} ({item['seconds_left']:.0f} s were left)"
     if item["error"]:
         return last_line(item["error"])[:200]
-    if "rows" in item:
-        return "; ".join(
-            f"{row['point']}: {row['rate']:,.0f} tok/s" + share(row, "mbu") + share(row, "mfu")
-            for row in item["rows"]
-        )
     if "us" in item:
         text = f"{item['us']:,.1f} µs ({item['call_us']:,.1f} a call)"
         return text + share(item, "mbu") + share(item, "mfu")
+    if "tok/s" in item and "mfu" in item:
+        return f"{item['tok/s']:,.0f} tok/s" + share(item, "mbu") + share(item, "mfu")
     known = {"name", "status", "seconds", "error"}
     found = item.get("limits") or {key: item[key] for key in item if key not in known}
     return ", ".join(

@@ -1,6 +1,7 @@
 """The operations that `rooflines` measures: inputs for each, and how much work it cannot avoid."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,12 +50,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one shape: what it must read and write, what it computes, and the call."""
+    """One operation at one shape: what it must read and write, what it computes, and the call.
+
+    under: a context to call it in.
+    """
 
     name: str
     num_bytes: float
     num_flops: float
     make: Callable[[], Callable[[], object]]
+    under: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Maker:

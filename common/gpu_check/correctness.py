@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from common.gpu_check.items import Item, attempt
+from common.gpu_check.engines import threads_of
+from common.gpu_check.items import Check
 
 if TYPE_CHECKING:
     from common.testing.kernels.all_cases import CaseResult
@@ -11,11 +12,11 @@ if TYPE_CHECKING:
 KERNELS = {"cuda": "triton", "cpu": "cpu"}
 
 
-def items(job: dict[str, Any]) -> Iterator[Item]:
-    """{"device", "dtype", "share": (i, n)} -> an item for every n-th case, from the i-th on.
+def checks(job: dict[str, Any]) -> Iterator[Check]:
+    """{"device", "dtype", "share": (i, n)} -> every n-th case, from the i-th on.
 
-    Cases lie by operation, so that neighbours compile much the same: dealt out, each process compiles
-    about as much as the others.
+    Cases lie by operation, so that neighbours compile much the same: dealt out, each process
+    compiles about as much as the others.
     """
     import torch
 
@@ -24,26 +25,20 @@ def items(job: dict[str, Any]) -> Iterator[Item]:
     from common.testing.kernels.case import Target
 
     kernels = KERNELS[job["device"].partition(":")[0]]
-    ops = select_ops(kernels, job["device"])  # by name: "auto" would fall back to the reference
+    # By name: "auto" would fall back to the reference.
+    ops = select_ops(kernels, job["device"], threads_of(job))
     target = Target(ops, torch.device(job["device"]), getattr(torch, job["dtype"]))
     first, every = job["share"]
-    cases = list(all_cases(target))
-    assert cases, "there are no cases"
-    for case in cases[first::every]:
-        results: list[CaseResult | None] = []
-
-        def run(case: Any = case, results: list[Any] = results) -> dict[str, Any]:
-            results.append(check(case, target))
-            return judged(results[0])
-
-        item = attempt(f"{kernels}, {job['dtype']}, {case.op}, {case.name}", run)
-        if results != [None]:  # else these kernels need not take the case
-            yield item
+    # The reference runs on the CPU, and so do the other processes.
+    torch.set_num_threads(threads_of(job) or 2)
+    for case in list(all_cases(target))[first::every]:
+        name = f"{kernels}, {job['dtype']}, {case.op}, {case.name}"
+        yield name, lambda case=case: judged(check(case, target))
 
 
 def judged(result: "CaseResult | None") -> dict[str, Any]:
     """The error and what was allowed. Raises AssertionError where it is more."""
     if result is None:
-        return {}
+        return {"note": "these kernels need not take the case"}
     assert result.passed, str(result)
     return {"relative_error": result.error, "tolerance": result.tolerance}

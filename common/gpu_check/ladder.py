@@ -1,93 +1,135 @@
-"""The parts' speed on a GPU: decoding at several batch sizes, and prefill, on Qwen3's shapes
-(or what --models names)."""
+"""The parts' speed: decoding at several batch sizes, and prefill; and transformers' `generate`."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from common.bench import BenchError
 from common.bench.core.rates import Point, decode_point, planned_runs, prefill_point, rate, shares
-from common.bench.core.worker import generate_job
-from common.gpu_check.items import Item, attempt
+from common.gpu_check.engines import dtype_of, engine_of, threads_of
+from common.gpu_check.items import Check, Once
 
-BATCH_SIZES = (1, 16, 64, 256)
+BATCH_SIZES, QUICK_BATCH_SIZES = (1, 16, 64, 256), (1, 4)
+THEIR_BATCH_SIZES = (1, 64)  # transformers'
 REPEATS = 2
-
-
-def items(job: dict[str, Any]) -> Iterator[Item]:
-    """{"name", "part", "model", "device", "quick", "limits"} -> one item."""
-    yield attempt(job["name"], lambda: speeds(job))
 
 
 def points(quick: bool) -> list[Point]:
     if quick:
-        return [decode_point(1, 16, 8), decode_point(4, 16, 8), prefill_point(2, 32)]
+        return [*(decode_point(size, 16, 8) for size in QUICK_BATCH_SIZES), prefill_point(2, 32)]
     return [*(decode_point(size) for size in BATCH_SIZES), prefill_point(8, 1024)]
 
 
-def speeds(job: dict[str, Any]) -> dict[str, Any]:
-    """Tokens a second, MBU and MFU at each point, and the most GPU memory that was allocated."""
-    import torch
+def checks(job: dict[str, Any]) -> Iterator[Check]:
+    """{"name", "part", "model", "device", "quick", "limits"} -> a check for each point."""
+    engine = Once(lambda: started(job))
+    for point in points(job["quick"]):
+        name = f"{job['name']}, {point.label}"
+        yield name, lambda point=point: measured(engine(), point, job)
+    if job["device"].startswith("cuda"):
+        yield f"{job['name']}, memory", lambda: memory(engine(), job)
 
+
+def started(job: dict[str, Any]) -> Any:
+    """An engine that has room for every point."""
+    chosen = points(job["quick"])
+    return engine_of(
+        job,
+        max_num_seqs=max(point.batch_size for point in chosen),
+        max_model_len=max(point.max_model_len for point in chosen) + 1,
+    )[0]
+
+
+def measured(engine: Any, point: Point, job: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second, MBU and MFU."""
+    repeats = 1 if job["quick"] else REPEATS
+    plan = planned_runs(point, engine.vocab_size, 0, repeats)
+    runs = [run(engine, requests) for requests in plan]
+    return rated(point, lambda: rate(point, runs), job)
+
+
+def run(engine: Any, requests: dict[str, Any]) -> dict[str, Any]:
+    """{"prompts", "max_tokens"} -> seconds and token ids: greedy, and no token ends it."""
+    from common.sampling import SamplingParams
+
+    params = [
+        SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        for count in requests["max_tokens"]
+    ]
+    begin = time.perf_counter()
+    completions = engine.generate(requests["prompts"], params, progress=False)
+    seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "outputs": [list(done.token_ids) for done in completions]}
+
+
+def rated(point: Point, measure: Callable[[], float], job: dict[str, Any]) -> dict[str, Any]:
+    """A point's speed, and its shares of the limits. Tiny shapes may have none: what they take to
+    decode is less than two runs differ by."""
     from common.models.checkpoint import read_json, resolve
 
-    vocab_size = read_json(resolve(job["model"]) / "config.json")["vocab_size"]
-    chosen = points(job["quick"])
-    repeats = 1 if job["quick"] else REPEATS
-    plans = [planned_runs(point, vocab_size, 0, repeats) for point in chosen]
-    answer = generate_job(
-        {
-            "part": job["part"],
-            "model": job["model"],
-            "settings": {
-                "device": job["device"],
-                "dtype": "bfloat16" if job["device"].startswith("cuda") else "float32",
-                "max_num_seqs": max(point.batch_size for point in chosen),
-                "max_model_len": max(point.max_model_len for point in chosen) + 1,
-            },
-            "runs": [run for plan in plans for run in plan],
-        }
-    )
-    runs = iter(answer.pop("runs"))
-    rows = []
-    for point, plan in zip(chosen, plans, strict=True):
-        speed = rate(point, [next(runs) for _ in plan])
-        share = shares(point, speed, answer["max_num_seqs"], answer, job["limits"])
-        rows.append({"point": point.label, "rate": speed, **share})
-    cuda = job["device"].startswith("cuda")
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
-    return {"rows": rows, "construct_s": answer["construct_s"], "peak_mib": peak}
+    try:
+        speed = measure()
+    except BenchError as error:
+        if job["quick"]:
+            return {"note": str(error)}
+        raise
+    facts = {"shape": read_json(resolve(job["model"]) / "config.json"), "dtype": dtype_of(job)}
+    return {"tok/s": speed, **shares(point, speed, point.batch_size, facts, job["limits"])}
 
 
-def transformers_items(job: dict[str, Any]) -> Iterator[Item]:
-    """{"name", "model", "device", "quick"} -> one item: what users have without an engine."""
-    yield attempt(job["name"], lambda: transformers_speeds(job))
+def memory(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """What the engine holds, and the most that PyTorch had allocated and reserved; MiB."""
+    import torch
+
+    held = {name: value / 2**20 for name, value in engine.stats().items() if "bytes" in name}
+    return {name.replace("bytes", "mib"): value for name, value in held.items()} | {
+        "peak_allocated_mib": torch.cuda.max_memory_allocated(job["device"]) / 2**20,
+        "peak_reserved_mib": torch.cuda.max_memory_reserved(job["device"]) / 2**20,
+    }
 
 
-def transformers_speeds(job: dict[str, Any]) -> dict[str, Any]:
-    """Tokens a second of `generate`, with its defaults, at batch 1 and a larger one."""
+def transformers_checks(job: dict[str, Any]) -> Iterator[Check]:
+    """{"name", "model", "device", "quick", "limits"} -> a check for each batch size: what users
+    have without an engine."""
+    model = Once(lambda: transformers_model(job))
+    for size in QUICK_BATCH_SIZES if job["quick"] else THEIR_BATCH_SIZES:
+        point = decode_point(size, 16, 8) if job["quick"] else decode_point(size)
+        name = f"{job['name']}, {point.label}"
+        yield name, lambda point=point: transformers_speed(model(), point, job)
+
+
+def transformers_model(job: dict[str, Any]) -> Any:
     import torch
 
     from common.models.checkpoint import load_transformers_model, resolve
 
-    cuda = job["device"].startswith("cuda")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    model = load_transformers_model(resolve(job["model"]), dtype, job["device"])
-    prompt_len, output_len = (16, 8) if job["quick"] else (128, 64)
-    rows = []
-    for size in (1, 4) if job["quick"] else (1, 64):
-        prompts = torch.randint(2, 500, (size, prompt_len), device=job["device"])
+    torch.set_num_threads(threads_of(job) or torch.get_num_threads())
+    return load_transformers_model(
+        resolve(job["model"]), getattr(torch, dtype_of(job)), job["device"]
+    )
 
-        def seconds(count: int, prompts: torch.Tensor = prompts) -> float:
-            begin = time.perf_counter()
-            model.generate(
-                prompts, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-            )
-            if cuda:
-                torch.cuda.synchronize()
-            return time.perf_counter() - begin
 
-        seconds(2)
-        first, whole = seconds(1), seconds(output_len)
-        speed = size * (output_len - 1) / (whole - first)
-        rows.append({"point": f"decode, batch {size}", "rate": speed})
-    return {"rows": rows}
+def transformers_speed(model: Any, point: Point, job: dict[str, Any]) -> dict[str, Any]:
+    return rated(point, lambda: generate_speed(model, point, job), job)
+
+
+def generate_speed(model: Any, point: Point, job: dict[str, Any]) -> float:
+    """Tokens a second of `generate`, with its defaults, after the first token."""
+    import torch
+
+    shape = (point.batch_size, point.prompt[0])
+    prompts = torch.randint(2, 500, shape, device=job["device"])
+
+    def seconds(count: int) -> float:
+        begin = time.perf_counter()
+        made = model.generate(
+            prompts, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+        assert made.cpu().shape == (shape[0], shape[1] + count), made.shape
+        return time.perf_counter() - begin
+
+    seconds(2)
+    spent = seconds(point.output[0]) - seconds(1)
+    if spent <= 0:
+        raise BenchError(f"{point.label}: the time to decode is within the noise of the prefill's")
+    return point.batch_size * (point.output[0] - 1) / spent

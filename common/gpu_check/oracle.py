@@ -7,39 +7,39 @@ device and teacher-forced along the same tokens: how far below the float32 refer
 its choices lie, and how far ours.
 """
 
-import importlib
 import random
 from collections.abc import Iterator
 from typing import Any
 
-from common.gpu_check.items import Item, attempt
+from common.gpu_check.engines import engine_of, threads_of
+from common.gpu_check.items import Check
 
-MODELS = ("random:tiny-llama", "random:tiny-qwen3")
 PROMPT_LENGTHS = (1, 3, 16, 17, 40, 63, 130, 200)
 TIMES_YARDSTICK = 2.0  # our mean gap may be so many times transformers' own,
 SLACK = 0.02  # and so much more, of a logit
+NUM_BLOCKS = 512  # of the KV cache: several engines share the GPU's memory
 
 Pairs = list[tuple[list[int], list[int]]]  # prompts and outputs, token ids
 
 
-def items(job: dict[str, Any]) -> Iterator[Item]:
-    """{"part", "device", "quick"} -> two items a model."""
-    for model in MODELS:
-        name = f"part {job['part']:02d}, {model}"
-        yield attempt(f"{name}, fp32", lambda model=model: equality(job, model))
-        yield attempt(f"{name}, bf16", lambda model=model: closeness(job, model))
+def checks(job: dict[str, Any]) -> Iterator[Check]:
+    """{"part", "device", "quick", "choices": [(model, dtype)]} -> one check for each choice."""
+    import torch
+
+    # The reference runs on the CPU, and other processes may be at work there.
+    torch.set_num_threads(threads_of(job) or 2)
+    for model, dtype in job["choices"]:
+        check = equality if dtype == "float32" else closeness
+        name = f"part {job['part']:02d}, {model}, {dtype}"
+        yield name, lambda check=check, model=model: check(job, model)
 
 
 def outputs_of(job: dict[str, Any], model: str, dtype: str) -> Pairs:
     """Greedy outputs of the part for prompts of many lengths, in batches and more than one."""
-    from common.bench.core.processes import part_package
     from common.sampling import SamplingParams
 
-    package = part_package(job["part"])
-    config = importlib.import_module(f"{package}.config").EngineConfig(
-        model=model, device=job["device"], dtype=dtype, max_num_seqs=5
-    )
-    engine = importlib.import_module(f"{package}.engine").LLMEngine(config)
+    sizes = {"max_num_seqs": 5, "num_blocks": NUM_BLOCKS}
+    engine = engine_of(job | {"model": model}, dtype=dtype, **sizes)[0]
     draw = random.Random(model)
     lengths = PROMPT_LENGTHS[:4] if job["quick"] else PROMPT_LENGTHS
     prompts = [[draw.randrange(2, 512) for _ in range(length)] for length in lengths]

@@ -1,111 +1,151 @@
-"""What runs, in which order, and for how long: the sections and the jobs of each."""
+"""What runs, in which order, and for how long: the sections and the jobs of each.
+
+The most valuable first, since a borrowed machine may be gone at any moment: whether the kernels are
+right, whether the engines are, and then what is fast and what is not.
+"""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Job = dict[str, Any]
+Job = dict[str, Any]  # "kind", "name", "device", "quick", "limit", and more of its kind
 
 MODEL, QUICK_MODEL = "random:qwen3-0.6b", "random:tiny-qwen3"
 FIRST_PART = 3  # the first with our own model and kernels
 FIRST_ASYNC_PART = 5
-LADDER_PARTS = 4  # so many of them, the newest first
+LADDER_PARTS = (3, 4, 5)  # beside the newest: what decoding gained from
+ORACLE_MODELS = ("random:tiny-qwen3", "random:tiny-llama")
+ENGINE_START = 90  # seconds, when all its kernels have to be compiled first
+CPU_PATIENCE = 5  # times the limits: there kernels are compiled by others, on fewer cores
 
 
 @dataclass(frozen=True)
 class Plan:
     """What was asked for, and on what."""
 
-    device: str  # cpu or cuda
+    device: str  # cpu, cuda or cuda:N
     quick: bool
     parts: list[int]  # newest first
     model: str
 
     @property
+    def is_cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
     def at_once(self) -> int:
-        """Processes that compile kernels side by side."""
-        return min(8, len(os.sched_getaffinity(0)) // 2) if self.device == "cuda" else 1
+        """Processes side by side, where nothing is timed and all compile kernels."""
+        return max(1, min(14, len(os.sched_getaffinity(0)) - 2)) if self.is_cuda else 1
 
-    def job(self, kind: str, name: str, **more: Any) -> Job:
-        return {"kind": kind, "name": name, "device": self.device, "quick": self.quick, **more}
+    @property
+    def patience(self) -> int:
+        return 1 if self.is_cuda else CPU_PATIENCE
 
-    def job_of(self, kind: str, part: int, **more: Any) -> Job:
-        """A job that runs an engine."""
+    def job(self, kind: str, name: str, limit: float, needs: float = 8, **more: Any) -> Job:
+        """limit: seconds for each of its checks; needs: seconds without which it is not begun."""
+        limit *= self.patience
+        common = {"kind": kind, "name": name, "device": self.device, "quick": self.quick}
+        return common | {"limit": limit, "first_limit": limit, "needs": needs} | more
+
+    def job_of(self, kind: str, part: int, limit: float, needs: float = 15) -> Job:
+        """A job that runs an engine, which starts with the first check."""
         name = f"part {part:02d}, {self.model}"
-        return self.job(kind, name, part=part, model=self.model, **more)
+        first = {"first_limit": max(limit, ENGINE_START) * self.patience}
+        return self.job(kind, name, limit, needs, part=part, model=self.model, **first)
+
+    def shares(self, kind: str, name: str, limit: float, count: int, **more: Any) -> list[Job]:
+        """One job's checks, dealt out to several processes."""
+        return [self.job(kind, name, limit, share=(i, count), **more) for i in range(count)]
 
 
 @dataclass(frozen=True)
 class Section:
-    """Some jobs, and the seconds that they may take together.
-
-    before: jobs that only compile what the others measure, side by side.
-    """
+    """Some jobs, and the seconds that they may take together; the last one of a run may go on until
+    the deadline."""
 
     seconds: int
     jobs: Callable[[Plan], list[Job]]
     is_timed: bool = True  # so its jobs run one after the other
     needs_limits: bool = False
-    before: Callable[[Plan], list[Job]] = lambda plan: []
 
 
 def limits(plan: Plan) -> list[Job]:
-    return [plan.job("limits", "limits")]
+    return [plan.job("limits", "limits", 20)]
 
 
 def kernels(plan: Plan) -> list[Job]:
-    return correctness(plan, "bfloat16" if plan.device == "cuda" else "float32")
+    """The cases; beside them, other processes compile what later sections measure."""
+    dtype = "bfloat16" if plan.is_cuda else "float32"
+    cases = correctness(plan, dtype)
+    if not plan.is_cuda:
+        return cases
+    newest = plan.job_of("start", plan.parts[0], 65)
+    return [newest, *cases, *plan.shares("compile", "compile ahead", 60, max(1, plan.at_once // 3))]
 
 
 def formats(plan: Plan) -> list[Job]:
-    names = ("float32", "float16") if plan.device == "cuda" else ()
+    names = ("float32", "float16") if plan.is_cuda else ()
     return [job for name in names for job in correctness(plan, name)]
 
 
 def correctness(plan: Plan, dtype: str) -> list[Job]:
-    """Every case once, dealt out to the processes that run side by side."""
-    shares = [(i, plan.at_once) for i in range(plan.at_once)]
-    return [plan.job("kernels", f"kernels, {dtype}", dtype=dtype, share=share) for share in shares]
+    """Every case once; of a CPU's, which the test suite runs, some."""
+    name = f"kernels, {dtype}"
+    if not plan.is_cuda:
+        return [plan.job("kernels", name, 30, dtype=dtype, share=(0, 4))]
+    return plan.shares("kernels", name, 30, max(1, plan.at_once // 2), dtype=dtype)
 
 
 def oracle(plan: Plan) -> list[Job]:
+    """On a GPU a process for each model and number format, since each compiles its own kernels."""
     parts = dict.fromkeys([plan.parts[0], plan.parts[-1]])
-    return [plan.job("oracle", f"part {part:02d}", part=part) for part in parts]
-
-
-def rooflines(plan: Plan) -> list[Job]:
-    return [plan.job("rooflines", group, group=group) for group in ("attention", "tiles", "others")]
-
-
-def compile_rooflines(plan: Plan) -> list[Job]:
-    if plan.device != "cuda":
-        return []
-    shares = [(i, plan.at_once) for i in range(plan.at_once)]
-    return [plan.job("compile", "compile ahead", share=share) for share in shares]
+    choices = [(model, dtype) for model in ORACLE_MODELS for dtype in ("bfloat16", "float32")]
+    if not plan.is_cuda:
+        own = choices[: 2 if plan.quick else None]
+        return [
+            plan.job("oracle", f"part {part:02d}", 60, part=part, choices=own) for part in parts
+        ]
+    return [
+        plan.job("oracle", f"part {part:02d}, {model}, {dtype}", 55, part=part, choices=[choice])
+        for part in parts
+        for choice in choices
+        for model, dtype in [choice]
+    ]
 
 
 def steps(plan: Plan) -> list[Job]:
-    return [plan.job_of("steps", part) for part in plan.parts[:1] if part >= FIRST_ASYNC_PART]
+    newest = plan.parts[0]
+    return [plan.job_of("steps", newest, 20)] if newest >= FIRST_ASYNC_PART else []
 
 
 def nano_vllm(plan: Plan) -> list[Job]:
-    return [plan.job_of("nano_vllm", plan.parts[0])]
+    return [plan.job_of("nano_vllm", plan.parts[0], 85, 30)]
+
+
+def rooflines(plan: Plan) -> list[Job]:
+    groups = ("attention", "tiles", "others")
+    if not plan.is_cuda:
+        return [plan.job("rooflines", "all", 12, groups=groups)]
+    return [plan.job("rooflines", group, 12, groups=[group]) for group in groups]
 
 
 def ladder(plan: Plan) -> list[Job]:
-    ours = [plan.job_of("ladder", part) for part in plan.parts[:LADDER_PARTS]]
-    theirs = plan.job("transformers", f"transformers, {plan.model}", model=plan.model)
-    return [*ours[:1], theirs, *ours[1:]]
+    """The newest part, transformers, and other parts, the newer first."""
+    newest, *older = plan.parts
+    others = [part for part in older if part in LADDER_PARTS] or older[:1]
+    theirs = plan.job("transformers", f"transformers, {plan.model}", 45, 15, model=plan.model)
+    ours = [plan.job_of("ladder", part, 45) for part in (newest, *others)]
+    return [ours[0], theirs, *ours[1:]]
 
 
 SECTIONS = {
     "limits": Section(20, limits),
     "kernels": Section(70, kernels, is_timed=False),
-    "oracle": Section(60, oracle),
-    "rooflines": Section(70, rooflines, needs_limits=True, before=compile_rooflines),
+    "oracle": Section(60, oracle, is_timed=False),
     "steps": Section(40, steps),
     "nano_vllm": Section(90, nano_vllm),
+    "rooflines": Section(70, rooflines, needs_limits=True),
     "ladder": Section(100, ladder, needs_limits=True),
-    "formats": Section(110, formats, is_timed=False),
+    "formats": Section(20, formats, is_timed=False),
 }

@@ -10,6 +10,7 @@ included, inputs cached. Where the second is larger, the CPU is what an engine w
 there is one clock, and the two are the same but for the cache.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from unittest import mock
 from common.bench.offline import matmul_rate
 from common.gpu_check.cases import Case, Maker, Shape
 from common.gpu_check.correctness import KERNELS
-from common.gpu_check.items import Item, attempt
+from common.gpu_check.engines import threads_of
+from common.gpu_check.items import Check
 
 if TYPE_CHECKING:
     import torch
@@ -55,30 +57,37 @@ SPLITS = (128, 512)  # tokens, beside the table's own
 Pair = tuple[str, Case]  # what is measured, under which name
 
 
-def items(job: dict[str, Any]) -> Iterator[Item]:
-    """{"device", "quick", "limits", "group"} -> one item a case, for the device's kernels."""
-    for name, case in GROUPS_OF_CASES[job["group"]](*target(job), job["quick"]):
-        yield attempt(name, lambda case=case: measure(case, job))
+def checks(job: dict[str, Any]) -> Iterator[Check]:
+    """{"device", "quick", "limits", "groups"} -> one check a case, for the device's kernels."""
+    own = target(job)
+    for group in job["groups"]:
+        for name, case in GROUPS_OF_CASES[group](*own, job["quick"]):
+            yield name, lambda case=case: measure(case, job)
 
 
-def compile_ahead(job: dict[str, Any]) -> Iterator[Item]:
-    """{"device", "quick", "share": (i, n)} -> one item: every n-th case is called once."""
+def compile_ahead(job: dict[str, Any]) -> Iterator[Check]:
+    """{"device", "quick", "share": (i, n)} -> one check: every n-th case is called once."""
     first, every = job["share"]
+    yield f"compile ahead, {first + 1} of {every}", lambda: call_each(job, first, every)
 
-    def compile_share() -> dict[str, Any]:
-        import torch
 
-        pairs = [
-            pair
-            for group in GROUPS_OF_CASES.values()
-            for pair in group(*target(job), job["quick"], is_small=True)
-        ]
-        with torch.inference_mode():
-            for _, case in pairs[first::every]:
-                case.make()()
-        return {"num_cases": len(pairs[first::every])}
+def call_each(job: dict[str, Any], first: int, every: int) -> dict[str, Any]:
+    import torch
 
-    yield attempt(f"compile ahead, {first + 1} of {every}", compile_share)
+    pairs = [
+        pair
+        for group in GROUPS_OF_CASES.values()
+        for pair in group(*target(job), job["quick"], is_small=True)
+    ]
+    failures = {}
+    with torch.inference_mode():
+        for name, case in pairs[first::every]:
+            try:
+                with case.under():
+                    case.make()()
+            except Exception as error:  # where it is measured, it is told
+                failures[name] = f"{type(error).__name__}: {error}"[:200]
+    return {"num_cases": len(pairs[first::every]), "failures": failures}
 
 
 def target(job: dict[str, Any]) -> tuple["torch.device", "torch.dtype", "Ops"]:
@@ -88,7 +97,8 @@ def target(job: dict[str, Any]) -> tuple["torch.device", "torch.dtype", "Ops"]:
 
     device = torch.device(job["device"])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, dtype, select_ops(KERNELS[device.type], device)
+    torch.set_num_threads(threads_of(job) or torch.get_num_threads())
+    return device, dtype, select_ops(KERNELS[device.type], device, threads_of(job))
 
 
 def attention_cases(
@@ -135,23 +145,19 @@ def tile_cases(
 
 
 def patched(case: Case, patch: Any) -> Case:
-    """The same case with another table of tiles while it runs."""
+    """The same case under another table of tiles."""
     from common.kernels.triton import attention
 
-    def make() -> Callable[[], object]:
-        call = case.make()
-
-        def run() -> object:
-            with patch:
+    @contextlib.contextmanager
+    def under() -> Iterator[None]:
+        with patch:
+            attention.tile_for.cache_clear()
+            try:
+                yield
+            finally:
                 attention.tile_for.cache_clear()
-                try:
-                    return call()
-                finally:
-                    attention.tile_for.cache_clear()
 
-        return run
-
-    return replace(case, make=make)
+    return replace(case, under=under)
 
 
 def other_cases(
@@ -179,7 +185,7 @@ def measure(case: Case, job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     device, dtype, _ = target(job)
-    with torch.inference_mode():
+    with torch.inference_mode(), case.under():
         return timed(case.make(), case, dtype, device, job)
 
 

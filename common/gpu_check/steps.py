@@ -2,225 +2,182 @@
 what it waits for, and what the host does to it.
 
 One engine, both loops: with two steps in flight, and in turns. Then, of the same engine: kernels
-launched in a step, kernels compiled after the warm-up (there should be none), whether any call
-made the host wait for the device (PyTorch's own guard raises), and the same forward captured as a
-CUDA graph, which is the limit that launches stand in the way of.
+launched in a step; whether any call made the host wait for the device (PyTorch's own guard raises);
+and the same steps with the forward as a CUDA graph, which is the limit that launches stand in the
+way of. Last: whether any kernel was compiled after the start, where traffic would have waited.
 """
 
-import contextlib
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from common.bench.core.worker import start_engine
 from common.bench.core.workload import random_prompts
-from common.gpu_check.items import Item, attempt
+from common.gpu_check.engines import engine_of
+from common.gpu_check.graphs import Graphs, can_capture
+from common.gpu_check.guard import guard_checks
+from common.gpu_check.items import Check, Once
+from common.gpu_check.ladder import run
+from common.gpu_check.variants import Variants
 
 BATCH_SIZES, QUICK_BATCH_SIZES = (1, 16, 64, 256), (2,)
-OUTPUT_LEN, QUICK_OUTPUT_LEN = 128, 12
+PROMPT_LEN, OUTPUT_LEN, QUICK_OUTPUT_LEN = 32, 128, 12
+PROFILED = 16  # steps
 SETTLED = 8  # steps at either end that are left out
-REPLAYS = 20
+LOOPS = {"two steps in flight": 2, "in turns": 1}
 
 
-def items(job: dict[str, Any]) -> Iterator[Item]:
-    """{"name", "part", "model", "device", "quick"} -> an item for each loop, and the others."""
-    engine: Any = None
-
-    def start() -> dict[str, Any]:
-        nonlocal engine
-        engine, answer = started(job)
-        return answer
-
-    yield attempt(f"{job['name']}, start", start)
-    if engine is None:
-        return
-    for is_async in (True, False):
-        loop = "two steps in flight" if is_async else "in turns"
-        yield attempt(
-            f"{job['name']}, {loop}", lambda is_async=is_async: loop_times(engine, job, is_async)
-        )
-    if job["device"].startswith("cuda"):
-        yield attempt(f"{job['name']}, launches", lambda: launches(engine, job))
-        yield attempt(f"{job['name']}, no waiting", lambda: guarded(engine, job))
-        yield attempt(f"{job['name']}, captured", lambda: captured(engine, job))
-
-
-def started(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(an engine, seconds of its start)."""
+def checks(job: dict[str, Any]) -> Iterator[Check]:
+    """{"name", "part", "model", "device", "quick"} -> the checks of one engine."""
+    variants = Variants()
+    engine = Once(lambda: started(job, variants))
+    on_gpu = job["device"].startswith("cuda")
     sizes = QUICK_BATCH_SIZES if job["quick"] else BATCH_SIZES
-    settings = {
-        "device": job["device"],
-        "dtype": "bfloat16" if job["device"].startswith("cuda") else "float32",
-        "max_num_seqs": max(sizes),
-        "max_model_len": 512,
-    }
-    engine, _, answer = start_engine(
-        {"part": job["part"], "model": job["model"], "settings": settings}
-    )
-    return engine, answer
-
-
-def decode(engine: Any, size: int, output_len: int) -> float:
-    """Seconds of generating from `size` short prompts."""
-    from common.sampling import SamplingParams
-
-    prompts = random_prompts([32] * size, engine.vocab_size, f"steps {size}")
-    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
-    begin = time.perf_counter()
-    engine.generate(prompts, params, progress=False)
-    return time.perf_counter() - begin
-
-
-def loop_times(engine: Any, job: dict[str, Any], is_async: bool) -> dict[str, Any]:
-    """For each batch size: microseconds between the device's steps and of a step, the share of the
-    time in which it was busy (%), tokens a second; and how many kernels were compiled meanwhile."""
-    engine.num_in_flight = 2 if is_async else 1
-    output_len = QUICK_OUTPUT_LEN if job["quick"] else OUTPUT_LEN
-    found: dict[str, Any] = {}
-    for size in QUICK_BATCH_SIZES if job["quick"] else BATCH_SIZES:
-        decode(engine, size, 4)
-        start = engine.trace.last_record.step
-        with compilations(job) as compiled:
-            seconds = decode(engine, size, output_len)
-        records = [record for record in engine.trace.records() if record.step > start]
-        spans = [span for record in records for span in record.device][1:]
-        skip = min(SETTLED, len(spans) // 4)
-        spans = spans[skip : len(spans) - skip]
-        gaps = [after[1] - before[2] for before, after in itertools.pairwise(spans)]
-        busy = sum(end - begin for _, begin, end in spans)
-        found[f"gap us at {size}"] = 1e6 * statistics.median(gaps)
-        found[f"step us at {size}"] = 1e6 * statistics.median(
-            end - begin for _, begin, end in spans
-        )
-        found[f"busy % at {size}"] = 100 * busy / (spans[-1][2] - spans[0][1])
-        found[f"tok/s at {size}"] = size * output_len / seconds
-        found[f"compiled at {size}"] = len(compiled)
-    assert not any(value for name, value in found.items() if name.startswith("compiled")), found
-    return found
-
-
-@contextlib.contextmanager
-def compilations(job: dict[str, Any]) -> Iterator[list[str]]:
-    """The names of the kernels that Triton compiles meanwhile, or fetches from its folder."""
-    names: list[str] = []
-    if not job["device"].startswith("cuda"):
-        yield names
+    yield f"{job['name']}, start", lambda: {"start_s": engine()[1]}
+    for (loop, num_in_flight), size in itertools.product(LOOPS.items(), sizes):
+        name = f"{job['name']}, {loop}, batch {size}"
+        yield name, lambda n=num_in_flight, size=size: loop_times(engine()[0], job, n, size)
+    if not on_gpu:
         return
-    from triton import knobs
-
-    def note(*_: Any, **about: Any) -> None:
-        names.append(str(about.get("repr") or about.get("fn")))
-
-    before = knobs.runtime.jit_cache_hook
-    knobs.runtime.jit_cache_hook = note
-    try:
-        yield names
-    finally:
-        knobs.runtime.jit_cache_hook = before
+    if can_capture(job["part"]):
+        for size in sizes:
+            name = f"{job['name']}, forward as a graph, batch {size}"
+            yield name, lambda size=size: captured(engine()[0], job, size)
+    for size in sizes[::3]:
+        name = f"{job['name']}, launches, batch {size}"
+        yield name, lambda size=size: launches(engine()[0], size)
+    yield from guard_checks(job, lambda: engine()[0])
+    yield f"{job['name']}, compiled after the start", lambda: compiled_late(engine, variants)
 
 
-def launches(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Kernels that a step launches, and copies, by PyTorch's profiler."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
+def started(job: dict[str, Any], variants: Variants) -> tuple[Any, float]:
+    """(an engine, seconds of its start); from then on `variants` notes what is compiled."""
+    sizes = QUICK_BATCH_SIZES if job["quick"] else BATCH_SIZES
+    engine, answer = engine_of(job, max_num_seqs=max(sizes), max_model_len=512)
+    if job["device"].startswith("cuda"):
+        variants.note()
+    return engine, answer["construct_s"]
 
-    engine.num_in_flight = 2
-    found: dict[str, Any] = {}
-    for size in BATCH_SIZES[::3]:
-        decode(engine, size, 4)
-        start = engine.trace.last_record.step
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            decode(engine, size, 32)
-            torch.cuda.synchronize()
-        num_steps = engine.trace.last_record.step - start
-        counts = {event.key: event.count for event in profiler.key_averages()}
-        for name, calls in (
-            ("launches", ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")),
-            ("copies", ("cudaMemcpyAsync", "cudaMemsetAsync")),
-            ("waits", ("cudaStreamSynchronize", "cudaDeviceSynchronize")),
-        ):
-            found[f"{name} a step at {size}"] = sum(counts.get(call, 0) for call in calls) / num_steps
+
+def cold_start(job: dict[str, Any]) -> Iterator[Check]:
+    """{"name", "part", "model", "device", "quick"} -> one check: a start where nothing is compiled,
+    unless another process has been here. It leaves all kernels of the model on disk."""
+    yield f"{job['name']}, cold start", lambda: coldly(job)
+
+
+def coldly(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the start, and the kernels that were compiled in it."""
+    variants = Variants()
+    variants.note()
+    # Others are at work on the same GPU.
+    engine, answer = engine_of(job, max_model_len=4096, kv_cache_memory=1 << 30)
+    decode(engine, 4, 4)
+    return {**answer, "num_variants": len(variants.names), "variants": variants.names}
+
+
+def compiled_late(engine: Once[Any], variants: Variants) -> dict[str, Any]:
+    """Raises AssertionError where a kernel was compiled while serving."""
+    engine()
+    assert not variants.names, "\n".join(["compiled, or fetched from disk:", *variants.names])
+    return {"num_variants": 0}
+
+
+def decode(engine: Any, size: int, output_len: int) -> dict[str, Any]:
+    """Generate from `size` short prompts: {"seconds", "outputs"}."""
+    prompts = random_prompts([PROMPT_LEN] * size, engine.vocab_size, f"steps {size}")
+    return run(engine, {"prompts": prompts, "max_tokens": [output_len] * size})
+
+
+def loop_times(engine: Any, job: dict[str, Any], num_in_flight: int, size: int) -> dict[str, Any]:
+    """Microseconds of a step, of the device's time between two, and of the host's phases; the
+    share of the time in which the device had a step to work on (%); tokens a second."""
+    engine.num_in_flight = num_in_flight
+    output_len = QUICK_OUTPUT_LEN if job["quick"] else OUTPUT_LEN
+    decode(engine, size, 4)
+    with engine.trace.follow(backlog=10_000) as records:
+        seconds = decode(engine, size, output_len)["seconds"]
+    records = list(records)
+    spans = settled([span for record in records for span in record.device][1:])
+    gaps = [after[1] - before[2] for before, after in itertools.pairwise(spans)]
+    found = {
+        "tok/s": size * output_len / seconds,
+        "step us": 1e6 * statistics.median(end - begin for _, begin, end in spans),
+        "gap us": 1e6 * statistics.median(gaps),
+        "busy %": 100 * sum(end - begin for _, begin, end in spans) / (spans[-1][2] - spans[0][1]),
+    }
+    phases = [record.phase_seconds() for record in settled(records)]
+    for name in phases[0]:
+        found[f"{name} us"] = 1e6 * statistics.median(phase.get(name, 0.0) for phase in phases)
     return found
 
 
-def guarded(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Steps of all kinds of requests under PyTorch's guard against waiting for the device."""
-    import torch
+def settled(of_steps: list[Any]) -> list[Any]:
+    """Without the first and the last few."""
+    skip = min(SETTLED, len(of_steps) // 4)
+    return of_steps[skip : len(of_steps) - skip]
 
-    from common.sampling import SamplingParams
+
+def captured(engine: Any, job: dict[str, Any], size: int) -> dict[str, Any]:
+    """As `loop_times`, with the forward of each decode step as one launch; and microseconds of
+    that alone. Raises AssertionError where the tokens are not those of ordinary steps."""
+    from common.bench.core.rates import same_tokens
 
     engine.num_in_flight = 2
-    kinds = [
-        {"temperature": 0},
-        {"temperature": 0.8, "top_p": 0.9, "top_k": 50},
-        {"temperature": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.5},
-        {"temperature": 0, "logprobs": 5},
-        {"temperature": 0, "logit_bias": {5: 1.0}},
-    ]
-    params = [SamplingParams(max_tokens=24, ignore_eos=True, **kind) for kind in kinds]
-    prompts = random_prompts([32] * len(kinds), engine.vocab_size, "guarded")
-    launch = engine.launch
-
-    def watched(batch: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return launch(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    engine.launch = watched
-    try:
-        engine.generate(prompts, params, progress=False)
-    finally:
-        engine.launch = launch
-    return {"num_requests": len(kinds)}
+    expected = decode(engine, size, 24)["outputs"]
+    with Graphs(engine.runner) as graphs:
+        outputs = decode(engine, size, 24)["outputs"]
+        same = same_tokens(outputs, expected)
+        # Attention is split in other places, and the last bit may decide between two tokens.
+        assert same > 50, f"{same:.0f}% of the tokens are those of ordinary steps"
+        times = loop_times(engine, job, 2, size)
+        return {**times, "forward us": graphs.microseconds(), "same tokens %": same}
 
 
-def captured(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Microseconds of a decode step's forward and sampling, launched and as one CUDA graph."""
+def launches(engine: Any, size: int) -> dict[str, Any]:
+    """What a decode step launches, copies and waits for, by PyTorch's profiler; microseconds of
+    its kernels, and the share of the time in which one of them ran (%)."""
+    engine.num_in_flight = 2
+    decode(engine, size, 4)
+    few, many = (decode(engine, size, 4 + count)["seconds"] for count in (0, PROFILED))
+    step_us = 1e6 * (many - few) / PROFILED
+    before, after = (profiled(engine, size, 4 + count) for count in (0, PROFILED))
+    kernels = {}
+    for name, (count, us) in after.items():
+        earlier = before.get(name, (0, 0.0))
+        kernels[name] = ((count - earlier[0]) / PROFILED, (us - earlier[1]) / PROFILED)
+
+    def total(*names: str) -> float:
+        return sum(kernels.get(name, (0.0, 0.0))[0] for name in names)
+
+    kernel_us = sum(us for _, us in kernels.values())
+    slowest = sorted(kernels.items(), key=lambda entry: -entry[1][1])[:12]
+    return {
+        "launches a step": total("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel",
+                                 "cuLaunchKernelEx"),
+        "copies a step": total("cudaMemcpyAsync", "cudaMemsetAsync"),
+        "waits a step": total("cudaStreamSynchronize", "cudaDeviceSynchronize",
+                              "cudaEventSynchronize"),
+        "step us": step_us,
+        "kernels us": kernel_us,
+        "kernels % of a step": 100 * kernel_us / step_us,
+        "slowest": [
+            {"kernel": name, "a step": count, "us": us} for name, (count, us) in slowest if us
+        ],
+    }  # fmt: skip
+
+
+def profiled(engine: Any, size: int, output_len: int) -> dict[str, tuple[int, float]]:
+    """Name of each call and kernel -> how many, and microseconds on the device."""
     import torch
+    from torch.profiler import DeviceType, ProfilerActivity, profile
 
-    engine.num_in_flight = 1
-    runner, found = engine.runner, {}
-    for size in BATCH_SIZES:
-        batches: list[Any] = []
-        run = runner.run
-
-        def noting(batch: Any, run: Callable = run, batches: list[Any] = batches) -> Any:
-            batches.append(batch)
-            return run(batch)
-
-        runner.run = noting
-        try:
-            decode(engine, size, 4)
-        finally:
-            runner.run = run
-        batch = batches[-1]  # its tensors lie in the input buffers still
-
-        def step(batch: Any = batch) -> Any:
-            logits, _ = runner.forward(batch)
-            return runner.sample(batch, logits)
-
-        with torch.inference_mode():
-            found[f"launched us at {size}"] = microseconds(step)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            found[f"captured us at {size}"] = microseconds(graph.replay)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        decode(engine, size, output_len)
+        torch.cuda.synchronize()
+    found: dict[str, tuple[int, float]] = {}
+    for event in profiler.key_averages():
+        on_device = event.device_type == DeviceType.CUDA
+        us = event.self_device_time_total if on_device else 0.0
+        count, earlier = found.get(event.key, (0, 0.0))
+        found[event.key] = (count + event.count, earlier + us)
     return found
-
-
-def microseconds(call: Callable[[], object]) -> float:
-    """Of a call, when calls follow each other at once."""
-    import torch
-
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(REPLAYS):
-        call()
-    torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - begin) / REPLAYS

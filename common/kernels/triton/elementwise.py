@@ -146,7 +146,8 @@ def rotary_and_store_kernel(
     kv_head = heads - tl.where(
         heads < NUM_HEADS + NUM_KV_HEADS, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS
     )
-    offset = tl.where(is_value, half, 0) + kv_head[:, None] * HEAD_DIM
+    # A product, and not tl.where, after which Triton sees no alignment and stores single elements.
+    offset = is_value.to(tl.int32) * half + kv_head[:, None] * HEAD_DIM
     cached = kv_cache + place + layer.to(tl.int64) * (2 * half) + offset
     store_halves(cached, rotated, second, columns, is_cached, HEAD_DIM)
 
