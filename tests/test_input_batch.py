@@ -84,6 +84,7 @@ def test_the_packed_batch_says_what_is_scheduled(part: int) -> None:
     old = sequence_class(
         Request("old", [7] * 6, GREEDY), 9, no_end, 20, row=2, num_computed_tokens=6
     )
+    old.num_total_tokens += 1
     old.extend([42])
     old.block_table = [9, 3]
     params = SamplingParams(top_k=5, presence_penalty=0.5, min_tokens=2)
@@ -267,6 +268,7 @@ def decoding(engine: Any, part: int, lengths: list[int]) -> Any:
         prompts.run(sequence, length)
     engine.runner.launch(engine.runner.prepare(prompts)).result()
     for sequence in prompts.num_new_tokens:
+        sequence.num_total_tokens += 1
         sequence.extend([11])
         sequence.num_computed_tokens = len(sequence.prompt_token_ids)
         steps.run(sequence, 1)
