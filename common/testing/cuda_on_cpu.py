@@ -141,9 +141,10 @@ class OnCpu(TorchFunctionMode):
         """Raise what the GPU would."""
         name = getattr(func, "__name__", str(func))
         on_gpu = marks - {None}
-        if func in READ and on_gpu:
+        is_read = func in READ and any(mark_of(x) is not None for x in tensors_in(args))
+        if is_read and func is not T.numpy:
             GPU.wait(name)
-        if func is T.numpy and on_gpu:
+        if is_read and func is T.numpy:
             raise TypeError("can't convert a CUDA tensor to numpy")
         if func in (torch.tensor, torch.as_tensor) and index is not None:
             GPU.wait(f"{name} with a device")
