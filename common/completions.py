@@ -44,14 +44,18 @@ class DraftCounts(NamedTuple):
 
     def plus(self, num_tokens: int, num_accepted: int) -> "DraftCounts":
         """After one more draft, of so many tokens; without any it was none."""
-        new = int(num_tokens > 0), num_tokens, num_accepted
-        return DraftCounts(*(x + y for x, y in zip(self, new, strict=True)))
+        if num_tokens == 0:
+            return self
+        num_drafts, num_draft_tokens, num_accepted_tokens = self
+        return DraftCounts(
+            num_drafts + 1, num_draft_tokens + num_tokens, num_accepted_tokens + num_accepted
+        )
 
 
 NO_DRAFTS = DraftCounts()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestOutput:
     """What one step of an engine adds to a request.
 
@@ -105,7 +109,7 @@ class Completion:
         return len(self.token_ids)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Delta:
     """What one or more new tokens add to a completion. `finish_reason` is set on the last."""
 

@@ -38,7 +38,13 @@ def resolve_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.
 def to_device(
     values: Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """A tensor of these numbers on the device; the host does not wait for the copy."""
+    """A tensor of these numbers on the device; the host does not wait for the copy.
+
+    The pinned memory that a GPU copies from is dropped here, before the copy is done. PyTorch keeps
+    it: a copy that does not block leaves an event on the block, and the allocator of pinned memory
+    gives the block to nobody before that event. The copy is on the current stream, and memory is
+    pinned by the current device, which should be this one.
+    """
     on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
 

@@ -24,6 +24,9 @@ def choose_num_blocks(
 ) -> int:
     """How many blocks the cache should have: what was asked for, or what memory and need allow.
 
+    A GPU's memory is there for the cache, so one that keeps prefixes takes all that it may have; on
+    a CPU other programs want it, and no cache is larger than its sequences at their longest.
+
     config: an engine's. reserved: bytes of a GPU that a step needs for itself. draft_model: its keys
     and values lie in blocks of the same numbers. Raises ValueError.
     """
@@ -40,6 +43,8 @@ def choose_num_blocks(
             f"{memory} bytes are there for the KV cache, and a block of {config.block_size} tokens"
             f" takes {block_bytes}: see kv_cache_memory and block_size"
         )
+    if device.type == "cuda" and getattr(config, "prefix_cache", "off") != "off":
+        return memory // block_bytes
     blocks_each = -(-model.max_model_len // config.block_size)
     return min(memory // block_bytes, config.max_num_seqs * blocks_each)
 
@@ -86,15 +91,35 @@ def kv_cache_budget(device: torch.device, gpu_memory_utilization: float, reserve
     return min(CPU_LIMIT, int(CPU_SHARE * free_memory()))
 
 
-def peak_memory(device: torch.device, run: Callable[[], object]) -> int:
-    """Bytes of a GPU that `run` takes at its peak, beside what is allocated before; on a CPU nothing
-    is run. Raises torch.OutOfMemoryError."""
+def largest_counts(num_tokens: int, num_seqs: int, most: int, least: int = 1) -> list[int]:
+    """New tokens of each sequence in the largest step: so many in all or as many as may be, the
+    first sequences with the most that one may have, all others with the least."""
+    counts: list[int] = []
+    for i in range(num_seqs):
+        counts.append(min(num_tokens - sum(counts) - least * (num_seqs - i - 1), most))
+    return counts
+
+
+def peak_memory(device: torch.device, run: Callable[[], object], num_tokens: int) -> int:
+    """Bytes of a GPU that `run`, a step of so many tokens, takes at its peak, beside what is taken
+    before; on a CPU nothing is run. Raises ValueError.
+
+    Counted is what the allocator reserves: between the pieces in use some lies idle, and nobody else
+    can have it.
+    """
     if device.type != "cuda":
         return 0
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    peak = torch.cuda.max_memory_allocated(device)
+    before = torch.cuda.memory_reserved(device)
+    try:
+        run()
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"no memory on the GPU for a step of {num_tokens} tokens:"
+            " see max_num_batched_tokens and max_model_len"
+        ) from error
+    peak = torch.cuda.max_memory_reserved(device)
     torch.cuda.empty_cache()
     return peak - before
 

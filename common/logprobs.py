@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.completions import TokenLogprobs
+from common.device import to_device
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,27 @@ class SampledLogprobs:
     top_token_ids: Tensor | None = None  # [rows that asked, most] int64
 
     @classmethod
-    def of(cls, logits: Tensor, token_ids: Tensor, wishes: list[int | None]) -> "SampledLogprobs":
-        """The model's own: before penalties, temperature and filters.
+    def of(
+        cls,
+        logits: Tensor,
+        token_ids: Tensor,
+        wishes: list[int | None],
+        asked: Tensor | None = None,
+    ) -> "SampledLogprobs":
+        """The model's own: before penalties, temperature and filters. Does not wait for the device.
 
-        logits: [rows, vocab]; token_ids: [rows] int64, what was drawn.
+        logits: [rows, vocab]; token_ids: [rows] int64, what was drawn. asked: the rows that ask, as
+        `wishes` says too, int64 on the logits' device; copied there unless given.
         """
-        asked = [row for row, count in enumerate(wishes) if count is not None]
-        if not asked:
+        rows = [row for row, count in enumerate(wishes) if count is not None]
+        if not rows:
             return cls(wishes)
-        logprobs = logits[asked].float().log_softmax(dim=-1)
-        own = logprobs.gather(1, token_ids[asked].clamp(min=0).unsqueeze(1))
-        values, ids = logprobs.topk(max(wishes[row] or 0 for row in asked))
+        if len(rows) < len(wishes):
+            asked = to_device(rows, torch.int64, logits.device) if asked is None else asked
+            logits, token_ids = logits[asked], token_ids[asked]
+        logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
+        own = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1))
+        values, ids = logprobs.topk(max(count for count in wishes if count is not None))
         return cls(wishes, torch.cat([own, values], dim=1), ids)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SampledLogprobs":

@@ -180,6 +180,18 @@ class SamplingParams:
         """
         return frozenset(self.stop_token_ids) | frozenset(() if self.ignore_eos else eos_token_ids)
 
+    def numbers(self, vocab_size: int) -> dict[str, float]:
+        """What the logits of each token are treated with, as operations take it."""
+        return {
+            # A top_k of the whole vocabulary keeps all too, and is spared the sort.
+            "top_k": self.top_k if 0 < self.top_k < vocab_size else 0,
+            "temperature": self.temperature,
+            "top_p": max(self.top_p, SMALLEST_TOP_P),
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+        }
+
     @cached_property
     def logit_bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and what is added to their logits: made once, read in every step."""
@@ -396,14 +408,11 @@ class SamplingBatch:
         lengths = [n + len(output) for n, output in zip(num_prompt_tokens, outputs, strict=True)]
         rows = zip(params, ending_token_ids or [()] * len(params), outputs, strict=True)
         biases = [p.biases(ends, len(output)) for p, ends, output in rows]
+        numbers = [p.numbers(vocab) for p in params]
+        names = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
         return cls(
-            temperature=column([p.temperature for p in params]),
-            # A top_k of the whole vocabulary keeps all too, and is spared the sort.
-            top_k=column([p.top_k if 0 < p.top_k < vocab else 0 for p in params], torch.int64),
-            top_p=column([max(p.top_p, SMALLEST_TOP_P) for p in params]),
-            min_p=column([p.min_p for p in params]),
-            presence_penalty=column([p.presence_penalty for p in params]),
-            frequency_penalty=column([p.frequency_penalty for p in params]),
+            **{name: column([row[name] for row in numbers]) for name in names},
+            top_k=column([row["top_k"] for row in numbers], torch.int64),
             seeds=column([as_int64(seed) for seed in seeds], torch.int64),
             positions=column(lengths, torch.int64),
             output_counts=counts,

@@ -10,6 +10,7 @@ and a follower that falls behind is told so.
 
 import contextlib
 import functools
+import itertools
 import json
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 CAPACITY = 4096  # steps kept
+FEW = 4  # steps: some 0.1 ms with 256 requests in each
 
 
 @dataclass
@@ -91,9 +93,11 @@ class EngineState:
                 del self.waiting[request_id]
                 self.running[request_id] = self.cached[request_id] = count
         for request_id, count in record.scheduled.items():
-            if request_id in self.waiting or request_id in self.running:
-                self.waiting.pop(request_id, None)
-                self.running[request_id] = self.running.get(request_id, 0) + count
+            if request_id in self.running:
+                self.running[request_id] += count
+            elif request_id in self.waiting:
+                del self.waiting[request_id]
+                self.running[request_id] = count
         for request_id, count in record.rejected.items():
             if request_id in self.running:
                 self.running[request_id] -= count
@@ -127,17 +131,22 @@ def to_json(item: StepRecord | EngineState) -> str:
 
 
 class Trace:
-    """The last steps of one engine, and its state before the first and after the last of them."""
+    """The last steps of one engine, and its state before the first and after the last of them.
+
+    A step that leaves the ring is added to the first state. The last one is added up when somebody
+    asks for it: while nobody looks, a step costs little more than its record.
+    """
 
     def __init__(self, capacity: int = CAPACITY, num_blocks: int = 0, block_size: int = 0) -> None:
         self.capacity = capacity
         self._records: deque[StepRecord] = deque()
         self._next = StepRecord(0, 0.0)
         self._in_step = False
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # the engine waits for it
+        self._looking = threading.Lock()  # taken first where both are; readers wait for it
         self._followers: list[deque[StepRecord]] = []
         self._first = EngineState(num_blocks, block_size)  # before the oldest record
-        self._last = EngineState(num_blocks, block_size)
+        self._last = EngineState(num_blocks, block_size)  # as it was when somebody last asked
 
     @contextlib.contextmanager
     def step(self) -> Iterator[StepRecord]:
@@ -151,7 +160,6 @@ class Trace:
             self._in_step = False
             self._next = StepRecord(record.step + 1, 0.0)
             with self._lock:
-                self._last.apply(record)
                 self._records.append(record)
                 while len(self._records) > self.capacity:
                     self._first.apply(self._records.popleft())
@@ -177,6 +185,10 @@ class Trace:
     def scheduled(self, request_id: str, num_tokens: int) -> None:
         """Note that the step runs `num_tokens` tokens of a request."""
         self._next.scheduled[request_id] = num_tokens
+
+    def scheduled_all(self, counts: dict[str, int]) -> None:
+        """Note how many tokens the step runs of each request: all of them at once."""
+        self._next.scheduled = counts
 
     def rejected(self, request_id: str, num_tokens: int) -> None:
         """Note that `num_tokens` of the drafts that were run for a request did not stay."""
@@ -236,10 +248,30 @@ class Trace:
                 self._followers = [other for other in self._followers if other is not follower]
 
     def catch_up(self, follower: deque[StepRecord]) -> EngineState:
-        """Empty a follower's queue; returns the state from which its next record goes on."""
-        with self._lock:
-            follower.clear()
-            return self._last.copy()
+        """Empty a follower's queue; returns the state from which its next record goes on.
+
+        The steps since somebody last asked are added up here: at most the whole ring, while the
+        engine goes on. It waits only for the last few of them.
+        """
+        with self._looking:
+            while True:
+                with self._lock:
+                    records = self._unread()
+                    if len(records) <= FEW:
+                        for record in records:
+                            self._last.apply(record)
+                        follower.clear()
+                        return self._last.copy()
+                for record in records:
+                    self._last.apply(record)
+
+    def _unread(self) -> list[StepRecord]:
+        """The steps that the last state does not know, oldest first. Needs the lock."""
+        if self._last.step < self._first.step:
+            self._last = self._first.copy()  # some of them are no longer kept
+        newest_first = reversed(self._records)
+        unread = itertools.takewhile(lambda record: record.step > self._last.step, newest_first)
+        return list(unread)[::-1]
 
     def lines(self) -> Iterator[str]:
         """The steps kept as lines of JSON: the state before them, then one a step.

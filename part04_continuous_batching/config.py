@@ -36,8 +36,11 @@ class EngineConfig:
     max_num_seqs: int | None = option(
         None, "sequences in one batch (32 on a CPU, 256 on a GPU)", 1, 4096
     )
-    max_num_batched_tokens: int = option(
-        2048, "tokens of the prompts that one step may run (one prompt may be longer)", 1, 1 << 20
+    max_num_batched_tokens: int | None = option(
+        None,
+        "tokens of the prompts of one step, if not of one prompt (2048 on a CPU, 8192 on a GPU)",
+        1,
+        1 << 20,
     )
 
     def __post_init__(self) -> None:
@@ -49,4 +52,6 @@ class EngineConfig:
             self,
             block_size=self.block_size or default_block_size,
             max_num_seqs=self.max_num_seqs or (256 if device.type == "cuda" else 32),
+            max_num_batched_tokens=self.max_num_batched_tokens
+            or (8192 if device.type == "cuda" else 2048),
         )

@@ -13,7 +13,7 @@ import torch
 from common.completions import TokenLogprobs
 from common.device import resolve_device, usable_cores
 from common.kernels import AttentionMetadata, select_ops
-from common.kv_memory import choose_num_blocks, longest_sequence, peak_memory
+from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, iter_weights, load_config
@@ -68,30 +68,20 @@ class ModelRunner:
     def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
         self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
-        try:
-            return peak_memory(self.device, lambda: self.run_largest_step(shape.max_model_len))
-        except torch.OutOfMemoryError as error:
-            most = max(self.config.max_num_batched_tokens, shape.max_model_len)
-            raise ValueError(
-                f"no memory on the GPU for a step of {most} tokens:"
-                " see max_model_len and max_num_batched_tokens"
-            ) from error
+        largest = self.largest_step(shape.max_model_len)
+        return peak_memory(self.device, lambda: self.run_step(largest), largest.num_tokens)
 
-    def run_largest_step(self, max_model_len: int) -> None:
-        """Run the step that takes most memory."""
-        largest = self.largest_step(max_model_len)
-        logits, _ = self.forward(self.prepare(largest))
-        self.sample(largest.sampled, logits)
+    def run_step(self, scheduled: SchedulerOutput) -> None:
+        """Forward and sampling, for the memory that they take."""
+        logits, _ = self.forward(self.prepare(scheduled))
+        self.sample(scheduled.sampled, logits)
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
         """As many tokens as one step may run, in max_num_seqs sequences; all in block 0."""
-        largest = SchedulerOutput()
+        largest, rows = SchedulerOutput(), self.config.max_num_seqs
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
-        most_seqs = self.config.max_num_seqs
-        left = max(self.config.max_num_batched_tokens, max_model_len, most_seqs)
-        for i in range(most_seqs):
-            count = min(left - (most_seqs - i - 1), max_model_len)
-            left -= count
+        most = max(self.config.max_num_batched_tokens, max_model_len, rows)
+        for i, count in enumerate(largest_counts(most, rows, max_model_len)):
             request = Request(f"largest-{i}", [0] * count, params)
             table = [0] * self.kv.blocks_for(count)
             largest.run(Sequence(request, i, frozenset(), count, block_table=table), count)

@@ -8,15 +8,14 @@ what else is in the batch. Filters and noise are one fused operation of `common.
 from torch import Tensor
 
 from common.kernels import Ops
-from common.sampling import SamplingBatch, not_drawn
+from common.sampling import SamplingBatch
 
 
 def sample(ops: Ops, logits: Tensor, batch: SamplingBatch) -> Tensor:
     """The next token of each row of logits, [batch, vocab]; returns [batch] int64, NO_TOKEN where
     logits are not finite."""
-    raw, logits = logits, logits.float()
     if batch.output_counts is not None:
         logits = logits - batch.presence_penalty * (batch.output_counts > 0)
         logits = logits - batch.frequency_penalty * batch.output_counts
     logits = batch.biased(logits)
-    return not_drawn(ops.sample(logits, **batch.columns()), raw)
+    return ops.sample(logits, **batch.columns())

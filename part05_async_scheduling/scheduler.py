@@ -49,7 +49,8 @@ class Scheduler:
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.kv, self.trace = kv, trace
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order in which they joined
+        # In the order in which they joined. A list would be searched for each one that leaves.
+        self.running: dict[Sequence, None] = {}
         self.ending: set[Sequence] = set()  # their last tokens are launched
         self.num_rows = config.max_num_seqs
         self.free_rows = deque(range(self.num_rows))
@@ -66,21 +67,22 @@ class Scheduler:
         self.admit(output)
         if not output.num_tokens:
             self.run_running(output)
-        for sequence, count in output.num_new_tokens.items():
-            self.trace.scheduled(sequence.request_id, count)
+        counts = output.num_new_tokens.items()
+        self.trace.scheduled_all({sequence.request_id: count for sequence, count in counts})
         return output
 
     def run_running(self, output: SchedulerOutput) -> None:
         """One more token of each running sequence, the oldest first, while blocks last."""
         for sequence in list(self.running):
-            if self.make_room(sequence, output):
+            room = len(sequence.block_table) * self.kv.block_size
+            if sequence.num_total_tokens <= room or self.make_room(sequence, output):
                 output.run(sequence, 1)
 
     def make_room(self, sequence: Sequence, output: SchedulerOutput) -> bool:
         """Give a running sequence blocks for all of its tokens, if need be by preempting the sequences
         that joined last; False when it was preempted itself."""
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
-            self.preempt(self.running[-1])
+            self.preempt(next(reversed(self.running)))
         return sequence.status is Status.RUNNING
 
     def admit(self, output: SchedulerOutput) -> None:
@@ -122,7 +124,7 @@ class Scheduler:
         for sequence, count in output.num_new_tokens.items():
             sequence.num_computed_tokens += count
         for sequence in output.sampled:
-            sequence.num_placeholders += 1
+            sequence.num_total_tokens += 1
             if sequence.num_total_tokens == sequence.limit:
                 self.end(sequence)
 
@@ -131,7 +133,7 @@ class Scheduler:
     def start(self, sequence: Sequence) -> None:
         """The head of the queue joins the running sequences."""
         self.become(sequence, Status.RUNNING)
-        self.running.append(self.waiting.popleft())
+        self.running[self.waiting.popleft()] = None
         sequence.row = self.free_rows.popleft()
 
     def preempt(self, sequence: Sequence) -> None:
@@ -170,7 +172,7 @@ class Scheduler:
 
     def stop(self, sequence: Sequence) -> None:
         """Take a running sequence's row."""
-        self.running.remove(sequence)
+        del self.running[sequence]
         self.free_rows.append(sequence.row)
         sequence.row = None
 

@@ -5,7 +5,7 @@ from enum import Enum
 
 from common.completions import TokenLogprobs
 from common.requests import Request
-from common.sampling import SamplingParams
+from common.sampling import NO_TOKEN
 
 
 class Status(Enum):
@@ -42,40 +42,47 @@ class Sequence:
     # set by the scheduler
     status: Status = Status.WAITING
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache, or launched
-    num_placeholders: int = 0  # output tokens that are launched and not read
     block_table: list[int] = field(default_factory=list)
     row: int | None = None  # its row in the runner's tables while it runs
 
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
+    def __post_init__(self) -> None:
+        """What each step asks of each sequence is kept here, and not computed anew."""
+        self.request_id, self.params = self.request.request_id, self.request.params
+        self.prompt_token_ids = self.request.prompt_token_ids
+        self.num_tokens = len(self.prompt_token_ids)  # of prompt and output
+        self.num_total_tokens = self.num_tokens  # also those that are launched and not read
+
+    def extend(self, token_ids: list[int]) -> str | None:
+        """Add tokens to the output, up to the one that ends it; those behind it are taken off the list.
+        Returns why it ends, with `stop`, `length` or `error`; None: it goes on."""
+        self.num_total_tokens = max(self.num_total_tokens, self.num_tokens + len(token_ids))
+        for place, token_id in enumerate(token_ids, start=1):
+            self.output_token_ids.append(token_id)
+            self.num_tokens += 1
+            if token_id == NO_TOKEN:
+                reason = "error"
+            elif token_id in self.ending_token_ids:
+                reason = "stop"
+            elif self.num_tokens == self.limit:
+                reason = "length"
+            else:
+                continue
+            del token_ids[place:]
+            return reason
+        return None
 
     @property
-    def prompt_token_ids(self) -> list[int]:
-        return self.request.prompt_token_ids
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.params
-
-    @property
-    def num_tokens(self) -> int:
-        """Of prompt and output."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
-
-    @property
-    def num_total_tokens(self) -> int:
-        """Also those that are launched and not read."""
-        return self.num_tokens + self.num_placeholders
+    def num_placeholders(self) -> int:
+        """Output tokens that are launched and not read."""
+        return self.num_total_tokens - self.num_tokens
 
     def tokens(self, begin: int, end: int) -> list[int]:
         """Token ids `begin` to `end` of prompt and output together.
 
         One that is not read yet is written as -1 - row: the device puts in what that row has drawn.
         """
-        offset = len(self.prompt_token_ids)
         if begin >= self.num_tokens:
             return [-1 - self.row] * (end - begin)
-        if begin >= offset:
-            return self.output_token_ids[begin - offset : end - offset]
-        return (self.prompt_token_ids + self.output_token_ids)[begin:end]
+        offset = len(self.prompt_token_ids)
+        output = self.output_token_ids[max(begin - offset, 0) : max(end - offset, 0)]
+        return self.prompt_token_ids[begin:end] + output

@@ -37,7 +37,7 @@ class EngineConfig:
         None, "sequences in one batch (32 on a CPU, 256 on a GPU)", 1, 4096
     )
     max_num_batched_tokens: int | None = option(
-        None, "tokens that one step may run (256 on a CPU, 2048 on a GPU)", 1, 1 << 20
+        None, "tokens that one step may run (256 on a CPU, 8192 on a GPU)", 1, 1 << 20
     )
     long_prefill_threshold: int | None = option(
         None, "most tokens of one sequence in a step (the step's budget)", 1
@@ -53,5 +53,5 @@ class EngineConfig:
             block_size=self.block_size or default_block_size,
             max_num_seqs=self.max_num_seqs or (256 if device.type == "cuda" else 32),
             max_num_batched_tokens=self.max_num_batched_tokens
-            or (2048 if device.type == "cuda" else 256),
+            or (8192 if device.type == "cuda" else 256),
         )

@@ -16,16 +16,17 @@ from common.completions import Completion, RequestOutput, TokenLogprobs, run_to_
 from common.models.checkpoint import eos_token_ids, load_config, resolve
 from common.models.generation_config import sampling_defaults
 from common.models.tokenizer import Tokenizer
-from common.prompt_logprobs import PromptScores, add_prompt_logprobs
+from common.prompt_logprobs import add_prompt_logprobs
 from common.requests import ParamsForPrompts, Prompts, Request, check_request, make_requests
-from common.sampling import MAX_N, NO_TOKEN
+from common.sampling import MAX_N
 from common.trace import Trace, phase
 
 from .config import EngineConfig
 from .device_queue import Work
 from .model_runner import Batch, ModelRunner
+from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
-from .sequence import Sequence
+from .sequence import Sequence, Status
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,7 @@ class LLMEngine:
             if self.in_flight and (is_full or not scheduled.num_tokens):
                 pending = self.in_flight.popleft()
                 self.scheduled = scheduled = pending.scheduled
-                token_ids, logprobs, scores = self.wait(pending)
-                self.postprocess(scheduled, token_ids, logprobs, scores)
+                self.postprocess(scheduled, self.wait(pending))
             outputs, self.outbox = self.outbox, []
             self.trace.outputs(outputs)
         return outputs
@@ -127,49 +127,27 @@ class LLMEngine:
         return self.runner.launch(batch)
 
     @phase
-    def wait(
-        self, pending: PendingStep
-    ) -> tuple[list[list[int]], list[list[TokenLogprobs | None]], list[PromptScores]]:
+    def wait(self, pending: PendingStep) -> Sampled:
         """The next tokens of each sampled sequence, when the device has them; and the scores of
         prompts that ask for them."""
         sampled = pending.work.result()
         self.trace.device(pending.number, *pending.work.times())
-        return *sampled.lists(), sampled.prompts
+        return sampled
 
     @phase
-    def postprocess(
-        self,
-        scheduled: SchedulerOutput,
-        token_ids: list[list[int]],
-        logprobs: list[list[TokenLogprobs | None]],
-        scores: list[PromptScores],
-    ) -> None:
+    def postprocess(self, scheduled: SchedulerOutput, sampled: Sampled) -> None:
         """Append the tokens; release the sequences that end.
 
         Tokens of a sequence that has ended since the launch are dropped.
         """
-        add_prompt_logprobs(scheduled.num_new_tokens, scores)
+        add_prompt_logprobs(scheduled.num_new_tokens, sampled.prompts)
+        token_ids, logprobs = sampled.lists()
         for sequence, new, scored in zip(scheduled.sampled, token_ids, logprobs, strict=True):
-            if self.is_alive(sequence):
-                self.append(sequence, new, scored)
-
-    def is_alive(self, sequence: Sequence) -> bool:
-        """Whether it has not ended; its id may be another request's by now."""
-        return self.sequences.get(sequence.request_id) is sequence
-
-    def append(
-        self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs | None]
-    ) -> None:
-        """Add new tokens to a sequence, up to the one that ends it."""
-        reason, num_taken = None, 0
-        sequence.num_placeholders -= 1
-        while reason is None and num_taken < len(token_ids):
-            sequence.output_token_ids.append(token_ids[num_taken])
-            num_taken += 1
-            reason = self.finish_reason(sequence)
-        if reason is not None:
-            self.finish(sequence)
-        self.emit(sequence, token_ids[:num_taken], logprobs[:num_taken], reason)
+            if sequence.status is not Status.FINISHED:
+                reason = sequence.extend(new)
+                if reason is not None:
+                    self.finish(sequence)
+                self.emit(sequence, new, scored[: len(new)], reason)
 
     def emit(
         self,
@@ -189,15 +167,6 @@ class LLMEngine:
             )
         )
 
-    def finish_reason(self, sequence: Sequence) -> str | None:
-        """Why a sequence ends with its last token: `stop`, `length` or `error`; None: it goes on."""
-        token_id = sequence.output_token_ids[-1]
-        if token_id == NO_TOKEN:
-            return "error"
-        if token_id in sequence.ending_token_ids:
-            return "stop"
-        return "length" if sequence.num_tokens == sequence.limit else None
-
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds is free."""
         self.scheduler.finish(sequence)
@@ -209,7 +178,7 @@ class LLMEngine:
         """
         failed = self.scheduled.num_new_tokens if self.scheduled else self.scheduler.running
         for sequence in list(failed):
-            if self.is_alive(sequence):
+            if sequence.status is not Status.FINISHED:
                 self.abort(sequence.request_id, "error")
 
     def has_unfinished(self) -> bool:
@@ -235,7 +204,7 @@ class LLMEngine:
         known = [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.ending]
         assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
         for sequence in known:
-            assert self.is_alive(sequence), sequence.request_id
+            assert self.sequences.get(sequence.request_id) is sequence, sequence.request_id
             expected = sum(sequence in pending.scheduled.sampled for pending in self.in_flight)
             assert sequence.num_placeholders == expected, f"{sequence.request_id}: {expected}"
         self.scheduler.check_integrity()

@@ -2,28 +2,23 @@
 
 A step's input is many small tensors. Made one by one they cost as many copies, and each copy
 to a GPU takes longer than the bytes in it. Here they are views of one buffer: written on the host as
-arrays, copied once, read on the device as tensors. Where each view begins depends on the shape of
-the batch alone, so batches of one shape lie at the same addresses.
+arrays, copied once, read on the device as tensors.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from .device_queue import Work
+from common.packed_fields import Arrays, PackedFields, Tensors
 
-ALIGNMENT = 8  # words of 8 bytes: 64 bytes, so that any load of a field's begin is aligned
+from .device_queue import Work
 
 # name: (number format, which number of the shape is its length)
 FIELDS = {
-    "token_ids": (np.int64, "num_tokens"),
-    "positions": (np.int64, "num_tokens"),
-    "slot_mapping": (np.int64, "num_tokens"),
     "cu_seqlens_q": (np.int32, "num_seqs + 1"),
     "seq_lens": (np.int32, "num_seqs"),
-    "block_tables": (np.int32, "num_seqs * table_width"),
+    "table_rows": (np.int64, "num_seqs"),
     "logits_indices": (np.int64, "num_sampled"),
     "rows": (np.int64, "num_sampled"),
     "sample_positions": (np.int64, "num_sampled"),
@@ -35,68 +30,72 @@ FIELDS = {
     "min_p": (np.float32, "num_sampled"),
     "presence_penalty": (np.float32, "num_sampled"),
     "frequency_penalty": (np.float32, "num_sampled"),
+    "token_ids": (np.int64, "num_tokens"),
+    "positions": (np.int64, "num_tokens"),
+    "slot_mapping": (np.int64, "num_tokens"),
+    # The last, since its room is large and mostly empty: no more of it is copied than there is.
+    "table_changes": (np.int64, "2 * num_changes"),
 }
-TORCH_DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
-SAMPLING_FIELDS = list(FIELDS)[list(FIELDS).index("seeds") :]
+FORMATS = {name: dtype for name, (dtype, _) in FIELDS.items()}
+SAMPLING_FIELDS = list(FIELDS)[list(FIELDS).index("seeds") : list(FIELDS).index("token_ids")]
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """All that decides where things lie in the buffer."""
+    """How many entries the fields have; of a batch, or at most."""
 
     num_tokens: int
     num_seqs: int
     num_sampled: int  # tokens after which one is sampled
-    table_width: int  # blocks in the longest table
+    num_changes: int  # of the block tables
 
     def lengths(self) -> dict[str, int]:
-        return vars(self) | {
+        """Entries of each field."""
+        numbers = vars(self) | {
             "num_seqs + 1": self.num_seqs + 1,
-            "num_seqs * table_width": self.num_seqs * self.table_width,
+            "2 * num_changes": 2 * self.num_changes,
         }
-
-    def layout(self) -> tuple[dict[str, tuple[int, int]], int]:
-        """(name -> first word and number of elements, words in all)."""
-        lengths, places, begin = self.lengths(), {}, 0
-        for name, (dtype, length) in FIELDS.items():
-            places[name] = begin, lengths[length]
-            words = -(-lengths[length] * np.dtype(dtype).itemsize // 8)
-            begin += -(-words // ALIGNMENT) * ALIGNMENT
-        return places, begin
+        return {name: numbers[length] for name, (_, length) in FIELDS.items()}
 
 
 class InputBuffers:
-    """The buffer on the host and, where there is another device, there."""
+    """Buffers on the host, in turns, since steps in flight may yet read the others; and one on the
+    GPU, where one step runs after the other. On a CPU the host's are the device's."""
 
-    def __init__(self, largest: BatchShape, device: torch.device) -> None:
-        self.shape: BatchShape | None = None  # of the last views
-        _, size = largest.layout()
-        on_gpu = device.type == "cuda"
-        self.host = torch.zeros(size, dtype=torch.int64, pin_memory=on_gpu)
-        self.device = torch.zeros_like(self.host, device=device) if on_gpu else self.host
-        self.reader: Work | None = None  # the last step that reads them
+    def __init__(
+        self, capacities: list[BatchShape], device: torch.device, num_hosts: int = 2
+    ) -> None:
+        """capacities: from small to large, so that small steps do not copy the room of large ones."""
+        on_gpu, host = device.type == "cuda", torch.device("cpu")
+        sizes = FORMATS, [capacity.lengths() for capacity in capacities]
+        self.hosts = [PackedFields(*sizes, host, pin_memory=on_gpu) for _ in range(num_hosts)]
+        self.device = PackedFields(*sizes, device) if on_gpu else None
+        self.readers: list[Work | None] = [None] * num_hosts  # the last steps that read them
+        self.turn = 0
 
-    def wait(self) -> None:
-        """Wait for the step that reads them: they may be written then."""
-        if self.reader is not None:
-            self.reader.wait()
+    @property
+    def num_bytes(self) -> int:
+        """On the host and on the device."""
+        return sum(fields.words.nbytes for fields in (*self.hosts, self.device) if fields)
 
-    def views(
-        self, shape: BatchShape
-    ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, torch.Tensor]]:
-        """Where the host writes a batch of this shape, and what the device reads, by name. They are
-        made anew when the shape is another than the last one: most decode steps have one."""
-        if shape != self.shape:
-            words, self.shape = self.host.numpy(), shape
-            arrays, tensors = self.last_views = {}, {}
-            for name, (begin, length) in shape.layout()[0].items():
-                dtype, _ = FIELDS[name]
-                arrays[name] = words[begin:].view(dtype)[:length]
-                tensors[name] = self.device[begin:].view(TORCH_DTYPES[dtype])[:length]
-        return self.last_views
+    def next(self, shape: BatchShape) -> tuple[Arrays, Tensors]:
+        """Where the host writes the next batch, and what the device reads, by name.
+
+        Waits for the step that reads the buffer. Raises ValueError where there is no room.
+        """
+        self.turn = (self.turn + 1) % len(self.hosts)
+        if (reader := self.readers[self.turn]) is not None:
+            reader.wait()
+        host, lengths = self.hosts[self.turn], shape.lengths()
+        return host.arrays(lengths), (self.device or host).tensors(lengths)
 
     def copy_to_device(self, shape: BatchShape) -> None:
         """One copy, and none where the host is the device."""
-        if self.device is not self.host:
-            _, size = shape.layout()
-            self.device[:size].copy_(self.host[:size], non_blocking=True)
+        if self.device is not None:
+            lengths = shape.lengths()
+            piece = self.hosts[self.turn].piece(lengths)
+            self.device.piece(lengths).copy_(piece, non_blocking=True)
+
+    def read_by(self, work: Work) -> None:
+        """The batch that was written last is read by this work."""
+        self.readers[self.turn] = work

@@ -10,12 +10,11 @@ device, from what its row has drawn last.
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common.device import release_openmp_workers, resolve_device, usable_cores
 from common.kernels import select_ops
-from common.kv_memory import choose_num_blocks, longest_sequence, peak_memory
+from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, iter_weights, load_config
@@ -49,13 +48,16 @@ class ModelRunner:
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
         self.queue = device_queue(self.device)
         # What follows belongs to the device: only work in the queue touches it.
-        rows = config.max_num_seqs
-        self.last_token_ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self.counts: torch.Tensor | None = None  # [rows, vocab]: how often tokens were generated
+        rows, vocab = config.max_num_seqs, shape.vocab_size
+        # A row more than sequences: a batch's padding has the last one.
+        self.last_token_ids = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
+        # How often tokens were generated; kept where a sequence has penalties.
+        self.counts = torch.zeros(rows, vocab, dtype=torch.int32, device=self.device)
         reserved = self.profile(shape)
         num_blocks = choose_num_blocks(config, shape, self.dtype, self.device, reserved)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         self.kv = KVCache(num_blocks, config.block_size, shape, self.dtype, self.device)
+        self.warm_up()
         release_openmp_workers()  # from now on the queue's thread does the work
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
@@ -68,34 +70,39 @@ class ModelRunner:
     def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
         self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
-        try:
-            return peak_memory(self.device, lambda: self.run_largest_step(shape.max_model_len))
-        except torch.OutOfMemoryError as error:
-            most = self.config.max_num_batched_tokens
-            raise ValueError(
-                f"max_num_batched_tokens is {most}: no memory on the GPU for such a step"
-            ) from error
-
-    def run_largest_step(self, max_model_len: int) -> None:
-        """Run the step that takes most memory."""
-        self.inputs.block_tables[:] = 0
-        self.launch(self.prepare(self.largest_step(max_model_len))).result()
-        self.counts = None
+        largest = self.largest_step(shape.max_model_len)
+        return peak_memory(
+            self.device, lambda: self.launch(self.prepare(largest)).result(), largest.num_tokens
+        )
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
-        """As many tokens as one step may run, in max_num_seqs sequences; all in block 0."""
-        largest = SchedulerOutput()
+        """As many tokens as one step may run, in max_num_seqs sequences."""
+        most = self.config.max_num_batched_tokens
+        counts = largest_counts(most, min(self.config.max_num_seqs, most), max_model_len)
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
-        left = self.config.max_num_batched_tokens
-        most_seqs = min(self.config.max_num_seqs, left)
-        for i in range(most_seqs):
-            count = min(left - (most_seqs - i - 1), max_model_len)
-            left -= count
-            request = Request(f"largest-{i}", [0] * count, params)
-            sequence = Sequence(request, i, frozenset(), count, row=i)
-            largest.admitted.append(sequence)
-            largest.run(sequence, count)
-        return largest
+        return self.made_up([(count, count) for count in counts], params)
+
+    def made_up(self, lengths: list[tuple[int, int]], params: SamplingParams) -> SchedulerOutput:
+        """A step of sequences that nobody sent, all in block 0, by their (new tokens, tokens)."""
+        step = SchedulerOutput()
+        for i, (num_new, num_tokens) in enumerate(lengths):
+            request = Request(f"made-up-{i}", [0] * num_tokens, params)
+            sequence = Sequence(request, i, frozenset(), num_tokens, row=i)
+            sequence.num_computed_tokens = num_tokens - num_new
+            sequence.block_table = [0] * -(-num_tokens // self.config.block_size)
+            step.admitted.append(sequence)
+            step.run(sequence, num_new)
+        return step
+
+    def warm_up(self) -> None:
+        """Compile what steps will launch, where that is done at a kernel's first launch: a request
+        would wait for it, and all that run beside it."""
+        shape, longest = self.model.config, self.max_model_len
+        group = shape.num_heads // shape.num_kv_heads
+        most = min(longest, self.config.max_num_batched_tokens)
+        for lengths in self.ops.warm_up_lengths(group, most, longest, 1):
+            for params in (SamplingParams(temperature=0.0), SamplingParams(top_k=2, top_p=0.9)):
+                self.launch(self.prepare(self.made_up(lengths, params))).result()
 
     def prepare(self, scheduled: SchedulerOutput) -> Batch:
         """Tensors for the next tokens of each sequence."""
@@ -104,8 +111,7 @@ class ModelRunner:
     @property
     def num_buffer_bytes(self) -> int:
         """What a step's input takes, and the counts of tokens."""
-        counts = 0 if self.counts is None else self.counts.nbytes
-        return self.inputs.num_bytes + self.last_token_ids.nbytes + counts
+        return self.inputs.num_bytes + self.last_token_ids.nbytes + self.counts.nbytes
 
     def launch(self, batch: Batch) -> Work:
         """Give the device the batch; its tokens can be read from what this returns."""
@@ -116,28 +122,18 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Sampled:
         """All that the device does in a step."""
-        for row, token_ids in batch.counted:
-            self.count_output(row, token_ids)
         self.fill_in(batch)
         logits, scores = self.forward(batch)
         return replace(self.sample(batch, logits), prompts=scores)
 
     def fill_in(self, batch: Batch) -> None:
-        """Put the tokens that were not known to the host into the batch."""
+        """Put what the device keeps from step to step into the batch: block tables, and the tokens
+        that were not known to the host. And count what the sequences that join have generated."""
+        self.inputs.tables.update(batch.table_changes, batch.table_rows)
+        if batch.joining is not None:
+            batch.joining.write_to(self.counts)
         drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
         batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
-
-    def count_output(self, row: int, token_ids: list[int]) -> None:
-        """Count the tokens that a row's sequence has generated so far; `sample` counts on.
-
-        The host knows all of them: no sequence joins with a token in flight.
-        """
-        vocab_size = self.model.config.vocab_size
-        if self.counts is None:
-            shape = (self.config.max_num_seqs, vocab_size)
-            self.counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        counts = np.bincount(np.array(token_ids, np.int64), minlength=vocab_size)
-        self.counts[row] = torch.from_numpy(counts.astype(np.int32)).to(self.device)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, list[PromptScores]]:
         """Logits after each sampled sequence's last token, [num_sampled, vocab]; and the scores of

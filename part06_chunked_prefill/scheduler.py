@@ -53,7 +53,8 @@ class Scheduler:
         self.long_prefill_threshold = config.long_prefill_threshold or sys.maxsize
         self.kv, self.trace = kv, trace
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order in which they joined
+        # In the order in which they joined. A list would be searched for each one that leaves.
+        self.running: dict[Sequence, None] = {}
         self.ending: set[Sequence] = set()  # their last tokens are launched
         self.num_rows = config.max_num_seqs
         self.free_rows = deque(range(self.num_rows))
@@ -69,8 +70,8 @@ class Scheduler:
         output = SchedulerOutput()
         if self.run_running(output):
             self.admit(output)
-        for sequence, count in output.num_new_tokens.items():
-            self.trace.scheduled(sequence.request_id, count)
+        counts = output.num_new_tokens.items()
+        self.trace.scheduled_all({sequence.request_id: count for sequence, count in counts})
         return output
 
     def run_running(self, output: SchedulerOutput) -> bool:
@@ -82,7 +83,8 @@ class Scheduler:
         for sequence in list(self.running):
             if output.num_tokens == self.max_num_batched_tokens:
                 break
-            if self.make_room(sequence, output):
+            room = len(sequence.block_table) * self.kv.block_size
+            if sequence.num_total_tokens <= room or self.make_room(sequence, output):
                 output.run(sequence, self.slice_of(sequence, output))
             else:
                 was_room = False
@@ -92,7 +94,7 @@ class Scheduler:
         """Give a running sequence blocks for all of its tokens, if need be by preempting the sequences
         that joined last; False when it was preempted itself."""
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
-            self.preempt(self.running[-1])
+            self.preempt(next(reversed(self.running)))
         return sequence.status is Status.RUNNING
 
     def admit(self, output: SchedulerOutput) -> None:
@@ -142,7 +144,7 @@ class Scheduler:
         for sequence, count in output.num_new_tokens.items():
             sequence.num_computed_tokens += count
         for sequence in output.sampled:
-            sequence.num_placeholders += 1
+            sequence.num_total_tokens += 1
             if sequence.num_total_tokens == sequence.limit:
                 self.end(sequence)
 
@@ -151,7 +153,7 @@ class Scheduler:
     def start(self, sequence: Sequence) -> None:
         """The head of the queue joins the running sequences."""
         self.become(sequence, Status.RUNNING)
-        self.running.append(self.waiting.popleft())
+        self.running[self.waiting.popleft()] = None
         sequence.row = self.free_rows.popleft()
 
     def preempt(self, sequence: Sequence) -> None:
@@ -190,7 +192,7 @@ class Scheduler:
 
     def stop(self, sequence: Sequence) -> None:
         """Take a running sequence's row."""
-        self.running.remove(sequence)
+        del self.running[sequence]
         self.free_rows.append(sequence.row)
         sequence.row = None
 

@@ -2,7 +2,7 @@
 
 What a step needs of a sequence time after time is kept in tables, with a row for each running
 sequence: a step then costs a few operations on whole arrays. It is written into one of two buffers,
-since the step in flight reads the other.
+since the step in flight reads the other, and reaches a GPU in one copy.
 
 A batch holds tensors and plain numbers, no sequence: the host changes sequences while the device
 still reads the batch.
@@ -14,14 +14,26 @@ import numpy as np
 import torch
 
 from common.kernels import AttentionMetadata
+from common.packed_fields import Arrays, Tensors
 from common.prompt_logprobs import PromptPiece, prompt_pieces
-from common.sampling import SMALLEST_TOP_P, LogitBiases, SamplingBatch, as_int64
+from common.sampling import LogitBiases, SamplingBatch, as_int64
+from common.token_counts import JoiningOutputs
 
+from .block_tables import BlockTables
 from .config import EngineConfig
 from .device_queue import Work
-from .input_buffers import FIELDS, SAMPLING_FIELDS, BatchShape, InputBuffers
+from .input_buffers import FORMATS, SAMPLING_FIELDS, BatchShape, InputBuffers
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What a batch of decoding sequences is padded to. Work on batches of one bucket is launched
+    alike: with the same sizes, on the same addresses."""
+
+    num_seqs: int
+    max_seq_len: int  # no sequence is longer
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,15 @@ class Batch:
     token_ids: torch.Tensor  # [num_tokens] int64; below 0: not known, see `ModelRunner.fill_in`
     positions: torch.Tensor  # [num_tokens] int64
     metadata: AttentionMetadata
+    table_rows: torch.Tensor  # [num_seqs] int64: rows of the block tables that attention reads
+    table_changes: (
+        torch.Tensor
+    )  # [2, num_changes] int64: places in all tables, blocks written there
     logits_indices: torch.Tensor  # [num_sampled] int64: where logits are needed, each last token
     rows: torch.Tensor  # [num_sampled] int64: rows in the tables
     sampling: SamplingBatch
     has_penalties: bool
-    # (row, output so far) of the sequences that join and have penalties
-    counted: list[tuple[int, list[int]]] = field(default_factory=list)
+    joining: JoiningOutputs | None = None  # of the sequences that join and have penalties
     prompts: list[PromptPiece] = field(default_factory=list)  # to be scored
 
 
@@ -48,143 +63,161 @@ class InputBatch:
     ) -> None:
         self.block_size, self.vocab_size, self.device = config.block_size, vocab_size, device
         rows, width = config.max_num_seqs, -(-max_model_len // config.block_size)
-        self.block_tables = np.zeros((rows, width), np.int32)
-        self.sampling = {name: np.zeros(rows, FIELDS[name][0]) for name in SAMPLING_FIELDS}
-        largest = BatchShape(config.max_num_batched_tokens, rows, rows, width)
-        self.buffers = [InputBuffers(largest, device) for _ in range(2)]
+        self.tables = BlockTables(rows, width, device)
+        self.sampling = {name: np.zeros(rows, FORMATS[name]) for name in SAMPLING_FIELDS}
+        # What few sequences ask for is looked for only in batches that have one of these.
+        self.is_special = np.zeros(rows, np.bool_)
+        most_tokens = max(config.max_num_batched_tokens, rows)
+        capacities = [BatchShape(n, rows, rows, rows * width) for n in (rows, most_tokens)]
+        self.buffers = InputBuffers(capacities, device)
 
     @property
     def num_bytes(self) -> int:
         """On the host and on the device."""
-        buffers = {id(x): x for buffer in self.buffers for x in (buffer.host, buffer.device)}
-        arrays = [self.block_tables, *self.sampling.values(), *buffers.values()]
-        return sum(x.nbytes for x in arrays)
+        columns = sum(column.nbytes for column in self.sampling.values())
+        return self.buffers.num_bytes + self.tables.num_bytes + columns
 
     def update(self, scheduled: SchedulerOutput) -> None:
         """Note the sequences that joined, and new blocks."""
         for sequence in scheduled.admitted:
             self.admit(sequence)
         for sequence, blocks in scheduled.new_blocks.items():
-            end = len(sequence.block_table)
-            self.block_tables[sequence.row, end - len(blocks) : end] = blocks
+            self.tables.write(sequence.row, len(sequence.block_table) - len(blocks), blocks)
 
     def admit(self, sequence: Sequence) -> None:
         """Write the table of a sequence, and what does not change while it runs."""
-        self.block_tables[sequence.row, : len(sequence.block_table)] = sequence.block_table
+        self.tables.write(sequence.row, 0, sequence.block_table)
         params = sequence.params
-        values = {
-            "seeds": as_int64(sequence.seed),
-            "choices": sequence.request.choice,
-            # A top_k of the whole vocabulary keeps all.
-            "top_k": params.top_k if 0 < params.top_k < self.vocab_size else 0,
-            "temperature": params.temperature,
-            "top_p": max(params.top_p, SMALLEST_TOP_P),
-            "min_p": params.min_p,
-            "presence_penalty": params.presence_penalty,
-            "frequency_penalty": params.frequency_penalty,
-        }
-        for name, value in values.items():
+        wishes = (params.logprobs, params.prompt_logprobs)
+        self.is_special[sequence.row] = params.has_biases or wishes != (None, None)
+        values = {"seeds": as_int64(sequence.seed), "choices": sequence.request.choice}
+        for name, value in (values | params.numbers(self.vocab_size)).items():
             self.sampling[name][sequence.row] = value
 
-    def prepare(self, scheduled: SchedulerOutput) -> Batch:
+    def prepare(self, scheduled: SchedulerOutput, bucket: Bucket | None = None) -> Batch:
         """Tensors for the next tokens of each sequence."""
         self.update(scheduled)
         sequences = list(scheduled.num_new_tokens)
         counts = list(scheduled.num_new_tokens.values())
         starts = [sequence.num_computed_tokens for sequence in sequences]
-        batch = self.lay_out(sequences, starts, counts)
-        return replace(
-            batch,
-            counted=[
-                (sequence.row, list(sequence.output_token_ids))
-                for sequence in scheduled.admitted
-                if sequence.params.has_penalties
-            ],
-            prompts=prompt_pieces(sequences, starts, counts),
-        )
+        batch = self.lay_out(sequences, starts, counts, bucket)
+        counted = [s for s in scheduled.admitted if s.params.has_penalties]
+        rows, outputs = [s.row for s in counted], [s.output_token_ids for s in counted]
+        pieces = []
+        if self.is_special[[sequence.row for sequence in sequences]].any():
+            pieces = prompt_pieces(sequences, starts, counts)
+        joining = JoiningOutputs.build(rows, outputs, self.vocab_size, self.device)
+        return replace(batch, joining=joining, prompts=pieces)
 
-    def lay_out(self, sequences: list[Sequence], begins: list[int], counts: list[int]) -> Batch:
-        """Tensors for `counts` tokens of each sequence, from `begins` on."""
-        starts, new = np.array(begins), np.array(counts)
+    def lay_out(
+        self,
+        sequences: list[Sequence],
+        begins: list[int],
+        counts: list[int],
+        bucket: Bucket | None = None,
+    ) -> Batch:
+        """Tensors for `counts` tokens of each sequence, from `begins` on.
+
+        Padding, up to a bucket's size, lies behind the sequences: one token each, in the row of the
+        tables that no sequence has. What is computed for it is not kept.
+        """
+        padding = 0 if bucket is None else bucket.num_seqs - len(sequences)
+        rows = np.array([s.row for s in sequences] + [self.tables.padding_row] * padding)
+        starts, new = np.array(begins + [0] * padding), np.array(counts + [1] * padding)
         lengths, ends = starts + new, new.cumsum()
-        is_sampled = lengths == [sequence.num_total_tokens for sequence in sequences]
-        sampled = [sequences[i] for i in np.flatnonzero(is_sampled)]
-        width = -(-int(lengths.max()) // self.block_size)
-        shape = BatchShape(int(new.sum()), len(sequences), len(sampled), width)
+        is_sampled = lengths == [s.num_total_tokens for s in sequences] + [0] * padding
+        sampled = np.flatnonzero(is_sampled)
+        changes = self.tables.take_changes()
+        shape = BatchShape(int(ends[-1]), len(rows), len(sampled), len(changes[0]))
 
-        self.buffers.reverse()
-        buffers = self.buffers[0]
-        buffers.wait()
-        arrays, tensors = buffers.views(shape)
-        rows = np.array([sequence.row for sequence in sequences])
-        positions = np.arange(shape.num_tokens) + np.repeat(starts - (ends - new), new)
-        blocks = self.block_tables[np.repeat(rows, new), positions // self.block_size]
-        slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
-        arrays["token_ids"][:] = [
-            token_id
-            for sequence, begin, end in zip(sequences, starts, lengths, strict=True)
-            for token_id in sequence.tokens(begin, end)
-        ]
-        arrays["positions"][:] = positions
-        arrays["slot_mapping"][:] = slots
+        arrays, tensors = self.buffers.next(shape)
         arrays["cu_seqlens_q"][0] = 0
         arrays["cu_seqlens_q"][1:] = ends
         arrays["seq_lens"][:] = lengths
-        arrays["block_tables"].reshape(-1, width)[:] = self.block_tables[rows, :width]
-        arrays["logits_indices"][:] = ends[is_sampled] - 1
-        arrays["rows"][:] = rows = rows[is_sampled]
-        arrays["sample_positions"][:] = lengths[is_sampled]
+        arrays["table_rows"][:] = rows
+        arrays["table_changes"].reshape(2, -1)[:] = changes
+        arrays["positions"][:] = np.arange(shape.num_tokens) + np.repeat(lengths - ends, new)
+        self.write_tokens(arrays, np.repeat(rows, new), sequences, begins, counts)
+        arrays["logits_indices"][:] = ends[sampled] - 1
+        arrays["rows"][:] = rows[sampled]
+        arrays["sample_positions"][:] = lengths[sampled]
         for name, column in self.sampling.items():
-            arrays[name][:] = column[rows]
-        buffers.copy_to_device(shape)
+            arrays[name][:] = column[rows[sampled]]
+        self.buffers.copy_to_device(shape)
+        max_seq_len = int(lengths.max()) if bucket is None else bucket.max_seq_len
         return Batch(
             tensors["token_ids"],
             tensors["positions"],
-            attention_metadata(tensors, width, int(new.max()), int(lengths.max())),
+            self.attention_metadata(tensors, new, max_seq_len),
+            table_rows=tensors["table_rows"],
+            table_changes=tensors["table_changes"].view(2, -1),
             logits_indices=tensors["logits_indices"],
             rows=tensors["rows"],
-            sampling=self.sampling_batch(sampled, tensors, lengths[is_sampled]),
-            has_penalties=any(sequence.params.has_penalties for sequence in sampled),
+            sampling=self.sampling_batch([sequences[i] for i in sampled], arrays, tensors),
+            has_penalties=bool(
+                arrays["presence_penalty"].any() or arrays["frequency_penalty"].any()
+            ),
+        )
+
+    def write_tokens(
+        self,
+        arrays: Arrays,
+        rows: np.ndarray,
+        sequences: list[Sequence],
+        begins: list[int],
+        counts: list[int],
+    ) -> None:
+        """The new tokens, and their slots in the cache. rows: of each token."""
+        positions, token_ids = arrays["positions"], arrays["token_ids"]
+        blocks = self.tables.host[rows, positions // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + positions % self.block_size
+        arrays["slot_mapping"][:] = np.where(rows == self.tables.padding_row, -1, slots)
+        token_ids[:] = -1 - rows  # where the host has not read them yet
+        if any(b < s.num_tokens for s, b in zip(sequences, begins, strict=True)):
+            batch = zip(sequences, begins, counts, strict=True)
+            known = [token_id for s, b, n in batch for token_id in s.tokens(b, b + n)]
+            token_ids[: len(known)] = known
+
+    def attention_metadata(
+        self, tensors: Tensors, new: np.ndarray, max_seq_len: int
+    ) -> AttentionMetadata:
+        """What attention is told about a batch; the tensors by the names of their fields.
+
+        new: [num_seqs], how many new tokens each sequence has.
+        """
+        return AttentionMetadata(
+            cu_seqlens_q=tensors["cu_seqlens_q"],
+            seq_lens=tensors["seq_lens"],
+            block_tables=self.tables.of_batch[: len(tensors["seq_lens"])],
+            slot_mapping=tensors["slot_mapping"],
+            max_query_len=int(new.max()),
+            max_seq_len=max_seq_len,
+            max_decode_query_len=int(new.min() == 1),
         )
 
     def sampling_batch(
-        self, drawn: list[Sequence], tensors: dict[str, torch.Tensor], positions: np.ndarray
+        self, drawn: list[Sequence], arrays: Arrays, tensors: Tensors
     ) -> SamplingBatch:
-        """What decides about each token that is drawn.
-
-        drawn: the sequence of each. positions: [num_sampled], the number of tokens before it.
-        """
-        biases = None
-        if any(sequence.params.has_biases for sequence in drawn):
+        """What decides about each token that is drawn; `drawn`: the sequence of each."""
+        biases, num_logprobs = None, [None] * len(drawn)
+        if self.is_special[arrays["rows"]].any():
+            positions = arrays["sample_positions"].tolist()  # the number of tokens before each
             rows = [
                 sequence.params.biases(
                     sequence.ending_token_ids, position - len(sequence.prompt_token_ids)
                 )
-                for sequence, position in zip(drawn, positions.tolist(), strict=True)
+                for sequence, position in zip(drawn, positions, strict=True)
             ]
             biases = LogitBiases.build(rows, self.device)
+            num_logprobs = [sequence.params.logprobs for sequence in drawn]
         return SamplingBatch(
             **{name: tensors[name].unsqueeze(1) for name in SAMPLING_FIELDS},
             positions=tensors["sample_positions"].unsqueeze(1),
             output_counts=None,
-            num_logprobs=[sequence.params.logprobs for sequence in drawn],
+            num_logprobs=num_logprobs,
             biases=biases,
         )
 
     def launched(self, work: Work) -> None:
         """The batch that was prepared last is read by this work."""
-        self.buffers[0].reader = work
-
-
-def attention_metadata(
-    tensors: dict[str, torch.Tensor], table_width: int, max_query_len: int, max_seq_len: int
-) -> AttentionMetadata:
-    """What attention is told about a batch; the tensors by the names of their fields."""
-    return AttentionMetadata(
-        cu_seqlens_q=tensors["cu_seqlens_q"],
-        seq_lens=tensors["seq_lens"],
-        block_tables=tensors["block_tables"].view(-1, table_width),
-        slot_mapping=tensors["slot_mapping"],
-        max_query_len=max_query_len,
-        max_seq_len=max_seq_len,
-    )
+        self.buffers.read_by(work)

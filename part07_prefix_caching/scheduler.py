@@ -59,7 +59,8 @@ class Scheduler:
         self.kv, self.trace = kv, trace
         self.cache = make_block_cache(config.prefix_cache, kv.pool, kv.block_size)
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order in which they joined
+        # In the order in which they joined. A list would be searched for each one that leaves.
+        self.running: dict[Sequence, None] = {}
         self.ending: set[Sequence] = set()  # their last tokens are launched
         self.num_rows = config.max_num_seqs
         self.free_rows = deque(range(self.num_rows))
@@ -77,8 +78,8 @@ class Scheduler:
         output = SchedulerOutput()
         if self.run_running(output):
             self.admit(output)
-        for sequence, count in output.num_new_tokens.items():
-            self.trace.scheduled(sequence.request_id, count)
+        counts = output.num_new_tokens.items()
+        self.trace.scheduled_all({sequence.request_id: count for sequence, count in counts})
         return output
 
     def run_running(self, output: SchedulerOutput) -> bool:
@@ -90,7 +91,8 @@ class Scheduler:
         for sequence in list(self.running):
             if output.num_tokens == self.max_num_batched_tokens:
                 break
-            if self.make_room(sequence, output):
+            room = len(sequence.block_table) * self.kv.block_size
+            if sequence.num_total_tokens <= room or self.make_room(sequence, output):
                 output.run(sequence, self.slice_of(sequence, output))
             else:
                 was_room = False
@@ -102,7 +104,7 @@ class Scheduler:
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
             if self.ending:
                 return False  # their blocks come free when their last tokens are read
-            self.preempt(self.running[-1])
+            self.preempt(next(reversed(self.running)))
         return sequence.status is Status.RUNNING
 
     def admit(self, output: SchedulerOutput) -> None:
@@ -166,7 +168,7 @@ class Scheduler:
         for sequence, count in output.num_new_tokens.items():
             sequence.num_computed_tokens += count
         for sequence in output.sampled:
-            sequence.num_placeholders += 1
+            sequence.num_total_tokens += 1
             if sequence.num_total_tokens == sequence.limit:
                 self.end(sequence)
 
@@ -176,7 +178,7 @@ class Scheduler:
         later: the steps that were launched since.
         """
         for sequence in output.num_new_tokens:
-            if sequence.block_table:
+            if sequence.num_computed_tokens // self.kv.block_size > sequence.num_published_blocks:
                 unread = sum(step.num_new_tokens.get(sequence, 0) for step in later)
                 self.cache.publish(sequence, sequence.num_computed_tokens - unread)
 
@@ -185,7 +187,7 @@ class Scheduler:
     def start(self, sequence: Sequence) -> None:
         """The head of the queue joins the running sequences."""
         self.become(sequence, Status.RUNNING)
-        self.running.append(self.waiting.popleft())
+        self.running[self.waiting.popleft()] = None
         sequence.row = self.free_rows.popleft()
 
     def preempt(self, sequence: Sequence) -> None:
@@ -224,7 +226,7 @@ class Scheduler:
 
     def stop(self, sequence: Sequence) -> None:
         """Take a running sequence's row."""
-        self.running.remove(sequence)
+        del self.running[sequence]
         self.free_rows.append(sequence.row)
         sequence.row = None
 

@@ -60,8 +60,9 @@ class BlockCache:
         """Assert that these block tables, and the cache, own what is not free."""
         self.pool.check_integrity(tables)
 
-    def keys(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
-        """A key for each full block of a sequence's first tokens. They are made once."""
+    def keys(self, sequence: Sequence, num_tokens: int, first: int = 0) -> list[bytes]:
+        """A key for each full block of a sequence's first tokens, from block `first` on. They are made
+        once."""
         keys, size = sequence.block_keys, self.block_size
         count = num_tokens // size
         if len(keys) < count:
@@ -70,7 +71,7 @@ class BlockCache:
             for begin in range(0, len(data), step):
                 before = keys[-1] if keys else root_key(sequence.request.cache_salt)
                 keys.append(self.key(before, data[begin : begin + step], not keys))
-        return keys[:count]
+        return keys[first:count]
 
     def key(self, before: bytes, token_bytes: bytes, is_first: bool) -> bytes:
         """The key of a block, from the key before it and its tokens."""

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 
+from common.device import to_device
 from common.logprobs import SampledLogprobs
 
 from .config import EngineConfig
@@ -105,7 +106,8 @@ class ModelProposer:
         sampling = replace(batch.sampling, biases=None)  # they are in the logits
         logits = batch.sampling.biased(logits)
         if rejecting:
-            places = torch.tensor([place for place, _ in rejecting], device=logits.device)
+            numbers = [place for place, _ in rejecting]
+            places = to_device(numbers, torch.int64, logits.device)
             filters = sampling.filters(places)
             found = target_probs(self.runner.ops, logits[places], **filters)
             for (_, rows), row in zip(rejecting, found, strict=True):

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.device import release_openmp_workers, resolve_device, usable_cores
+from common.device import release_openmp_workers, resolve_device, to_device, usable_cores
 from common.kernels import select_ops
-from common.kv_memory import choose_num_blocks, longest_sequence, peak_memory
+from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, iter_weights, load_config, resolve_draft_model
@@ -66,9 +66,11 @@ class ModelRunner:
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
         self.queue = device_queue(self.device)
         # What follows belongs to the device: only work in the queue touches it.
-        rows = config.max_num_seqs
-        self.last_token_ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self.counts: torch.Tensor | None = None  # [rows, vocab]: how often tokens were generated
+        rows, vocab = config.max_num_seqs, shape.vocab_size
+        # A row more than sequences: a batch's padding has the last one.
+        self.last_token_ids = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
+        # How often tokens were generated; kept where a sequence has penalties.
+        self.counts = torch.zeros(rows, vocab, dtype=torch.int32, device=self.device)
         reserved = self.profile(shape)
         num_blocks = choose_num_blocks(
             config, shape, self.dtype, self.device, reserved, draft_shape
@@ -82,6 +84,7 @@ class ModelRunner:
         elif config.speculative == "self":
             layers = layers_that_draft(config.draft_layers, shape.num_layers)
             self.drafter = Runnable(self.model, self.kv.data, layers)
+        self.warm_up()
         release_openmp_workers()  # from now on the queue's thread does the work
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
@@ -95,41 +98,48 @@ class ModelRunner:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
         self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
         self.target = Runnable(self.model, self.kv.data)
-        try:
-            return peak_memory(self.device, lambda: self.run_largest_step(shape.max_model_len))
-        except torch.OutOfMemoryError as error:
-            most = self.config.max_num_batched_tokens
-            raise ValueError(
-                f"max_num_batched_tokens is {most}: no memory on the GPU for such a step"
-            ) from error
-
-    def run_largest_step(self, max_model_len: int) -> None:
-        """Run the step that takes most memory."""
-        self.inputs.block_tables[:] = 0
-        self.launch(self.prepare(self.largest_step(max_model_len))).result()
-        self.counts = None
+        largest = self.largest_step(shape.max_model_len)
+        return peak_memory(
+            self.device, lambda: self.launch(self.prepare(largest)).result(), largest.num_tokens
+        )
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
-        """As many tokens as one step may run, in max_num_seqs sequences; all in block 0."""
-        largest = SchedulerOutput()
+        """As many tokens as one step may run, in max_num_seqs sequences."""
+        most, drafts = self.config.max_num_batched_tokens, self.config.num_speculative_tokens or 0
+        rows = min(self.config.max_num_seqs, most)
+        counts = largest_counts(most, rows, max_model_len, min(1 + drafts, most // rows))
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
-        left, drafts = self.config.max_num_batched_tokens, self.config.num_speculative_tokens or 0
-        most_seqs = min(self.config.max_num_seqs, left)
-        each = min(1 + drafts, left // most_seqs)
-        for i in range(most_seqs):
-            count = min(left - each * (most_seqs - i - 1), max_model_len)
-            left -= count
-            num_drafts = min(drafts, count - 1)
-            request = Request(f"largest-{i}", [0] * (count - num_drafts), params)
-            sequence = Sequence(request, i, frozenset(), count, row=i)
+        return self.made_up([(count, count) for count in counts], params)
+
+    def made_up(self, lengths: list[tuple[int, int]], params: SamplingParams) -> SchedulerOutput:
+        """A step of sequences that nobody sent, all in block 0, by their (new tokens, tokens); they
+        have as many drafts as there is room for."""
+        step, most = SchedulerOutput(), self.config.num_speculative_tokens or 0
+        for i, (num_new, num_tokens) in enumerate(lengths):
+            num_drafts = min(most, num_new - 1)
+            request = Request(f"made-up-{i}", [0] * (num_tokens - num_drafts), params)
+            sequence = Sequence(request, i, frozenset(), num_tokens, row=i)
+            sequence.num_computed_tokens = num_tokens - num_new
+            sequence.block_table = [0] * -(-num_tokens // self.config.block_size)
             sequence.draft_token_ids = [0] * num_drafts
             if self.config.speculative in ("draft", "self"):  # what rejection compares with
                 shape = (num_drafts, self.model.config.vocab_size)
-                probs = torch.full(shape, 1 / shape[1], dtype=torch.float64, device=self.device)
-                sequence.draft_probs = probs
-            largest.admitted.append(sequence)
-            largest.run(sequence, count)
-        return largest
+                sequence.draft_probs = torch.full(shape, 1 / shape[1], device=self.device)
+            step.admitted.append(sequence)
+            step.run(sequence, num_new)
+        return step
+
+    def warm_up(self) -> None:
+        """Compile what steps will launch, where that is done at a kernel's first launch: a request
+        would wait for it, and all that run beside it."""
+        longest, decoded = self.max_model_len, 1 + (self.config.num_speculative_tokens or 0)
+        most = min(longest, self.config.max_num_batched_tokens)
+        for runs in filter(None, (self.target, self.drafter)):
+            shape = runs.model.config
+            group = shape.num_heads // shape.num_kv_heads
+            for lengths in self.ops.warm_up_lengths(group, most, longest, decoded):
+                for params in (SamplingParams(temperature=0.0), SamplingParams(top_k=2, top_p=0.9)):
+                    self.launch(self.prepare(self.made_up(lengths, params)), runs).result()
 
     def prepare(self, scheduled: SchedulerOutput) -> Batch:
         """Tensors for the next tokens of each sequence."""
@@ -138,40 +148,29 @@ class ModelRunner:
     @property
     def num_buffer_bytes(self) -> int:
         """What a step's input takes, and the counts of tokens."""
-        counts = 0 if self.counts is None else self.counts.nbytes
-        return self.inputs.num_bytes + self.last_token_ids.nbytes + counts
+        return self.inputs.num_bytes + self.last_token_ids.nbytes + self.counts.nbytes
 
-    def launch(self, batch: Batch) -> Work:
+    def launch(self, batch: Batch, what: Runnable | None = None) -> Work:
         """Give the device the batch; its tokens can be read from what this returns."""
-        work = self.queue.submit(lambda: self.run(batch))
+        work = self.queue.submit(lambda: self.run(batch, what))
         self.inputs.launched(work)
         return work
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Sampled:
-        """All that the device does in a step."""
-        for row, token_ids in batch.counted:
-            self.count_output(row, token_ids)
+    def run(self, batch: Batch, what: Runnable | None = None) -> Sampled:
+        """All that the device does in a step. what: the model unless given."""
         self.fill_in(batch)
-        logits, scores = self.forward(batch)
+        logits, scores = self.forward(batch, what)
         return replace(self.sample(batch, logits), prompts=scores)
 
     def fill_in(self, batch: Batch) -> None:
-        """Put the tokens that were not known to the host into the batch."""
+        """Put what the device keeps from step to step into the batch: block tables, and the tokens
+        that were not known to the host. And count what the sequences that join have generated."""
+        self.inputs.tables.update(batch.table_changes, batch.table_rows)
+        if batch.joining is not None:
+            batch.joining.write_to(self.counts)
         drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
         batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
-
-    def count_output(self, row: int, token_ids: list[int]) -> None:
-        """Count the tokens that a row's sequence has generated so far; `sample` counts on.
-
-        The host knows all of them: no sequence joins with a token in flight.
-        """
-        vocab_size = self.model.config.vocab_size
-        if self.counts is None:
-            shape = (self.config.max_num_seqs, vocab_size)
-            self.counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        counts = np.bincount(np.array(token_ids, np.int64), minlength=vocab_size)
-        self.counts[row] = torch.from_numpy(counts.astype(np.int32)).to(self.device)
 
     def forward(
         self, batch: Batch, what: Runnable | None = None
@@ -210,13 +209,15 @@ class ModelRunner:
         """
         lengths = batch.num_draft_tokens
         places = torch.arange(max(batch.draft_lengths) + 1, device=lengths.device)
-        begins = ((lengths + 1).cumsum(0) - (lengths + 1)).unsqueeze(1)
-        first = batch.logits_indices[begins]  # the place of each sequence's last token
+        begins = (lengths + 1).cumsum(0) - (lengths + 1)
+        first = batch.logits_indices[begins].unsqueeze(1)  # the place of each one's last token
         inside = (first + places[1:]).clamp(max=len(batch.token_ids) - 1)
         drafts = batch.token_ids[inside]
         verified = verify(drafts, lengths, drawn, self.rejection_rows(batch, logits))
-        is_own = places <= lengths.unsqueeze(1)
-        token_ids = verified.token_ids[is_own].where(drawn != NO_TOKEN, NO_TOKEN)
+        numbers = torch.arange(len(lengths), device=lengths.device)
+        sequence = numbers.repeat_interleave(lengths + 1, output_size=len(drawn))
+        place = torch.arange(len(drawn), device=lengths.device) - begins[sequence]
+        token_ids = verified.token_ids[sequence, place].where(drawn != NO_TOKEN, NO_TOKEN)
         return token_ids, verified.num_accepted
 
     def rejection_rows(self, batch: Batch, logits: torch.Tensor) -> RejectionRows | None:
@@ -226,11 +227,11 @@ class ModelRunner:
         counts = [1 + length for length in batch.draft_lengths]
         begins = [end - count for end, count in zip(np.cumsum(counts), counts, strict=True)]
         places = [begins[i] + place for i in batch.rejecting for place in range(counts[i])]
-        own = torch.tensor(places, device=self.device)
-        first = torch.tensor([begins[i] for i in batch.rejecting], device=self.device)
+        own = to_device(places, torch.int64, self.device)
+        first = to_device([begins[i] for i in batch.rejecting], torch.int64, self.device)
         sampling = batch.sampling
         return RejectionRows(
-            torch.tensor(batch.rejecting, device=self.device),
+            to_device(batch.rejecting, torch.int64, self.device),
             target_probs(self.ops, logits[own], **sampling.filters(own)),
             batch.draft_probs,
             sampling.seeds[first, 0],

@@ -51,8 +51,8 @@ class HashPrefixCache(BlockCache):
         are never rewritten."""
         first, count = sequence.num_published_blocks, num_tokens // self.block_size
         if first < count:
-            keys = self.keys(sequence, num_tokens)
-            for block, key in zip(sequence.block_table[first:count], keys[first:], strict=True):
+            keys = self.keys(sequence, num_tokens, first)
+            for block, key in zip(sequence.block_table[first:count], keys, strict=True):
                 if key not in self.blocks:
                     self.blocks[key], self.key_of[block] = block, key
             sequence.num_published_blocks = count

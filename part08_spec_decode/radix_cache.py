@@ -68,10 +68,10 @@ class RadixPrefixCache(BlockCache):
         first, count = sequence.num_published_blocks, num_tokens // self.block_size
         if first >= count:
             return
-        keys, end = self.keys(sequence, num_tokens), self.ends[sequence]
-        node, found = self.walk(end, keys[first:])
+        keys, end = self.keys(sequence, num_tokens, first), self.ends[sequence]
+        node, found = self.walk(end, keys)
         self.replace(node, end, sequence.block_table[first : first + found])
-        keys, blocks = keys[first + found :], sequence.block_table[first + found : count]
+        keys, blocks = keys[found:], sequence.block_table[first + found : count]
         if keys:
             self.pool.share(blocks)  # the tree is their second owner
             is_own = node is end and node.num_locks == 1 and not node.children

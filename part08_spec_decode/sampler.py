@@ -17,7 +17,7 @@ from common.completions import TokenLogprobs
 from common.kernels import Ops
 from common.logprobs import SampledLogprobs
 from common.prompt_logprobs import PromptScores
-from common.sampling import SamplingBatch, not_drawn
+from common.sampling import SamplingBatch
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ class Sampled:
 def sample(ops: Ops, logits: Tensor, batch: SamplingBatch) -> Tensor:
     """The next token of each row of logits, [batch, vocab]; returns [batch] int64, NO_TOKEN where
     logits are not finite."""
-    raw, logits = logits, logits.float()
     if batch.output_counts is not None:
         logits = logits - batch.presence_penalty * (batch.output_counts > 0)
         logits = logits - batch.frequency_penalty * batch.output_counts
     logits = batch.biased(logits)
-    return not_drawn(ops.sample(logits, **batch.columns()), raw)
+    return ops.sample(logits, **batch.columns())

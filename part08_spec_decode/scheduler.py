@@ -63,7 +63,8 @@ class Scheduler:
         self.kv, self.trace = kv, trace
         self.cache = make_block_cache(config.prefix_cache, kv.pool, kv.block_size)
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order in which they joined
+        # In the order in which they joined. A list would be searched for each one that leaves.
+        self.running: dict[Sequence, None] = {}
         self.ending: set[Sequence] = set()  # their last tokens are launched
         self.most_drafts = config.num_speculative_tokens or 0
         # A model that drafts writes keys and values of its drafts before they are scheduled.
@@ -84,8 +85,8 @@ class Scheduler:
         output = SchedulerOutput()
         if self.run_running(output):
             self.admit(output)
-        for sequence, count in output.num_new_tokens.items():
-            self.trace.scheduled(sequence.request_id, count)
+        counts = output.num_new_tokens.items()
+        self.trace.scheduled_all({sequence.request_id: count for sequence, count in counts})
         return output
 
     def run_running(self, output: SchedulerOutput) -> bool:
@@ -97,11 +98,10 @@ class Scheduler:
         for sequence in list(self.running):
             if output.num_tokens == self.max_num_batched_tokens:
                 break
-            if self.make_room(sequence, output):
-                count = self.slice_of(sequence, output)
-                num_drafts = sequence.num_computed_tokens + count - sequence.num_total_tokens
-                del sequence.draft_token_ids[max(num_drafts, 0) :]
-                output.run(sequence, count)
+            room = len(sequence.block_table) * self.kv.block_size
+            wanted = sequence.num_total_tokens + len(sequence.draft_token_ids) + self.num_lookahead
+            if wanted <= room or self.make_room(sequence, output):
+                output.run(sequence, self.slice_of(sequence, output))
             else:
                 was_room = False
         return was_room
@@ -112,7 +112,7 @@ class Scheduler:
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
             if self.ending:
                 return False  # their blocks come free when their last tokens are read
-            self.preempt(self.running[-1])
+            self.preempt(next(reversed(self.running)))
         return sequence.status is Status.RUNNING
 
     def admit(self, output: SchedulerOutput) -> None:
@@ -153,12 +153,15 @@ class Scheduler:
         """How many tokens a sequence runs: what is not computed, as far as the step's budget goes.
 
         One and its drafts for a sequence that decodes, a slice of a prompt; nothing else tells them
-        apart.
+        apart. Drafts beyond that are dropped.
         """
-        num_tokens = sequence.num_total_tokens + len(sequence.draft_token_ids)
-        left = num_tokens - sequence.num_computed_tokens
+        num_drafts = len(sequence.draft_token_ids)
+        left = sequence.num_total_tokens + num_drafts - sequence.num_computed_tokens
         budget = self.max_num_batched_tokens - output.num_tokens
-        return min(left, budget, self.long_prefill_threshold)
+        count = min(left, budget, self.long_prefill_threshold)
+        if count < left:
+            del sequence.draft_token_ids[max(num_drafts - (left - count), 0) :]
+        return count
 
     def grow(self, sequence: Sequence, output: SchedulerOutput) -> bool:
         """Give a sequence blocks for all of its tokens; False when there are not enough.
@@ -200,7 +203,7 @@ class Scheduler:
         for sequence, count in output.num_new_tokens.items():
             sequence.num_computed_tokens += count
         for sequence in output.sampled:
-            sequence.num_placeholders += 1
+            sequence.num_total_tokens += 1
             if sequence.num_total_tokens == sequence.limit:
                 self.end(sequence)
 
@@ -210,7 +213,7 @@ class Scheduler:
         later: the steps that were launched since.
         """
         for sequence in output.num_new_tokens:
-            if sequence.block_table:
+            if sequence.num_computed_tokens // self.kv.block_size > sequence.num_published_blocks:
                 unread = sum(step.num_new_tokens.get(sequence, 0) for step in later)
                 final = min(sequence.num_computed_tokens - unread, sequence.num_tokens)
                 self.cache.publish(sequence, final)
@@ -220,7 +223,7 @@ class Scheduler:
     def start(self, sequence: Sequence) -> None:
         """The head of the queue joins the running sequences."""
         self.become(sequence, Status.RUNNING)
-        self.running.append(self.waiting.popleft())
+        self.running[self.waiting.popleft()] = None
         sequence.row = self.free_rows.popleft()
 
     def preempt(self, sequence: Sequence) -> None:
@@ -259,7 +262,7 @@ class Scheduler:
 
     def stop(self, sequence: Sequence) -> None:
         """Take a running sequence's row."""
-        self.running.remove(sequence)
+        del self.running[sequence]
         self.free_rows.append(sequence.row)
         sequence.row = None
         sequence.draft_token_ids, sequence.draft_probs = [], None

@@ -6,6 +6,7 @@ A proposer makes the drafts, `draft_length.py` says how long they are worth to b
 
 from typing import Any
 
+from common.completions import NO_DRAFTS
 from common.trace import Trace, phase
 
 from .config import EngineConfig
@@ -14,7 +15,7 @@ from .draft_model import ModelProposer
 from .model_runner import ModelRunner
 from .proposer import NgramProposer, Proposer
 from .scheduler import Scheduler
-from .sequence import Sequence
+from .sequence import Sequence, Status
 
 
 class NoSpeculator:
@@ -28,8 +29,8 @@ class NoSpeculator:
         num_tokens, seconds: of the step before.
         """
 
-    def settle(self, sequence: Sequence, token_ids: list[int]) -> None:
-        """A step has drawn these tokens after a sequence: drafts that stayed, and one more."""
+    def settle(self, sequences: list[Sequence], token_ids: list[list[int]]) -> None:
+        """A step has drawn these tokens after each sequence: drafts that stayed, and one more."""
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence: it has ended."""
@@ -47,7 +48,7 @@ class Speculator(NoSpeculator):
         self.proposer, self.most, self.trace = proposer, most, trace
         self.lengths = DraftLength()
         self.proposed: dict[Sequence, list[int]] = {}  # whole drafts, also what is not verified
-        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.counts = NO_DRAFTS  # of all sequences
 
     @phase
     def propose(self, scheduler: Scheduler, num_tokens: int, seconds: float) -> None:
@@ -76,7 +77,12 @@ class Speculator(NoSpeculator):
             room = min(room, blocks - sequence.num_tokens)
         return min(self.most, max(room, 0))
 
-    def settle(self, sequence: Sequence, token_ids: list[int]) -> None:
+    def settle(self, sequences: list[Sequence], token_ids: list[list[int]]) -> None:
+        for sequence, new in zip(sequences, token_ids, strict=True):
+            if sequence.status is not Status.FINISHED:
+                self.settle_draft(sequence, new)
+
+    def settle_draft(self, sequence: Sequence, token_ids: list[int]) -> None:
         """What was computed for rejected drafts is as if it had never been: the tokens that come
         instead are computed in their place."""
         num_drafts, num_accepted = len(sequence.draft_token_ids), len(token_ids) - 1
@@ -85,9 +91,7 @@ class Speculator(NoSpeculator):
         sequence.draft_counts = sequence.draft_counts.plus(num_drafts, num_accepted)
         if num_drafts > num_accepted:
             self.trace.rejected(sequence.request_id, num_drafts - num_accepted)
-        self.num_drafts += num_drafts > 0
-        self.num_draft_tokens += num_drafts
-        self.num_accepted_tokens += num_accepted
+        self.counts = self.counts.plus(num_drafts, num_accepted)
         if proposed := self.proposed.pop(sequence, None):
             self.lengths.observe(sequence, proposed, token_ids)
         sequence.draft_token_ids, sequence.draft_probs = [], None
@@ -98,11 +102,7 @@ class Speculator(NoSpeculator):
         self.proposed.pop(sequence, None)
 
     def stats(self) -> dict[str, Any]:
-        return {
-            "num_drafts": self.num_drafts,
-            "num_draft_tokens": self.num_draft_tokens,
-            "num_accepted_tokens": self.num_accepted_tokens,
-        }
+        return self.counts._asdict()
 
 
 def make_speculator(config: EngineConfig, runner: ModelRunner, trace: Trace) -> NoSpeculator:

@@ -357,9 +357,9 @@ def test_what_an_engine_may_not_do(fake_parts: None) -> None:
         return engine
 
     with pytest.raises(BenchError, match=r"schema-0: \d+ of \d+ prompt tokens cached"):
-        drive(spoiled(lambda output: vars(output).update(num_cached_tokens=999)), requests)
+        drive(spoiled(lambda output: setattr(output, "num_cached_tokens", 999)), requests)
     with pytest.raises(BenchError, match="schema-0: 0 of 4 tokens, then 'length'"):
-        drive(spoiled(lambda output: vars(output).update(token_ids=[])), requests)
+        drive(spoiled(lambda output: output.token_ids.clear()), requests)
     orphan = replace(requests[0], request_id="orphan", depends_on="nobody")
     with pytest.raises(BenchError, match="orphan got no token"):
         drive(fake_engine(), [*requests, orphan])

@@ -6,6 +6,7 @@ package checks, and computes in plain PyTorch.
 
 import importlib
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -177,6 +178,74 @@ def test_function(package: ModuleType, lengths: tuple, expected: str) -> None:
     )
     ops.attention(*case, 0.125)
     assert called == [expected]
+
+
+@pytest.fixture
+def totals(package: ModuleType) -> list[Tensor]:
+    """What the package is given as cu_seqlens_k, call by call."""
+    given = []
+
+    def record(*args, block_table, cu_seqlens_k, **named):
+        given.append(cu_seqlens_k)
+        named |= {"block_table": block_table, "cu_seqlens_k": cu_seqlens_k}
+        return flash_attn_varlen_func(*args, **named)
+
+    package.flash_attn_varlen_func = record
+    return given
+
+
+def mixed_case(ops: Ops) -> tuple:
+    return make_attention(
+        Target(ops, torch.device("cpu"), torch.float16), Spec(DRAFTS, 4, 2, 64, 256)
+    )
+
+
+def test_totals_are_summed_once_a_step(totals: list[Tensor]) -> None:
+    ops = flash_ops()
+    query, cache, layer, metadata = mixed_case(ops)
+    for _ in range(3):
+        ops.attention(query, cache, layer, metadata, 0.125)
+    assert totals[0] is totals[1] is totals[2]
+    assert totals[0].tolist() == [0, 40, 169, 172, 179, 269]
+    metadata.seq_lens[1] -= 2  # the next step fills the same buffers
+    ops.attention(query, cache, layer, replace(metadata), 0.125)
+    assert totals[3].tolist() == [0, 40, 167, 170, 177, 267]
+
+
+def test_a_graph_sums_its_own_totals(totals: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One from before would be the first step's in every replay, and one of the graph's is filled
+    by replays alone."""
+    ops = flash_ops()
+    query, cache, layer, metadata = mixed_case(ops)
+    for is_captured in (False, True, True, False):
+        for module in ("common.kernels.flash", "common.kernels.triton.ops"):
+            monkeypatch.setattr(
+                f"{module}.is_capturing", lambda x, is_captured=is_captured: is_captured
+            )
+        ops.attention(query, cache, layer, metadata, 0.125)
+    eager, first, second, last = totals
+    assert last is eager
+    assert first is not eager and second is not eager and first is not second
+    ops.attention(query, cache, layer, replace(metadata), 0.125)
+    assert all(other is not totals[-1] for other in totals[:-1])
+
+
+def test_other_integers_are_converted_once_a_step(
+    totals: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = flash_ops()
+    query, cache, layer, metadata = mixed_case(ops)
+    metadata = replace(metadata, seq_lens=metadata.seq_lens.long())
+    step = ops.step_of(metadata)
+    assert ops.step_of(metadata) is step and step.metadata.seq_lens.dtype == torch.int32
+    monkeypatch.setattr("common.kernels.triton.ops.is_capturing", lambda x: True)
+    assert ops.step_of(metadata) is not step
+    fresh = replace(metadata)
+    assert ops.step_of(fresh) is not ops.step_of(fresh)
+    monkeypatch.setattr("common.kernels.triton.ops.is_capturing", lambda x: False)
+    assert ops.step_of(metadata) is step
+    ops.attention(query, cache, layer, metadata, 0.125)
+    assert totals[0].tolist() == [0, 40, 169, 172, 179, 269]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from common.kernels import AttentionMetadata, Ops, select_ops
 from common.kernels.cpu.ops import CpuOps
 from common.kernels.cpu.vector import LANES
 from common.kernels.reference import ReferenceOps
-from common.sampling import SamplingBatch, SamplingParams
+from common.sampling import NO_TOKEN, SamplingBatch, SamplingParams
 
 REFERENCE = ReferenceOps()
 CPU = CpuOps(2)
@@ -543,17 +543,43 @@ def test_reference_samples_as_part01_does() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e-45])
 @pytest.mark.parametrize("where", ["all", "some", "one"])
-def test_odd_logits_give_a_token(ops: Ops, value: float, where: str) -> None:
+def test_odd_logits(ops: Ops, value: float, where: str) -> None:
+    """A token that is possible; none where a logit is NaN or +infinity, or all are -infinity."""
+    places = {"all": slice(None), "some": slice(0, 300, 2), "one": slice(7, 8)}[where]
     logits = randn(56, 300)
-    logits[:, {"all": slice(None), "some": slice(0, 300, 2), "one": slice(7, 8)}[where]] = value
+    logits[:28, places] = value
     params = [settings_of(i) for i in range(56)]
     batch = SamplingBatch.build(logits, params, range(56), [0] * 56, [[]] * 56)
     tokens = kernel_sample(ops, logits, batch)
-    assert all(0 <= token < 300 for token in tokens)
-    if math.isnan(value) and where == "some":
-        assert all(token % 2 for token in tokens)
-    if value == math.inf and where == "one":
-        assert set(tokens) == {7}
+    assert all(0 <= token < 300 for token in tokens[28:])
+    if not math.isfinite(value) and (value != -math.inf or where == "all"):
+        assert tokens[:28] == [NO_TOKEN] * 28
+    else:
+        impossible = set(range(300)[places]) if value == -math.inf else set()
+        assert all(0 <= token < 300 and token not in impossible for token in tokens[:28])
+
+
+def test_a_nan_is_found_wherever_it_is(ops: Ops) -> None:
+    """With either sign, in each place of vectors and beyond them, in rows that draw or not."""
+    vocab = 2 * LANES + 3
+    logits = randn(4 * vocab, vocab)
+    nans = torch.tensor([math.nan, -math.nan]).repeat(2 * vocab)
+    logits[torch.arange(4 * vocab), torch.arange(4 * vocab) // 4] = nans
+    params = [SamplingParams(temperature=float(i // 2 % 2)) for i in range(4 * vocab)]
+    batch = SamplingBatch.build(
+        logits, params, range(len(params)), [0] * len(params), [[]] * len(params)
+    )
+    assert kernel_sample(ops, logits, batch) == [NO_TOKEN] * len(params)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_taken_in_their_own_format(ops: Ops, dtype: torch.dtype) -> None:
+    """And what is drawn is what their float32 values give."""
+    logits = (randn(56, 1000) * 4).to(dtype)
+    params = [settings_of(i) for i in range(56)]
+    batch = SamplingBatch.build(logits, params, range(56), [0] * 56, [[]] * 56)
+    for each in (ops, REFERENCE):
+        assert kernel_sample(each, logits, batch) == kernel_sample(each, logits.float(), batch)
 
 
 def test_sample_takes_views_and_other_dtypes(ops: Ops) -> None:

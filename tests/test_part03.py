@@ -316,7 +316,7 @@ def test_a_batch_holds_no_sequence(
         assert any(batch.prompts for batch in batches)
     if part >= 5:
         assert any(batch.has_penalties for batch in batches)
-        assert any(batch.counted for batch in batches)
+        assert any(batch.joining is not None for batch in batches)
         assert any(batch.sampling.biases is not None for batch in batches)
     if flags:
         assert any(any(batch.draft_lengths) for batch in batches)

@@ -243,7 +243,7 @@ def test_the_largest_step(budget: int, lengths: list[int]) -> None:
     assert len(batch.token_ids) == largest.num_tokens == sum(lengths)
     tokens, _ = runner.sample(largest.sampled, runner.forward(batch)[0])
     assert len(tokens) == 40
-    runner.run_largest_step(12)
+    runner.run_step(runner.largest_step(12))
     outputs = engine.generate([[2]] * 45, replace(GREEDY, max_tokens=4), progress=False)
     assert len({tuple(output.token_ids) for output in outputs}) == 1
 

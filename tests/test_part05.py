@@ -6,16 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_seeded
-from common.testing.parts import PARTS, distinct_files, engine_of, module_of, wrap_model
+from common.testing.parts import PARTS, engine_of, module_of, wrap_model
 
 MODEL = "random:tiny-llama"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -94,7 +90,8 @@ def test_the_host_does_not_wait_for_the_device(engine: Any, gate: threading.Sema
     third would wait."""
     engine.add_request(Request("a", PROMPT, GREEDY))
     assert step(engine) == ({"a": 3}, {})
-    first = engine.runner.inputs.buffers[0]
+    buffers = engine.runner.inputs.buffers
+    first = buffers.turn
     done = threading.Event()
 
     def second() -> None:
@@ -105,8 +102,7 @@ def test_the_host_does_not_wait_for_the_device(engine: Any, gate: threading.Sema
     thread.start()
     assert not done.wait(0.3), "it waits for the first step's tokens"
     assert [len(pending.scheduled.sampled) for pending in engine.in_flight] == [1]
-    second_buffers, first_buffers = engine.runner.inputs.buffers
-    assert second_buffers is not first and first_buffers is first
+    assert buffers.turn != first and None not in buffers.readers
     gate.release()
     thread.join(60)
     assert done.is_set()
@@ -383,144 +379,3 @@ def test_eos_at_every_position(part: int, monkeypatch: pytest.MonkeyPatch) -> No
                 assert completion.token_ids == expected
                 assert completion.finish_reason == ("stop" if ends else "length")
     assert not engine.in_flight
-
-
-# The input of a step.
-
-
-SHAPES = st.tuples(*[st.integers(1, 40)] * 4)
-
-
-@pytest.mark.parametrize("part", distinct_files("input_buffers.py"))
-@given(SHAPES)
-@settings(max_examples=100, deadline=None)
-def test_packed_fields_do_not_overlap(part: int, numbers: tuple[int, int, int, int]) -> None:
-    """Each field is written with its own number; all are read back whole, at aligned addresses."""
-    module = module_of(part, "input_buffers")
-    shape = module.BatchShape(*numbers)
-    buffers = module.InputBuffers(module.BatchShape(40, 40, 40, 40), torch.device("cpu"))
-    arrays, tensors = buffers.views(shape)
-    for number, array in enumerate(arrays.values()):
-        array[:] = number
-    buffers.copy_to_device(shape)
-    for number, (name, tensor) in enumerate(tensors.items()):
-        assert tensor.data_ptr() % 64 == buffers.device.data_ptr() % 64, name
-        assert (tensor == number).all(), name
-        assert len(tensor) == len(arrays[name]) == shape.lengths()[module.FIELDS[name][1]], name
-    largest = module.BatchShape(40, 40, 40, 40)
-    assert [len(side["token_ids"]) for side in buffers.views(largest)] == [40, 40]
-    _, again = buffers.views(module.BatchShape(*numbers))
-    assert {n: t.data_ptr() for n, t in again.items()} == {
-        n: t.data_ptr() for n, t in tensors.items()
-    }, "batches of one shape lie at the same addresses"
-
-
-@pytest.mark.parametrize("part", distinct_files("input_batch.py"))
-def test_the_packed_batch_says_what_is_scheduled(part: int) -> None:
-    """A prompt beside a decode row, read back from the buffer and held against plain arithmetic."""
-    engine = engine_of(part, MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8)
-    sequence_class = module_of(part, "sequence").Sequence
-    no_end = frozenset({1})
-    old = sequence_class(
-        Request("old", [7] * 6, GREEDY), 9, no_end, 20, row=2, num_computed_tokens=6
-    )
-    old.output_token_ids, old.block_table = [42], [9, 3]
-    params = SamplingParams(top_k=5, presence_penalty=0.5, min_tokens=2)
-    request = Request("new", [11, 12, 13], params, choice=2)
-    new = sequence_class(request, 2**64 - 1, no_end, 20, row=0)
-    new.block_table = [5]
-    scheduler_output = module_of(part, "scheduler").SchedulerOutput
-    output = scheduler_output(admitted=[new, old])
-    output.run(new, 3)
-    output.run(old, 1)
-    assert output.num_tokens == 4 and output.sampled == [new, old]
-    batch = engine.runner.prepare(output)
-    assert batch.token_ids.tolist() == [11, 12, 13, 42]
-    assert batch.positions.tolist() == [0, 1, 2, 6]
-    assert batch.metadata.cu_seqlens_q.tolist() == [0, 3, 4]
-    assert batch.metadata.seq_lens.tolist() == [3, 7]
-    assert batch.metadata.slot_mapping.tolist() == [20, 21, 22, 14]
-    assert batch.metadata.block_tables[1].tolist() == [9, 3]
-    assert batch.metadata.block_tables[0, 0] == 5
-    assert (batch.metadata.max_query_len, batch.metadata.max_seq_len) == (3, 7)
-    assert batch.logits_indices.tolist() == [2, 3]
-    assert batch.rows.tolist() == [0, 2]
-    assert batch.has_penalties and batch.counted == [(0, [])]
-    assert batch.sampling.seeds.tolist() == [[-1], [9]]
-    assert batch.sampling.choices.tolist() == [[2], [0]]
-    assert batch.sampling.positions.tolist() == [[3], [7]]
-    assert batch.sampling.top_k.tolist() == [[5], [0]]
-    assert batch.sampling.presence_penalty.tolist() == [[0.5], [0.0]]
-    assert np.allclose(batch.sampling.temperature, [[1.0], [0.0]])
-    biased = batch.sampling.biased(torch.zeros(2, engine.vocab_size))
-    assert biased[0, 1] == -torch.inf and (biased[1] == 0).all(), "not its end before min_tokens"
-    old.num_computed_tokens, old.num_placeholders, new.num_computed_tokens = 7, 1, 1
-    old.block_table.append(8)
-    later = scheduler_output(new_blocks={old: [8]})
-    later.run(old, 1)
-    later.run(new, 1)
-    assert later.sampled == [old], "sampled only after its last token"
-    batch = engine.runner.prepare(later)
-    assert batch.token_ids.tolist() == [-1 - 2, 12], "what row 2 has drawn is not known yet"
-    assert batch.metadata.slot_mapping.tolist() == [15, 21]
-    assert batch.logits_indices.tolist() == [0] and batch.rows.tolist() == [2]
-    old.num_computed_tokens, old.num_placeholders = 8, 2
-    third = scheduler_output()
-    third.run(old, 1)
-    assert engine.runner.prepare(third).metadata.slot_mapping.tolist() == [32]
-    assert batch.sampling.num_logprobs == [None] and not batch.has_penalties
-
-
-@pytest.mark.parametrize("part", distinct_files("input_batch.py"))
-def test_what_the_device_has_drawn_is_filled_in_by_row(part: int) -> None:
-    runner = engine_of(part, MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8).runner
-    sequence_class = module_of(part, "sequence").Sequence
-    output = module_of(part, "scheduler").SchedulerOutput()
-    for row in (3, 0):
-        sequence = sequence_class(Request(f"{row}", [7], GREEDY), 0, frozenset(), 9, row=row)
-        sequence.num_computed_tokens = sequence.num_placeholders = 1
-        sequence.block_table = [row]
-        output.admitted.append(sequence)
-        output.run(sequence, 1)
-    batch = runner.prepare(output)
-    runner.last_token_ids[:4] = torch.tensor([100, 101, 102, 103])
-    runner.fill_in(batch)
-    assert batch.token_ids.tolist() == [103, 100]
-
-
-@pytest.mark.parametrize("part", [part for part in PARTS if part >= 5])
-def test_a_step_says_what_its_input_takes(part: int) -> None:
-    """Both buffers and the tables, and the counts of tokens once some request has penalties."""
-    config = module_of(part, "config").EngineConfig(
-        model=MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8
-    )
-    engine = module_of(part, "engine").LLMEngine(config)
-    inputs = engine.runner.inputs
-    stats = engine.stats()
-    per_token = 2 * engine.runner.model.config.num_layers * engine.kv.data[0, 0, 0, 0].nbytes
-    assert stats["kv_cache_bytes"] == 64 * 4 * per_token
-    assert stats["weight_bytes"] == engine.runner.model.num_bytes > 0
-    hosts = [buffers.host for buffers in inputs.buffers]
-    assert len({buffer.data_ptr() for buffer in hosts}) == 2
-    before = stats["buffer_bytes"]
-    assert before > sum(buffer.nbytes for buffer in hosts) + inputs.block_tables.nbytes
-    engine.generate([PROMPT], replace(GREEDY, frequency_penalty=0.1), progress=False)
-    assert engine.stats()["buffer_bytes"] == before + 8 * engine.vocab_size * 4
-
-
-@pytest.mark.parametrize("part", [part for part in distinct_files("model_runner.py") if part >= 5])
-def test_the_buffers_hold_the_largest_step(part: int) -> None:
-    """What a GPU's memory is sized by; here it must only run. And more rows than tokens of context."""
-    flags = {"max_model_len": 12, "max_num_seqs": 40, "num_blocks": 40}
-    engine = engine_of(part, MODEL, threads=1, max_num_batched_tokens=60, **flags)
-    runner = engine.runner
-    runner.inputs.block_tables[:] = 0
-    largest = runner.largest_step(12)
-    batch = runner.prepare(largest)
-    assert batch.metadata.seq_lens.tolist() == [12, 10] + [1] * 38
-    assert len(batch.token_ids) == largest.num_tokens == 60
-    token_ids, _ = runner.launch(batch).result().lists()
-    assert len(token_ids) == 40
-    runner.counts = None
-    outputs = engine.generate([[2]] * 45, replace(GREEDY, max_tokens=4), progress=False)
-    assert len({tuple(output.token_ids) for output in outputs}) == 1

@@ -173,10 +173,9 @@ def test_the_budget_depends_on_the_device() -> None:
     engine = engine_of(6, MODEL, threads=1, num_blocks=64, block_size=4)
     assert engine.config.max_num_batched_tokens == 256
     on_gpu = module_of(6, "config").EngineConfig().resolved(torch.device("cuda"), 16)
-    assert on_gpu.max_num_batched_tokens == 2048
+    assert on_gpu.max_num_batched_tokens == 8192
     runner = engine_of(
         6, MODEL, threads=1, max_num_batched_tokens=30, max_num_seqs=40, num_blocks=40
     ).runner
-    runner.inputs.block_tables[:] = 0
     batch = runner.prepare(runner.largest_step(12))
     assert batch.metadata.seq_lens.tolist() == [1] * 30

@@ -327,7 +327,7 @@ def test_two_that_begin_alike_and_part(kind: str) -> None:
     first, second = (begin(name, [1, 2, 3, 4, 5]) for name in "ab")
     assert first.block_table[:2] == second.block_table[:2]
     for sequence, tokens in ((first, [6, 7, 8]), (second, [9, 7, 8])):
-        sequence.output_token_ids += tokens
+        sequence.extend(tokens)
         sequence.block_table += cache.allocate(1)
         cache.publish(sequence, 8)
         cache.check_integrity([first.block_table, second.block_table])
@@ -579,7 +579,7 @@ class CacheMachine(RuleBasedStateMachine):
         missing -= len(sequence.block_table)
         if missing <= self.cache.num_free:
             sequence.block_table += self.allocate(missing)
-            sequence.output_token_ids.append(token)
+            sequence.extend([token])
 
     @precondition(lambda self: self.sequences)
     @rule(which=st.integers(0, 99))

@@ -205,7 +205,7 @@ def test_a_text_that_repeats_itself_takes_few_steps(monkeypatch: pytest.MonkeyPa
     """A model that counts to seven and begins again: after the first time each draft stays."""
     engine = engine_with("ngram", num_speculative_tokens=5)
 
-    def count(batch: Any) -> tuple[torch.Tensor, list[Any]]:
+    def count(batch: Any, what: Any = None) -> tuple[torch.Tensor, list[Any]]:
         last = batch.token_ids[batch.logits_indices]
         return 50.0 * torch.nn.functional.one_hot((last + 1) % 7, engine.vocab_size).float(), []
 
@@ -543,7 +543,6 @@ def test_the_largest_step_has_all_that_rejection_needs(proposer: str) -> None:
     """What a GPU's memory is kept for: the probabilities of every draft, and of the model."""
     engine = engine_with(proposer, num_speculative_tokens=3, max_num_seqs=5)
     runner = engine.runner
-    runner.inputs.block_tables[:] = 0
     batch = runner.prepare(runner.largest_step(20))
     logits = torch.zeros(len(batch.logits_indices), engine.vocab_size)
     rows = runner.rejection_rows(batch, logits)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from part08 import draft_length as lengths_module
+from part08 import rejection_sampler
 from part08.config import EngineConfig
 from part08.draft_length import DraftLength, StepTime, expected_tokens
 from part08.proposer import Draft, NgramIndex, NgramProposer
@@ -27,6 +28,7 @@ from part08.rejection_sampler import (
 from part08.sequence import Sequence
 from scipy.stats import chisquare
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.kernels import Ops, reference, select_ops
 from common.requests import Request
@@ -63,7 +65,8 @@ DRAFTS = {"far": FAR, "near": NEAR, "equal": P, "disjoint": DISJOINT}
 
 def fits(counts: Tensor, probs: Tensor) -> bool:
     """Whether chi-square lets counts pass as draws from probs; none may be where probs is 0."""
-    counts, probs = counts.flatten(), probs.flatten()
+    counts, probs = counts.flatten(), probs.double().flatten()
+    probs = probs / probs.sum()  # of float32 they miss 1 by more than chisquare lets pass
     if counts[probs == 0].sum() > 0:
         return False
     kept = probs > 0
@@ -147,10 +150,41 @@ class TestRejection:
             *((draft, length) for draft in ("equal", "disjoint") for length in (1, 3, 8)),
         ],
     )
-    def test_the_distribution_is_the_targets(self, draft: str, max_drafts: int) -> None:
-        """Every position, and neighbours together, across the borders of steps; 50,000 sequences."""
+    def test_the_distribution_is_the_targets(
+        self, draft: str, max_drafts: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every position, and neighbours together, across the borders of steps; 50,000 sequences.
+        The vocabulary is one chunk, or three of which the last is shorter, or as many as tokens."""
+        monkeypatch.setattr(rejection_sampler, "CHUNK", (1024, 3, 1)[max_drafts % 3])
         tokens = MarkovModel(DRAFTS[draft], max_drafts).generate(3)
         assert check_markov(tokens)
+
+    def test_the_distribution_over_a_large_vocabulary(self) -> None:
+        """float32, as the engine has it; the tokens of which each kind is summed up, of 5000."""
+        vocab, drafts = 5000, 2
+        generator = torch.Generator().manual_seed(1)
+        p, q = (torch.randn(1, vocab, generator=generator).mul(2).softmax(1) for _ in range(2))
+        p[0, ::3] = 0
+        kind = torch.arange(vocab) // 100
+        seeds = torch.arange(4000)
+        noise = verification_noise(seeds, seeds * 0, seeds * 0, drafts + 1)
+        tokens = draw(q.expand(len(seeds), -1), seeds, seeds * 0 + 9)
+        verified = rejection_sample(
+            torch.stack([tokens, tokens], 1),
+            seeds * 0 + drafts,
+            q.expand(len(seeds) * drafts, -1),
+            (p / p.sum()).expand(len(seeds) * (drafts + 1), -1),
+            *noise,
+        )
+        first = verified.token_ids[:, 0]
+        assert not (p[0, first] == 0).any()
+        counts = torch.bincount(kind[first], minlength=50)
+        assert fits(
+            counts,
+            torch.zeros(50, dtype=torch.float64).index_add(
+                0, kind, p[0].double() / p.double().sum()
+            ),
+        )
 
     def test_drafts_of_different_lengths_in_one_batch(self) -> None:
         tokens = MarkovModel(NEAR, 5, mixed=True).generate(3)
@@ -229,14 +263,34 @@ class TestRejection:
             [1, 0],
         )
 
+    @pytest.mark.parametrize("chunk", (1024, 1, 2, 3))
     @pytest.mark.parametrize("uniform", (2.0**-50, 1 - 2.0**-49))
-    def test_the_ends_of_the_uniforms(self, uniform: float) -> None:
+    def test_the_ends_of_the_uniforms(
+        self, uniform: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rejection_sampler, "CHUNK", chunk)
         p = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
         q = torch.zeros(0, 4)
         noise = torch.full((1, 1), uniform, dtype=torch.float64)
         drafts, lengths = torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0])
         tokens, _ = lists(rejection_sample(drafts, lengths, q, p, noise, noise))
         assert tokens == ([[1]] if uniform < 0.5 else [[2]])
+
+    @settings(max_examples=200)
+    @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.floats(0, 1), st.integers(1, 5))
+    def test_a_token_is_where_the_sum_passes_the_uniform(
+        self, weights: list[int], uniform: float, chunk: int
+    ) -> None:
+        """By counting, whatever the chunks."""
+        p = torch.tensor([[*weights, 1, 0]], dtype=torch.float32)
+        u = min(max(uniform, 2.0**-50), 1 - 2.0**-49)
+        target, expected, total = u * float(p.sum()), 0, 0.0
+        while (total := total + float(p[0, expected])) <= target:
+            expected += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rejection_sampler, "CHUNK", chunk)
+            is_residual, noise = torch.tensor([[False]]), torch.tensor([[u]], dtype=torch.float64)
+            assert int(rejection_sampler.draw(p, p * 0, is_residual, noise)) == expected
 
     def test_noise_has_streams_of_its_own(self) -> None:
         seeds = torch.arange(2000)
@@ -374,11 +428,39 @@ def test_verify_does_not_wait_for_the_device() -> None:
     """Tensors without data: whoever read one, or made one on another device, would raise."""
     ids = torch.zeros(3, 4, dtype=torch.int64, device="meta")
     column, flat = ids[:, 0], torch.zeros(11, dtype=torch.int64, device="meta")
-    p, q = torch.zeros(7, 9, device="meta"), torch.zeros(5, 9, device="meta")
+    p, q = torch.zeros(7, 3000, device="meta"), torch.zeros(5, 3000, device="meta")
     rejection = RejectionRows(column[:2], p, q, column[:2], column[:2], column[:2])
     verified = verify(ids, column, flat, rejection)
     assert verified.token_ids.shape == (3, 5) and verified.token_ids.is_meta
     assert last_token_ids(verified).shape == verified.num_accepted.shape == (3,)
+
+
+def test_rejection_holds_no_row_of_float64() -> None:
+    """[rows, vocab] in it would be as much memory again as both distributions."""
+    logits = torch.randn(6, 4096)
+    columns = torch.ones(6), torch.zeros(6, dtype=torch.int64), torch.ones(6), torch.zeros(6)
+    drafts, lengths = torch.zeros(2, 2, dtype=torch.int64), torch.tensor([2, 2])
+    noise = torch.full((2, 3), 0.5, dtype=torch.float64)
+    with Sizes() as sizes:
+        p = target_probs(OPS, logits, *columns)
+        rejection_sample(drafts, lengths, p[:4], p, noise, noise)
+    assert sizes.largest[torch.float32] >= p.numel()
+    assert sizes.largest[torch.float64] <= 2 * rejection_sampler.CHUNK
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements that any result has, by its format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        if isinstance(result, Tensor):
+            before = self.largest.get(result.dtype, 0)
+            self.largest[result.dtype] = max(before, result.numel())
+        return result
 
 
 class TestTargetProbs:
@@ -414,8 +496,11 @@ class TestTargetProbs:
         smallest = torch.where(min_p > 0, smallest - 1e-6, smallest)  # float32 there, float64 here
         kept = scaled.where(scaled >= smallest[:, None], -torch.inf)
         expected = kept.double().softmax(dim=1)
-        assert torch.equal(probs > 0, expected > 0)
-        torch.testing.assert_close(probs, expected, rtol=1e-12, atol=0)
+        assert probs.dtype == torch.float32
+        is_normal = expected > 1e-37  # what is less likely may be 0 in float32
+        assert torch.equal(probs > 1e-37, is_normal) and not probs[expected == 0].any()
+        # exp's error grows with its argument; the largest is 87 here.
+        torch.testing.assert_close(probs.double(), expected, rtol=2e-5, atol=1e-37)
 
     def test_it_is_what_ops_sample_draws_from(self) -> None:
         logits = torch.randn(12, generator=torch.Generator().manual_seed(3)).expand(COUNT, -1)
@@ -436,13 +521,13 @@ class TestTargetProbs:
         logits = torch.tensor([[1.0, 5.0, 4.999], [1.0, 2.0, 3.0]])
         probs = target_probs(OPS, logits, *self.columns([{"temperature": 0.0}, {}]))
         assert probs[0].tolist() == [0, 1, 0]
-        torch.testing.assert_close(probs[1], logits[1].double().softmax(0))
+        torch.testing.assert_close(probs[1], logits[1].softmax(0))
 
     def test_broken_logits_give_numbers(self) -> None:
         broken = torch.full((4, 3), torch.nan)
         broken[1, 1], broken[2, 2], broken[3] = 1.0, torch.inf, -torch.inf
         probs = target_probs(OPS, broken, *self.columns([{"temperature": 0.5, "top_p": 0.9}] * 4))
-        torch.testing.assert_close(probs.sum(dim=1), torch.ones(4, dtype=torch.float64))
+        torch.testing.assert_close(probs.sum(dim=1), torch.ones(4))
         assert probs[1].tolist() == [0, 1, 0] and probs[2].tolist() == [0, 0, 1]
 
 
@@ -450,7 +535,7 @@ def sequence_of(token_ids: list[int], num_output: int = 0) -> Sequence:
     cut = len(token_ids) - num_output
     request = Request("a", token_ids[:cut], SamplingParams())
     sequence = Sequence(request, 0, frozenset(), len(token_ids) + 1000)
-    sequence.output_token_ids = token_ids[cut:]
+    sequence.extend(token_ids[cut:])
     return sequence
 
 
@@ -481,7 +566,7 @@ class TestNgram:
         proposer = NgramProposer(min_n, min_n + extra)
         sequence = sequence_of(pieces[0])
         for piece, rests_now in zip([[], *pieces[1:]], rests, strict=False):
-            sequence.output_token_ids += piece
+            sequence.extend(piece)
             [draft] = proposer.propose([sequence], [0 if rests_now else max_length])
             token_ids = sequence.prompt_token_ids + sequence.output_token_ids
             found = search(token_ids, min_n, min_n + extra, max_length)

@@ -31,6 +31,14 @@ OPERATIONS = (
     "attention",
     "sample",
 )
+KERNELS = {
+    "norm_kernel",
+    "silu_and_mul_kernel",
+    "rotary_and_store_kernel",
+    "attention_kernel",
+    "combine_kernel",
+    "extremes_kernel",  # the sampler's first
+}
 
 
 def run_module(name: str, *arguments: str) -> list:
@@ -83,14 +91,14 @@ def check_compiled(architecture: str, dtype: str, *head_dims: int) -> None:
     kernels = run_module(
         "common.testing.kernels.triton_compile", architecture, dtype, *map(str, head_dims)
     )
-    assert len({kernel["kernel"] for kernel in kernels}) == 9
+    assert {kernel["kernel"] for kernel in kernels} >= KERNELS
     assert all(kernel["shared"] <= kernel["allowed"] for kernel in kernels)
     attentions = [kernel for kernel in kernels if kernel["kernel"] == "attention_kernel"]
     # Keys and values of the next tiles are on their way while a tile is computed.
     assert all(kernel["num_async_copies"] > 0 for kernel in attentions)
     is_hopper = architecture.startswith("H") and dtype != "float32"
     for kernel in attentions:
-        if not kernel["is_decode"]:
+        if not kernel["constants"]["DECODE"]:
             assert (kernel["num_warpgroup_products"] > 0) == is_hopper
 
 
@@ -123,38 +131,52 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
 
 
 @needs_triton
-@given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 600))
-def test_splits(num_programs: int, most: int, resident: int) -> None:
-    from common.kernels.triton.attention import num_splits
+@given(st.integers(1, 200_000), st.integers(1, 5000), st.integers(1, 128))
+def test_splits(max_seq_len: int, num_programs: int, rows_each: int) -> None:
+    from common.kernels.triton import attention
 
-    def busy(splits: int) -> float:
-        rounds = num_programs * splits / resident
-        return rounds / math.ceil(rounds)
+    num_rows = num_programs * rows_each
+    splits = attention.num_splits(max_seq_len, num_programs, num_rows)
+    needed = math.ceil(max_seq_len / attention.MIN_SPLIT)
 
-    splits = num_splits(num_programs, most, resident)
-    assert 1 <= splits <= most
-    assert busy(splits) >= 0.9 * max(busy(other) for other in range(1, most + 1))
-    assert all(busy(other) < busy(splits) for other in range(1, splits))
+    def is_allowed(splits: int) -> bool:
+        return (
+            splits <= attention.MAX_SPLITS
+            and splits * num_programs <= attention.MAX_PROGRAMS
+            and splits * num_rows <= attention.MAX_PARTS
+        )
+
+    assert splits.bit_count() == 1
+    assert splits == 1 or (is_allowed(splits) and splits < 2 * needed)
+    assert splits >= needed or not is_allowed(2 * splits)  # as many as are of use
 
 
 @needs_triton
 def test_splits_of_known_batches() -> None:
     from common.kernels.triton.attention import num_splits
 
-    h200 = 3 * 132
-    assert num_splits(1 * 8, 1, h200) == 1  # too short
-    assert num_splits(1 * 8, 32, h200) in (29, 30, 31, 32)  # alone: as many as there are
-    assert num_splits(256 * 8, 32, h200) <= 2  # many: hardly any
+    assert num_splits(200, 8, 16) == 1  # too short
+    assert num_splits(4096, 8, 16) == 16  # 256 tokens a program
+    assert num_splits(4096, 64 * 8, 64 * 16) == 16  # whatever the batch
+    assert num_splits(32768, 64 * 8, 64 * 16) == 32  # but not without bound
+    assert num_splits(4096, 256 * 8, 256 * 16) == 8
+    assert num_splits(4096, 256 * 8, 256 * 5 * 16) == 2  # drafts need more memory
+    assert num_splits(4096, 1 << 15, 1 << 16) == 1
 
 
 @needs_triton
-@given(st.integers(1, 600), st.integers(1, 128))
-def test_few_queries(max_query_len: int, group: int) -> None:
+@given(st.integers(1, 600), st.none() | st.integers(0, 20), st.integers(1, 128))
+def test_few_queries(max_query_len: int, max_decode_query_len: int | None, group: int) -> None:
     from common.kernels.triton.attention import few_queries
 
-    few = few_queries(max_query_len, group)
-    assert 1 <= few <= max_query_len
-    assert few == 1 or few * group <= 64
+    few = few_queries(max_query_len, max_decode_query_len, group)
+    assert 0 <= few <= max_query_len
+    assert few <= 1 or few * group <= 64
+    if max_decode_query_len is None:
+        assert few >= 1
+    else:
+        assert few <= max_decode_query_len
+        assert few == min(max_query_len, max_decode_query_len) or (few + 1) * group > 64
 
 
 @needs_triton
@@ -164,7 +186,7 @@ def test_few_queries(max_query_len: int, group: int) -> None:
 def test_tiles_fit(kibibytes: int, head_dim: int, dtype: torch.dtype) -> None:
     from common.kernels.triton.attention import Device, shared_bytes, tile_for
 
-    device = Device(kibibytes << 10, 300, kibibytes == 227)
+    device = Device(kibibytes << 10, kibibytes == 227)
     for is_decode, rows in ((True, 1), (True, 60), (False, 4), (False, 71)):
         tile = tile_for(is_decode, rows, head_dim, dtype, device)
         assert tile.rows >= rows and tile.num_stages >= 1

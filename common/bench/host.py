@@ -4,7 +4,7 @@ The engine runs as it does otherwise, but for the work that it gives to the devi
 at once. What is left is the host's: scheduling, the step's input, reading tokens, ending sequences,
 outputs. On a GPU a step cannot be shorter than this, however fast the GPU is. Each number of
 sequences is a fresh process; times are medians over the steps in which all of them decode, by the
-wall clock of one thread, since nothing else runs.
+wall clock of one thread, since nothing else runs. Launching kernels is not counted.
 """
 
 import argparse
@@ -18,14 +18,21 @@ from common.bench.core.processes import part_package, run_worker
 from common.bench.core.results import column, make_result
 
 MODEL = "random:tiny-llama"  # its arithmetic is left out
-PROMPT_LEN, WARM_UP = 24, 32  # tokens, steps
-PHASES = ("schedule", "prepare", "launch", "postprocess")
+# Tokens. Of all lengths between, so that as many sequences need a new block in each step.
+SHORTEST, LONGEST = 24, 39
+WARM_UP = 32  # steps
+RING = (
+    16  # steps that the trace keeps, so that each step pays for one that leaves, as in a long run
+)
+PHASES = ("schedule", "prepare", "launch", "wait", "postprocess")
 FIRST_PART = 5  # the first whose device is a queue
 COLUMNS = [
     column("part", "part", digits=0),
     column("num_seqs", "sequences", digits=0),
     *(column(name, name, "µs", 0) for name in PHASES),
+    column("rest", "rest", "µs", 0),
     column("step", "whole step", "µs", 0),
+    column("p99", "99% of steps within", "µs", 0),
     column("each", "for each sequence", "µs", 2),
 ]
 
@@ -56,12 +63,12 @@ def run(args: argparse.Namespace) -> int:
     for part, count in kinds:
         found = {
             name: statistics.median(sample[name] for sample in samples[part, count])
-            for name in (*PHASES, "step")
+            for name in (*PHASES, "rest", "step", "p99")
         }
         rows.append({"part": part, "num_seqs": count, **found, "each": found["step"] / count})
     notes = [
         f"Decode steps, greedy; medians of {args.steps} steps and {args.repeats} processes. The device"
-        " takes no time."
+        " takes no time. Rest: what is between the phases, the trace among it."
     ]
     if remark := disturbance(others.cores()):
         notes.append(f"Disturbed: {remark}.")
@@ -95,46 +102,70 @@ class NoDevice:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """{"part", "num_seqs", "steps"} -> {"us": median microseconds of each phase and of a step}."""
+    """{"part", "num_seqs", "steps"} -> {"us": median microseconds of each phase, of the rest and of
+    a step, and what 99% of the steps take at most}."""
+    records = decode_steps(engine_without_device(**job), **job)
+    found = {"step": [record.end - record.begin for record in records]}
+    for name in PHASES:
+        found[name] = [record.phase_seconds()[name] for record in records]
+    phases = zip(*(found[name] for name in PHASES), strict=True)
+    found["rest"] = [step - sum(spans) for step, spans in zip(found["step"], phases, strict=True)]
+    us = {name: 1e6 * statistics.median(seconds) for name, seconds in found.items()}
+    us["p99"] = 1e6 * sorted(found["step"])[99 * len(records) // 100]
+    return {"us": us}
+
+
+def engine_without_device(part: int, num_seqs: int, steps: int, **job: Any) -> Any:
+    """An engine whose device takes no time, and draws the same token again and again."""
     import torch
 
     from common.logprobs import SampledLogprobs
-    from common.requests import Request
-    from common.sampling import SamplingParams
 
-    package, count = part_package(job["part"]), job["num_seqs"]
-    output_len = WARM_UP + job["steps"] + 8
+    package = part_package(part)
+    most = LONGEST + output_len(steps)
     config = importlib.import_module(f"{package}.config").EngineConfig(
         model=MODEL,
         device="cpu",
         threads=1,
-        max_num_seqs=count,
-        max_num_batched_tokens=max(256, count),
-        num_blocks=count * (2 + (PROMPT_LEN + output_len) // 16),
-        max_model_len=PROMPT_LEN + output_len,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=num_seqs * LONGEST,  # all prompts in one step
+        num_blocks=num_seqs * (2 + most // 16),
+        max_model_len=most,
     )
     engine = importlib.import_module(f"{package}.engine").LLMEngine(config)
     sampled_class = importlib.import_module(f"{package}.sampler").Sampled
 
-    def instead(batch: Any) -> Any:
+    def instead(batch: Any, *_: Any) -> Any:
         token_ids = torch.full((len(batch.rows),), 5)
         return sampled_class(token_ids, SampledLogprobs(batch.sampling.num_logprobs))
 
     engine.runner.queue, engine.runner.run = NoDevice(), instead
-    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
-    for number in range(count):
-        prompt = [2 + (7 * number + i) % 500 for i in range(PROMPT_LEN)]
+    engine.trace.capacity = RING
+    return engine
+
+
+def output_len(steps: int) -> int:
+    """Tokens of each sequence: none ends before the last step that is measured."""
+    return WARM_UP + steps + 8
+
+
+def decode_steps(engine: Any, num_seqs: int, steps: int, **job: Any) -> list[Any]:
+    """The records of so many steps in which all of so many sequences decode."""
+    from common.requests import Request
+    from common.sampling import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=output_len(steps), ignore_eos=True)
+    for number in range(num_seqs):
+        length = SHORTEST + number % (LONGEST - SHORTEST + 1)
+        prompt = [2 + (7 * number + i) % 500 for i in range(length)]
         engine.add_request(Request(f"request-{number}", prompt, params))
     while engine.stats()["num_waiting"]:
         engine.step()
     for _ in range(WARM_UP):
         engine.step()
-    start = engine.trace.last_record.step
-    for _ in range(job["steps"]):
+    records = []
+    for _ in range(steps):
         engine.step()
-    records = [record for record in engine.trace.records() if record.step > start]
-    assert all(len(record.scheduled) == count for record in records), "not all decode"
-    found = {"step": statistics.median(record.end - record.begin for record in records)}
-    for name in PHASES:
-        found[name] = statistics.median(record.phase_seconds()[name] for record in records)
-    return {"us": {name: 1e6 * seconds for name, seconds in found.items()}}
+        records.append(engine.trace.last_record)
+    assert all(len(record.scheduled) == num_seqs for record in records), "not all decode"
+    return records

@@ -44,7 +44,7 @@ def add_trace_routes(app: FastAPI, trace: Trace) -> None:
             following = None  # the step that should come next
             while not app.state.stopping:
                 if following is None or (records and records[0].step != following):
-                    state = trace.catch_up(records)
+                    state = await asyncio.to_thread(trace.catch_up, records)
                     following = state.step + 1
                     yield {"event": "state", "data": to_json(state)}
                 while records and records[0].step == following:

@@ -24,7 +24,11 @@ class AttentionMetadata:
     Sequence i has queries `cu_seqlens_q[i] : cu_seqlens_q[i + 1]` of the batch; they are the last
     ones of its `seq_lens[i]` tokens, and each sees the tokens up to itself. Token t of sequence i
     lies in block `block_tables[i, t // block_size]` at place `t % block_size`. A sequence may have
-    no queries, and entries of a block table beyond its length may hold anything.
+    no queries, and entries of a block table beyond its length may hold anything. The tables may be
+    a view: wider than any sequence needs, rows any distance apart, elements of a row side by side.
+
+    One object describes one step. What an implementation derives from it may be kept for as long as
+    it is the same object; if the tensors are filled for another step, that step needs a new object.
     """
 
     cu_seqlens_q: torch.Tensor  # [num_seqs + 1] int32
@@ -35,6 +39,11 @@ class AttentionMetadata:
     )  # [num_tokens] int64: block * block_size + place; below 0: do not store
     max_query_len: int  # upper bounds, known on the host
     max_seq_len: int
+    # The largest number of queries among the sequences that have at most N, 0 if none has so few.
+    # N is the caller's and the same in every step: the most queries of a sequence that decodes, 1 or
+    # 1 + its drafts. A bound, as above; grids and buffers follow from it, and results do not.
+    # None: not known.
+    max_decode_query_len: int | None = None
 
 
 class Ops(ABC):
@@ -124,6 +133,26 @@ class Ops(ABC):
         positions p - sliding_window + 1 to p. Returns [num_tokens, num_heads * head_dim].
         """
 
+    def warm_up_lengths(
+        self,
+        group: int,
+        max_query_len: int,
+        max_seq_len: int,
+        max_decode_query_len: int | None = None,
+    ) -> list[list[tuple[int, int]]]:
+        """Batches that between them launch every kernel that any batch can launch.
+
+        An implementation that compiles a kernel when it is first launched would otherwise do so in
+        the middle of traffic. A forward of each batch, with bounds that are its lengths, compiles
+        all that depends on lengths; nothing depends on how many sequences there are. Empty where
+        nothing is compiled.
+
+        group: query heads of a KV head. max_query_len, max_seq_len: of any sequence, ever.
+        max_decode_query_len: N of `AttentionMetadata`, if the batches' metadata has that bound.
+        Returns for each batch the (queries, tokens) of its sequences.
+        """
+        return []
+
     @abstractmethod
     def sample(
         self,
@@ -138,11 +167,14 @@ class Ops(ABC):
     ) -> torch.Tensor:
         """The next token of each row: greedy, or drawn as part 01's sampler draws.
 
-        logits: [batch, vocab] after penalties; the others are [batch] (top_k, seeds, positions and
-        choices int64). choices: which of several completions of one prompt a row belongs to, all 0
-        unless given; with seed, position and token it is the noise's counter. Temperatures below 1e-5 are greedy. The result is the argmax of filtered logits plus
-        `common.sampling.gumbel_noise`, token for token what part 01's `sample` gives, up to the
-        rounding of logits that are equal within it. Returns [batch] int64.
+        logits: [batch, vocab] after penalties, in any floating dtype; the result is that of their
+        float32 values. The others are [batch] (top_k, seeds, positions and choices int64). choices:
+        which of several completions of one prompt a row belongs to, all 0 unless given; with seed,
+        position and token it is the noise's counter. Temperatures below 1e-5 are greedy.
+
+        The result is the argmax of filtered logits plus `common.sampling.gumbel_noise`, token for
+        token what part 01's `sample` gives, up to the rounding of logits that are equal within it.
+        NO_TOKEN in rows that have NaN or +infinity, or only -infinity. Returns [batch] int64.
         """
 
     @abstractmethod

@@ -12,7 +12,7 @@ from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
 from common.kernels import AttentionMetadata
-from common.kernels.triton.ops import TritonOps, plain_metadata
+from common.kernels.triton.ops import Step, TritonOps, is_capturing
 
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK_MULTIPLE = 256  # tokens
@@ -65,7 +65,8 @@ class FlashOps(TritonOps):
         num_queries, num_seqs = metadata.max_query_len, len(metadata.seq_lens)
         if num_tokens == 0 or num_queries == 0:
             return query.new_zeros(num_tokens, num_heads * head_dim)
-        metadata = plain_metadata(metadata)
+        step = self.step_of(metadata)
+        metadata = step.metadata
         keys, values = kv_cache[:, layer, 0], kv_cache[:, layer, 1]
         options = {
             "block_table": metadata.block_tables,
@@ -80,16 +81,30 @@ class FlashOps(TritonOps):
                 by_sequence, keys, values, cache_seqlens=metadata.seq_lens, **options
             )
             return out.reshape(num_tokens, num_heads * head_dim)
-        # The sequences' tokens lie in blocks; the running total only says how many there are.
-        ends = metadata.seq_lens.cumsum(0, dtype=torch.int32)
         out = flash_attn_varlen_func(
             query,
             keys,
             values,
             cu_seqlens_q=metadata.cu_seqlens_q,
-            cu_seqlens_k=F.pad(ends, (1, 0)),
+            cu_seqlens_k=cu_seqlens_k(step),
             max_seqlen_q=num_queries,
             max_seqlen_k=metadata.max_seq_len,
             **options,
         )
         return out.reshape(num_tokens, num_heads * head_dim)
+
+
+def cu_seqlens_k(step: Step) -> Tensor:
+    """The tokens of all sequences before each, [num_seqs + 1] int32: once a step, not once a layer.
+
+    The sequences' tokens lie in blocks; the running total only says how many there are. In a CUDA
+    graph every layer computes it anew. A total kept from before would be that of the step in which
+    the graph was captured; one kept for afterwards would be written only when the graph is replayed.
+    """
+    if step.cu_seqlens_k is not None and not is_capturing(step.cu_seqlens_k):
+        return step.cu_seqlens_k
+    ends = step.metadata.seq_lens.cumsum(0, dtype=torch.int32)
+    totals = F.pad(ends, (1, 0))
+    if not is_capturing(totals):
+        step.cu_seqlens_k = totals
+    return totals

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.kernels import AttentionMetadata, Ops
-from common.sampling import gumbel_noise
+from common.sampling import NO_TOKEN, gumbel_noise, not_drawn
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy
 
@@ -135,19 +135,19 @@ class ReferenceOps(Ops):
         positions: Tensor,
         choices: Tensor | None = None,
     ) -> Tensor:
-        logits = logits.float()
         is_greedy = temperature < GREEDY_BELOW
-        greedy = logits.argmax(dim=-1)
+        greedy = not_drawn(logits.argmax(dim=-1), logits)
         if bool(is_greedy.all()):
             return greedy
-        scaled = logits / temperature.float().clamp(min=GREEDY_BELOW).unsqueeze(1)
+        scaled = logits.float() / temperature.float().clamp(min=GREEDY_BELOW).unsqueeze(1)
         smallest = smallest_kept(scaled, top_k, top_p, min_p)
         rows, tokens = (scaled >= smallest.unsqueeze(1)).nonzero(as_tuple=True)
         choices = torch.zeros_like(positions) if choices is None else choices
         noise = gumbel_noise(seeds[rows], positions[rows], tokens, choices[rows])
         noisy = torch.full_like(scaled, -torch.inf, dtype=noise.dtype)
         noisy[rows, tokens] = scaled[rows, tokens] + noise
-        return torch.where(is_greedy, greedy, noisy.argmax(dim=-1))
+        has_token = ~is_greedy & (greedy != NO_TOKEN)
+        return torch.where(has_token, noisy.argmax(dim=-1), greedy)
 
     def smallest_kept(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
         return smallest_kept(logits, top_k, top_p, min_p)

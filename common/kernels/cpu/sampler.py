@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from common.kernels.cpu.elementwise import exp32
 from common.kernels.cpu.jit import float32_array, helper, int64_array, kernel, next_index
 from common.kernels.cpu.vector import INT, LANES, VECTOR, highest, store
-from common.sampling import _MULTIPLIERS, _WEYL
+from common.sampling import _MULTIPLIERS, _WEYL, NO_TOKEN
 
 MASK = np.uint64(0xFFFFFFFF)
 MULTIPLIER_0, MULTIPLIER_1 = (np.uint64(m) for m in _MULTIPLIERS)
@@ -267,7 +267,7 @@ def lowest_allowed(scaled, largest, top_k, top_p, log_min_p, scratch):
 
 @helper(exact=True)
 def find_largest(values):
-    """The largest value and its first place; NaN counts as impossible."""
+    """The largest value and its first place."""
     whole = len(values) // LANES * LANES
     largest = highest(values.ctypes.data, whole, np.float32(-np.inf))
     for i in range(whole, len(values)):
@@ -277,6 +277,16 @@ def find_largest(values):
         if values[i] == largest:
             return largest, i
     return largest, 0
+
+
+@helper(exact=True)
+def has_nan(values):
+    """By their bits, which are compared faster than floats: beside the sign those of NaN are above
+    those of infinity."""
+    bits, found = values.view(np.int32), np.int32(0)
+    for i in range(len(bits)):
+        found |= np.int32(np.int32(bits[i] & np.int32(0x7FFFFFFF)) + np.int32(0x007FFFFF))
+    return found < 0
 
 
 @helper(exact=True)
@@ -307,16 +317,19 @@ def draw(scaled, largest, first, smallest, seed, position, choice, noise):
 def sample_row(
     logits, temperature, top_k, top_p, log_min_p, seed, position, choice, scratch, noise
 ):
-    """The token of one row; an impossible one, -inf or NaN, is not drawn if there is any other."""
+    """The token of one row; an impossible one, -inf, is not drawn. NO_TOKEN where there is no other,
+    or NaN or +inf is among them."""
+    if has_nan(logits):
+        return NO_TOKEN
     if not temperature >= GREEDY_BELOW:
-        return find_largest(logits)[1]
+        largest, first = find_largest(logits)
+        return first if math.isfinite(largest) else NO_TOKEN
     scaled = scratch[0]
     for i in range(len(logits)):
-        value = logits[i] / temperature
-        scaled[i] = value if value == value else np.float32(-np.inf)
+        scaled[i] = logits[i] / temperature
     largest, first = find_largest(scaled)
-    if not math.isfinite(largest):
-        return first
+    if not math.isfinite(largest):  # finite logits may be too large for a small temperature
+        return first if math.isfinite(find_largest(logits)[0]) else NO_TOKEN
     smallest = lowest_allowed(scaled, largest, top_k, top_p, log_min_p, scratch[1:])
     return draw(scaled, largest, first, smallest, seed, position, choice, noise)
 

@@ -9,6 +9,7 @@ read the cache in asynchronous copies of 16 bytes; it has not been tuned by meas
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,14 +17,17 @@ from torch import Tensor
 
 from common.kernels import AttentionMetadata
 from common.kernels.triton.attention_kernel import attention_kernel, combine_kernel
+from common.kernels.triton.launch import Launcher
 
+LOG2_E = math.log2(math.e)
 MIN_ROWS = 16  # of a matrix product
 FEW_ROWS = 64  # up to here (queries times their heads) a batch is all decode
 # Tokens that one program takes at least. Its part of the result, written and read once, is 1.6% of
 # the keys and values that it reads (groups of 2); less would fill the GPU sooner and cost more.
 MIN_SPLIT = 256
 MAX_SPLITS = 64  # of a sequence
-MAX_PROGRAMS = 1 << 15  # of a launch, if sequences are split: one with nothing to do costs time too
+MAX_PROGRAMS = 1 << 14  # of a launch that splits: one with nothing to do costs time too
+MAX_PARTS = 1 << 16  # of queries and heads: 34 MB, where heads have 128 elements
 
 
 @dataclass(frozen=True)
@@ -83,27 +87,103 @@ def shared_bytes(tile: Tile, head_dim: int, dtype: torch.dtype, device: Device) 
     return elements * dtype.itemsize + 2048
 
 
-def few_queries(max_query_len: int, group: int) -> int:
-    """Up to how many queries a sequence is decoded.
+def few_queries(max_query_len: int, max_decode_query_len: int | None, group: int) -> int:
+    """Up to how many queries a sequence is decoded; 0: none is.
 
-    All of them where no sequence has many; in a mixed batch as many as fill the smallest product.
+    All of those that decode, as far as their rows fit. Where it is not known how many decode: all
+    of a batch in which no sequence has many, and in another as many as fill the smallest product.
     """
+    if max_decode_query_len is not None:
+        return min(max_query_len, max_decode_query_len, max(1, FEW_ROWS // group))
     if max_query_len * group <= FEW_ROWS:
         return max_query_len
     return max(1, MIN_ROWS // group)
 
 
-def num_splits(max_seq_len: int, num_programs: int) -> int:
+def num_splits(max_seq_len: int, num_programs: int, num_rows: int) -> int:
     """Over how many programs the tokens of each sequence are split, a power of two.
 
-    num_programs: without splits. The bound is the longest sequence's need: a shorter one leaves the
-    rest of its programs idle. Powers of two, so that batches of similar lengths are launched alike.
+    num_programs, num_rows: without splits; rows are queries times heads. The bound is the longest
+    sequence's need: a shorter one leaves the rest of its programs idle. Powers of two, so that
+    batches of similar lengths are launched alike.
     """
     splits = triton.next_power_of_2(triton.cdiv(max_seq_len, MIN_SPLIT))
-    most = min(MAX_SPLITS, MAX_PROGRAMS // num_programs)
+    most = min(MAX_SPLITS, MAX_PROGRAMS // num_programs, MAX_PARTS // num_rows)
     while splits > max(1, most):
         splits //= 2
     return splits
+
+
+class Launch(NamedTuple):
+    """What a launch is given beside its arguments."""
+
+    grid: tuple[int, ...]
+    constants: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step's launches, the same in each of its layers. They follow from shapes and bounds, and
+    not from lengths that only the GPU knows."""
+
+    few: int  # sequences of at most so many queries are decoded
+    num_splits: int
+    parts_size: int  # elements that a split decode needs between its two kernels
+    prefill: Launch | None
+    decode: Launch | None
+    combine: Launch | None  # if there are splits
+
+
+class Shape(NamedTuple):
+    """What the launches depend on beside a step's metadata."""
+
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    has_window: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+def plan(metadata: AttentionMetadata, shape: Shape) -> Plan:
+    num_seqs, num_kv_heads = len(metadata.seq_lens), shape.num_kv_heads
+    num_heads, head_dim, has_window = shape.num_heads, shape.head_dim, shape.has_window
+    group, pad = num_heads // num_kv_heads, head_pad(head_dim)
+    device = Device.of(shape.device)
+    few = few_queries(metadata.max_query_len, metadata.max_decode_query_len, group)
+
+    def launch(tile: Tile, num_tiles: int, splits: int, is_decode: bool) -> Launch:
+        flags = (is_decode, splits > 1, has_window)
+        sizes = (shape.block_size, num_kv_heads, group, head_dim, pad)
+        constants = (*flags, *sizes, tile.rows, tile.tokens, max(MIN_SPLIT, tile.tokens))
+        grid = (num_tiles * num_kv_heads, splits)
+        return Launch(grid, constants, tile.num_warps, tile.num_stages)
+
+    prefill = decode = combine = None
+    splits = 1
+    if metadata.max_query_len > few:
+        tile = tile_for(False, group, head_dim, shape.dtype, device)
+        num_tiles = shape.num_tokens // (tile.rows // group) + num_seqs
+        prefill = launch(tile, num_tiles, 1, False)
+    if few:
+        tile = tile_for(True, few * group, head_dim, shape.dtype, device)
+        num_rows = num_seqs * few * num_heads
+        splits = num_splits(metadata.max_seq_len, num_seqs * num_kv_heads, num_rows)
+        decode = launch(tile, num_seqs, splits, True)
+        if splits > 1:
+            constants = (has_window, num_heads, head_dim, pad, tile.tokens, decode.constants[-1])
+            num_warps = 8 if pad > 128 else 4
+            combine = Launch((num_rows,), (*constants, MAX_SPLITS), num_warps, 3)
+    parts_size = num_seqs * few * num_heads * splits * (head_dim + 1)
+    return Plan(few, splits, parts_size, prefill, decode, combine)
+
+
+ATTENTION = Launcher(attention_kernel)
+COMBINE = Launcher(combine_kernel)
 
 
 def attention(
@@ -113,76 +193,59 @@ def attention(
     metadata: AttentionMetadata,
     scale: float,
     sliding_window: int | None,
+    plan: Plan,
 ) -> Tensor:
-    """As `Ops.attention`; the tensors are checked, and there is at least one query."""
+    """As `Ops.attention`; query and cache are contiguous, and there is at least one query."""
     num_tokens, num_heads, head_dim = query.shape
-    block_size, num_kv_heads = kv_cache.shape[3:5]
-    group, num_seqs = num_heads // num_kv_heads, len(metadata.seq_lens)
-    device = Device.of(query.device)
-    out = torch.empty(num_tokens, num_heads * head_dim, dtype=query.dtype, device=query.device)
-    few = few_queries(metadata.max_query_len, group)
-    decode = tile_for(True, few * group, head_dim, query.dtype, device)
-    prefill = tile_for(False, group, head_dim, query.dtype, device)
-    splits = num_splits(metadata.max_seq_len, num_seqs * num_kv_heads)
-    partial_out = partial_norm = None
-    if splits > 1:
-        shape = (num_seqs, few, num_heads, splits)
-        partial_norm = torch.empty(shape, dtype=torch.float32, device=query.device)
-        partial_out = partial_norm.new_empty((*shape, head_dim))
-
-    def launch(tile: Tile, num_tiles: int, num_splits: int, is_decode: bool) -> None:
-        attention_kernel[(num_tiles * num_kv_heads, num_splits)](
-            query,
-            kv_cache,
-            out,
-            partial_out if is_decode else None,
-            partial_norm if is_decode else None,
-            metadata.cu_seqlens_q,
-            metadata.seq_lens,
-            metadata.block_tables,
-            query.stride(0),
-            metadata.block_tables.stride(0),
-            kv_cache.stride(0),
-            layer,
-            num_seqs,
-            few,
-            scale * math.log2(math.e),
-            sliding_window or 0,
-            DECODE=is_decode,
-            SPLIT=num_splits > 1,
-            HAS_WINDOW=sliding_window is not None,
-            BLOCK_SIZE=block_size,
-            NUM_KV_HEADS=num_kv_heads,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            HEAD_PAD=head_pad(head_dim),
-            ROWS=tile.rows,
-            TILE=tile.tokens,
-            MIN_SPLIT=max(MIN_SPLIT, tile.tokens),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-
-    if metadata.max_query_len > few:
-        launch(prefill, num_tokens // (prefill.rows // group) + num_seqs, 1, False)
-    launch(decode, num_seqs, splits, True)
-    if splits > 1:
-        combine_kernel[(num_seqs * few * num_heads,)](
-            partial_out,
-            partial_norm,
-            out,
-            metadata.cu_seqlens_q,
-            metadata.seq_lens,
-            few,
-            splits,
-            sliding_window or 0,
-            HAS_WINDOW=sliding_window is not None,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            HEAD_PAD=head_pad(head_dim),
-            TILE=decode.tokens,
-            MIN_SPLIT=max(MIN_SPLIT, decode.tokens),
-            SPLITS=MAX_SPLITS,
-            num_warps=8 if head_dim > 128 else 4,
-        )
+    device, window = query.device, sliding_window or 0
+    out = torch.empty(num_tokens, num_heads * head_dim, dtype=query.dtype, device=device)
+    starts, lengths, tables = metadata.cu_seqlens_q, metadata.seq_lens, metadata.block_tables
+    first = (query, kv_cache, out)
+    rest = (
+        starts,
+        lengths,
+        tables,
+        tables.stride(0),
+        layer,
+        kv_cache.shape[1],
+        len(lengths),
+        plan.few,
+        scale * LOG2_E,
+        window,
+    )
+    if plan.prefill is not None:
+        grid, *options = plan.prefill
+        ATTENTION(grid, (*first, None, *rest), *options)
+    if plan.combine is not None:
+        # Not kept for the next layer: memory that a CUDA graph writes to must be the graph's.
+        parts = torch.empty(plan.parts_size, dtype=torch.float32, device=device)
+        grid, *options = plan.decode
+        ATTENTION(grid, (*first, parts, *rest), *options)
+        grid, *options = plan.combine
+        numbers = (plan.few, plan.num_splits, window)
+        COMBINE(grid, (parts, out, starts, lengths, *numbers), *options)
+    elif plan.decode is not None:
+        grid, *options = plan.decode
+        ATTENTION(grid, (*first, None, *rest), *options)
     return out
+
+
+def warm_up_lengths(
+    group: int, max_query_len: int, max_seq_len: int, max_decode_query_len: int | None
+) -> list[list[tuple[int, int]]]:
+    """As `Ops.warm_up_lengths`: prefill; decode by each size of tile, split and not."""
+    most = min(max_query_len, max(1, FEW_ROWS // group))
+    if max_decode_query_len is not None:
+        most = min(most, max_decode_query_len)
+    # By a tile's rows, the largest number of queries that it takes.
+    counts = {max(MIN_ROWS, triton.next_power_of_2(n * group)): n for n in range(1, most + 1)}
+    splits = {min(max_seq_len, MIN_SPLIT), min(max_seq_len, MIN_SPLIT + 1)}
+    batches = [
+        [(count, length)]
+        for count in counts.values()
+        for length in sorted(splits)
+        if length >= count
+    ]
+    if max_query_len > most:
+        batches.append([(most + 1, most + 1)])
+    return batches

@@ -115,22 +115,20 @@ def find_sequence(starts, tile, num_seqs, QUERIES: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "layer", "num_seqs", "few", "window"],
+    do_not_specialize=["table_stride", "layer", "num_layers", "num_seqs", "few", "window"],
     do_not_specialize_on_alignment=["starts", "lengths", "tables"],
 )
 def attention_kernel(
-    query,
+    query,  # contiguous, as the cache is: all strides but the table's follow from constants
     kv_cache,
     out,
-    partial_out,  # [num_seqs, few, num_heads, splits, HEAD_DIM] float32
-    partial_norm,  # [num_seqs, few, num_heads, splits] float32
+    parts,  # [num_seqs, few, num_heads, splits, HEAD_DIM] float32, then as many norms
     starts,
     lengths,
     tables,
-    query_stride,
     table_stride,
-    block_stride,
     layer,
+    num_layers,
     num_seqs,
     few,  # sequences of at most so many queries are decoded, and the others are not
     scale,
@@ -173,7 +171,7 @@ def attention_kernel(
     if SPLIT:
         span = end - begin
         share = split_share(span, tl.num_programs(1), TILE, MIN_SPLIT)
-        is_part = share < span
+        num_elsewhere = tl.where(share < span, num_queries, 0)  # queries of which this is a part
         begin += tl.program_id(1) * share
         if begin >= end:
             return
@@ -186,7 +184,8 @@ def attention_kernel(
     columns = tl.arange(0, HEAD_PAD)
     inside = is_row[:, None] & (columns < HEAD_DIM)[None, :]
     tokens = (start + numbers).to(tl.int64)
-    places = tokens[:, None] * query_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+    places = (tokens[:, None] * (NUM_KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM
+    places += columns[None, :]
     queries = tl.load(query + places, mask=inside, other=0.0)
 
     # Every row of a prompt's tile sees all tokens of the tiles up to here, unless there is a window:
@@ -197,7 +196,9 @@ def attention_kernel(
         whole = tl.maximum(begin, tl.minimum(end, before + first + 1) // TILE * TILE)
 
     TOKEN_STRIDE: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
-    keys = kv_cache + layer.to(tl.int64) * (2 * BLOCK_SIZE * TOKEN_STRIDE) + kv_head * HEAD_DIM
+    LAYER_STRIDE: tl.constexpr = 2 * BLOCK_SIZE * TOKEN_STRIDE
+    block_stride = num_layers.to(tl.int64) * LAYER_STRIDE
+    keys = kv_cache + layer.to(tl.int64) * LAYER_STRIDE + kv_head * HEAD_DIM
     table = tables + sequence.to(tl.int64) * table_stride
     acc = tl.zeros([ROWS, HEAD_PAD], dtype=tl.float32)
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -212,16 +213,17 @@ def attention_kernel(
         scale, window, True, HAS_WINDOW, BLOCK_SIZE, TOKEN_STRIDE, HEAD_DIM, HEAD_PAD, TILE,
     )  # fmt: skip
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    is_out = inside
     if SPLIT:
-        slots = ((sequence * few + numbers) * (NUM_KV_HEADS * GROUP) + heads).to(tl.int64)
-        slots = slots * tl.num_programs(1) + tl.program_id(1)
-        places = slots[:, None] * HEAD_DIM + columns[None, :]
-        tl.store(partial_out + places, result, mask=inside & is_part)
-        tl.store(partial_norm + slots, top + tl.log2(total), mask=is_row & is_part)
-        is_out = inside & (share >= span)
-    places = (tokens[:, None] * (NUM_KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM
-    tl.store(out + places + columns[None, :], result.to(out.dtype.element_ty), mask=is_out)
+        slots = (sequence * few + numbers) * (NUM_KV_HEADS * GROUP) + heads
+        slots = slots.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        part = parts + slots[:, None] * HEAD_DIM + columns[None, :]
+        num_parts = num_seqs.to(tl.int64) * few * (NUM_KV_HEADS * GROUP) * tl.num_programs(1)
+        norms = parts + num_parts * HEAD_DIM + slots
+        is_part = is_row & (numbers < num_elsewhere)
+        tl.store(part, result, mask=inside & is_part[:, None])
+        tl.store(norms, top + tl.log2(total), mask=is_part)
+        inside = inside & (numbers >= num_elsewhere)[:, None]
+    tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
@@ -229,8 +231,7 @@ def attention_kernel(
     do_not_specialize_on_alignment=["starts", "lengths"],
 )
 def combine_kernel(
-    partial_out,
-    partial_norm,
+    parts,
     out,
     starts,
     lengths,
@@ -243,7 +244,7 @@ def combine_kernel(
     HEAD_PAD: tl.constexpr,
     TILE: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
-    SPLITS: tl.constexpr,  # num_splits or more, a power of two
+    SPLITS: tl.constexpr,  # the most there are, a power of two
 ):
     """The parts of one query and head, each weighted by its share of the softmax's total."""
     head = tl.program_id(0) % NUM_HEADS
@@ -261,15 +262,15 @@ def combine_kernel(
     splits, columns = tl.arange(0, SPLITS), tl.arange(0, HEAD_PAD)
     is_split = splits < tl.cdiv(span, share)
     first = tl.program_id(0).to(tl.int64) * num_splits
-    norms = tl.load(
-        partial_norm + first + splits, mask=is_split, other=float("-inf")
-    )  # -inf too where a program saw nothing
+    num_parts = tl.num_programs(0).to(tl.int64) * num_splits
+    places = parts + num_parts * HEAD_DIM + first + splits
+    norms = tl.load(places, mask=is_split, other=float("-inf"))  # and where a program saw nothing
     top = tl.max(norms, axis=0)
     shares = tl.exp2(norms - tl.where(top == float("-inf"), 0.0, top))
     inside = (norms > float("-inf"))[:, None] & (columns < HEAD_DIM)[None, :]
-    places = (first + splits)[:, None] * HEAD_DIM + columns[None, :]
-    parts = tl.load(partial_out + places, mask=inside, other=0.0)
+    places = parts + (first + splits)[:, None] * HEAD_DIM + columns[None, :]
+    results = tl.load(places, mask=inside, other=0.0)
     total = tl.sum(shares, axis=0)
-    result = tl.sum(parts * shares[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    result = tl.sum(results * shares[:, None], axis=0) / tl.where(total > 0, total, 1.0)
     place = out + ((start + number).to(tl.int64) * NUM_HEADS + head) * HEAD_DIM + columns
     tl.store(place, result.to(out.dtype.element_ty), mask=columns < HEAD_DIM)

@@ -5,10 +5,14 @@ Each computes in float32 and rounds at its end. Rows lie `stride` elements apart
 wider tensors need no copy; addresses are 64 bits wide, since a prefill's activations are large.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from common.kernels.triton.launch import Launcher
 
 HEADS_PER_PROGRAM = 8  # of rotary_and_store
 SILU_BLOCK = 1024
@@ -25,18 +29,18 @@ def norm_kernel(
     residual,  # added to x and overwritten by the sum, or None
     weight,
     out,
-    x_stride,
-    residual_stride,
     eps,
+    X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
-    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + row * X_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
-        place = residual + row * residual_stride + columns
+        place = residual + row * RESIDUAL_STRIDE + columns
         values += tl.load(place, mask=inside, other=0.0).to(tl.float32)
         rounded = values.to(residual.dtype.element_ty)
         tl.store(place, rounded, mask=inside)
@@ -48,12 +52,14 @@ def norm_kernel(
 
 
 @triton.jit
-def silu_and_mul_kernel(gate_up, out, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def silu_and_mul_kernel(
+    gate_up, out, STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
-    gate = tl.load(gate_up + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + SIZE + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * STRIDE + SIZE + columns, mask=inside, other=0.0).to(tl.float32)
     product = gate / (1 + tl.exp(-gate)) * up
     tl.store(out + row * SIZE + columns, product.to(out.dtype.element_ty), mask=inside)
 
@@ -76,7 +82,10 @@ def store_halves(base, first, second, columns, mask, HEAD_DIM: tl.constexpr):
     tl.store(places, second.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_positions", "layer", "num_slots"])
+@triton.jit(
+    do_not_specialize=["num_positions", "num_slots", "layer", "num_layers"],
+    do_not_specialize_on_alignment=["positions", "slots"],
+)
 def rotary_and_store_kernel(
     qkv,
     cos_sin,
@@ -86,12 +95,12 @@ def rotary_and_store_kernel(
     q_norm,
     k_norm,
     out,
-    qkv_stride,
-    block_stride,
     num_positions,
     num_slots,
     layer,
+    num_layers,
     eps,
+    QKV_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -105,7 +114,7 @@ def rotary_and_store_kernel(
     columns = tl.arange(0, HALF)
     in_half = columns < HEAD_DIM // 2
     inside = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & in_half[None, :]
-    base = qkv + token * qkv_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+    base = qkv + token * QKV_STRIDE + heads[:, None] * HEAD_DIM + columns[None, :]
     first = tl.load(base, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(base + HEAD_DIM // 2, mask=inside, other=0.0).to(tl.float32)
     is_query = (heads < NUM_HEADS)[:, None]
@@ -132,34 +141,46 @@ def rotary_and_store_kernel(
     )
     is_cached = inside & (heads >= first_cached)[:, None]
     half = BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM  # the keys of a block and layer
+    block_stride = num_layers.to(tl.int64) * (2 * half)
     place = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * (NUM_KV_HEADS * HEAD_DIM)
     kv_head = heads - tl.where(
         heads < NUM_HEADS + NUM_KV_HEADS, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS
     )
-    offset = tl.where(is_value, half, 0) + kv_head[:, None] * HEAD_DIM
+    # A product, and not tl.where, after which Triton sees no alignment and stores single elements.
+    offset = is_value.to(tl.int32) * half + kv_head[:, None] * HEAD_DIM
     cached = kv_cache + place + layer.to(tl.int64) * (2 * half) + offset
     store_halves(cached, rotated, second, columns, is_cached, HEAD_DIM)
+
+
+NORM = Launcher(norm_kernel)
+SILU_AND_MUL = Launcher(silu_and_mul_kernel)
+ROTARY_AND_STORE = Launcher(rotary_and_store_kernel)
+
+
+@lru_cache
+def norm_block(size: int) -> tuple[int, int]:
+    """(columns, warps) of a program that norms a row of that size."""
+    block = triton.next_power_of_2(size)
+    return block, warps_for(block)
 
 
 def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """x: [num_tokens, size]; as `Ops.add_rms_norm` where there is a residual."""
     num_rows, size = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(size)
+    out = torch.empty(num_rows, size, dtype=x.dtype, device=x.device)
+    block, num_warps = norm_block(size)
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
     if num_rows:
-        norm_kernel[(num_rows,)](
-            x, residual, weight, out, *strides, eps, size, block, num_warps=warps_for(block)
-        )
+        NORM((num_rows,), (x, residual, weight, out, eps), (*strides, size, block), num_warps)
     return out
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(num_rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    grid = (num_rows, triton.cdiv(size, SILU_BLOCK))
+    grid = (num_rows, -(-size // SILU_BLOCK))
     if num_rows:
-        silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), size, SILU_BLOCK, num_warps=4)
+        SILU_AND_MUL(grid, (gate_up, out), (gate_up.stride(0), size, SILU_BLOCK))
     return out
 
 
@@ -176,33 +197,15 @@ def rotary_and_store(
 ) -> Tensor:
     """Nothing on a GPU can raise: slots outside the cache are not written, and a position outside
     the table gives zeros."""
-    num_blocks, _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+    num_blocks, num_layers, _, block_size, num_kv_heads, head_dim = kv_cache.shape
     num_tokens, num_columns = qkv.shape
     num_heads = num_columns // head_dim - 2 * num_kv_heads
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    grid = (num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))
+    half = 1 << (head_dim // 2 - 1).bit_length()  # as a power of two
+    numbers = (len(cos_sin), num_blocks * block_size, layer, num_layers, eps)
+    tensors = (qkv, cos_sin, positions, slot_mapping, kv_cache, q_norm, k_norm, out)
+    shape = (num_heads, num_kv_heads, head_dim, block_size, HEADS_PER_PROGRAM, half)
+    grid = (num_tokens, -(-(num_heads + 2 * num_kv_heads) // HEADS_PER_PROGRAM))
     if num_tokens:
-        rotary_and_store_kernel[grid](
-            qkv,
-            cos_sin,
-            positions,
-            slot_mapping,
-            kv_cache,
-            q_norm,
-            k_norm,
-            out,
-            qkv.stride(0),
-            kv_cache.stride(0),
-            len(cos_sin),
-            num_blocks * block_size,
-            layer,
-            eps,
-            NUM_HEADS=num_heads,
-            NUM_KV_HEADS=num_kv_heads,
-            HEAD_DIM=head_dim,
-            BLOCK_SIZE=block_size,
-            HEADS=HEADS_PER_PROGRAM,
-            HALF=triton.next_power_of_2(head_dim // 2),
-            num_warps=4,
-        )
+        ROTARY_AND_STORE(grid, (*tensors, *numbers), (qkv.stride(0), *shape))
     return out

@@ -10,6 +10,7 @@ With TRITON_INTERPRET=1 set before the import the same kernels run on a CPU, slo
 """
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,14 +26,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 
 
-def is_rows(*tensors: Tensor) -> bool:
-    """Whether these are matrices of a dtype that kernels take, each row contiguous."""
-    return all(x.dtype in DTYPES and x.dim() == 2 and x.stride(1) == 1 for x in tensors)
-
-
 def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x, contiguous and in that dtype."""
     return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+def is_matrix(x: Tensor) -> bool:
+    """Whether this is a matrix of a dtype that kernels take, each row contiguous."""
+    return x.dtype in DTYPES and x.dim() == 2 and x.stride(1) == 1
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -42,11 +43,67 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
+def is_capturing(x: Tensor) -> bool:
+    """Whether work on this tensor's GPU is recorded into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class Step:
+    """What the layers of one step share: its metadata as kernels take it, and what follows.
+
+    It is kept by the metadata object's identity, and holds the object, so that no other one can
+    take its place. Tensors made from the metadata are not kept across the border of a CUDA graph:
+    a graph computes its own in every replay.
+    """
+
+    def __init__(self, metadata: AttentionMetadata) -> None:
+        self.given = metadata
+        self.metadata = plain_metadata(metadata)
+        self.is_given = self.metadata is metadata  # no tensor was made
+        self.plans: dict[Any, attention.Plan] = {}
+        self.cu_seqlens_k: Tensor | None = None  # as flash-attn wants them
+
+
+def plain_metadata(metadata: AttentionMetadata) -> AttentionMetadata:
+    """The same with int32 tensors; rows of the block tables contiguous."""
+    starts, lengths, tables = metadata.cu_seqlens_q, metadata.seq_lens, metadata.block_tables
+    is_plain = starts.dtype is lengths.dtype is tables.dtype is torch.int32
+    if is_plain and starts.stride(0) == lengths.stride(0) == tables.stride(1) == 1:
+        return metadata
+    return replace(
+        metadata,
+        cu_seqlens_q=plain(starts, torch.int32),
+        seq_lens=plain(lengths, torch.int32),
+        block_tables=plain(tables, torch.int32),
+    )
+
+
+def planned(
+    query: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, sliding_window: int | None
+) -> attention.Plan:
+    """The launches of this step, checked once for all its layers."""
+    num_tokens, num_heads, head_dim = query.shape
+    block_size, num_kv_heads, cached_dim = kv_cache.shape[3:]
+    num_seqs = len(metadata.seq_lens)
+    assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
+    assert head_dim == cached_dim <= MAX_HEAD_DIM, (head_dim, cached_dim)
+    assert kv_cache.dtype == query.dtype, (kv_cache.dtype, query.dtype)
+    assert sliding_window is None or sliding_window > 0, sliding_window
+    assert len(metadata.cu_seqlens_q) == num_seqs + 1, metadata.cu_seqlens_q.shape
+    assert len(metadata.block_tables) == num_seqs, metadata.block_tables.shape
+    heads = (num_heads, num_kv_heads, head_dim, block_size)
+    shape = attention.Shape(
+        num_tokens, *heads, sliding_window is not None, query.dtype, query.device
+    )
+    return attention.plan(metadata, shape)
+
+
 class TritonOps(Ops):
     name = "triton"
 
     def __init__(self) -> None:
         self.reference = ReferenceOps()
+        self.step: Step | None = None  # the last
 
     def check_kv_cache(self, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
         if head_dim > MAX_HEAD_DIM:
@@ -55,27 +112,23 @@ class TritonOps(Ops):
             )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if not is_rows(x):
+        if not is_matrix(x):
             return self.reference.rms_norm(x, weight, eps)
-        return self._norm(x, None, weight, eps)
+        assert weight.numel() == x.shape[1], (weight.shape, x.shape)
+        return elementwise.norm(x, None, weight.contiguous(), eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if not is_rows(x, residual):
+        if not (is_matrix(x) and is_matrix(residual)):
             return self.reference.add_rms_norm(x, residual, weight, eps)
-        assert residual.shape == x.shape, (residual.shape, x.shape)
-        return self._norm(x, residual, weight, eps)
-
-    def _norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        assert weight.shape == x.shape[1:], (weight.shape, x.shape)
-        with device_of(x):
-            return elementwise.norm(x, residual, weight.contiguous(), eps)
+        shape = x.shape
+        assert residual.shape == shape and weight.numel() == shape[1], (residual.shape, shape)
+        return elementwise.norm(x, residual, weight.contiguous(), eps)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        if not is_rows(gate_up):
+        if not is_matrix(gate_up):
             return self.reference.silu_and_mul(gate_up)
         assert gate_up.shape[1] % 2 == 0, gate_up.shape
-        with device_of(gate_up):
-            return elementwise.silu_and_mul(gate_up)
+        return elementwise.silu_and_mul(gate_up)
 
     def rotary_and_store(
         self,
@@ -89,29 +142,29 @@ class TritonOps(Ops):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
     ) -> Tensor:
-        norms = [weight for weight in (q_norm, k_norm) if weight is not None]
-        if not is_rows(qkv) or not kv_cache.is_contiguous() or cos_sin.dtype != torch.float32:
+        if not is_matrix(qkv) or not kv_cache.is_contiguous() or cos_sin.dtype != torch.float32:
             arguments = (qkv, cos_sin, positions, kv_cache, layer, slot_mapping)
             return self.reference.rotary_and_store(*arguments, q_norm, k_norm, eps)
         _, num_layers, _, _, num_kv_heads, head_dim = kv_cache.shape
-        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-        assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, qkv.shape
-        assert num_heads > 0 and head_dim % 2 == 0 and 0 <= layer < num_layers, (head_dim, layer)
-        assert kv_cache.dtype == qkv.dtype and cos_sin.shape[1] == head_dim, cos_sin.shape
-        assert len(positions) == len(slot_mapping) == len(qkv), (positions.shape, qkv.shape)
-        assert all(weight.shape == (head_dim,) for weight in norms), norms[0].shape
-        with device_of(qkv):
-            return elementwise.rotary_and_store(
-                qkv,
-                cos_sin.contiguous(),
-                plain(positions, torch.int64),
-                kv_cache,
-                layer,
-                plain(slot_mapping, torch.int64),
-                None if q_norm is None else q_norm.contiguous(),
-                None if k_norm is None else k_norm.contiguous(),
-                eps,
-            )
+        num_tokens, num_columns = qkv.shape
+        num_heads, rest = divmod(num_columns - 2 * num_kv_heads * head_dim, head_dim)
+        assert num_heads > 0 and rest == 0 and head_dim % 2 == 0, (qkv.shape, kv_cache.shape)
+        assert kv_cache.dtype is qkv.dtype and 0 <= layer < num_layers, (kv_cache.dtype, layer)
+        assert cos_sin.shape[1] == head_dim, cos_sin.shape
+        assert len(positions) == len(slot_mapping) == num_tokens, (positions.shape, num_tokens)
+        assert q_norm is None or q_norm.numel() == head_dim, q_norm.shape
+        assert k_norm is None or k_norm.numel() == head_dim, k_norm.shape
+        return elementwise.rotary_and_store(
+            qkv,
+            cos_sin.contiguous(),
+            plain(positions, torch.int64),
+            kv_cache,
+            layer,
+            plain(slot_mapping, torch.int64),
+            None if q_norm is None else q_norm.contiguous(),
+            None if k_norm is None else k_norm.contiguous(),
+            eps,
+        )
 
     def prepare_weight(self, weight: Tensor, bias: Tensor | None = None) -> Any:
         return weight, bias
@@ -131,28 +184,37 @@ class TritonOps(Ops):
         if query.dtype not in DTYPES or not kv_cache.is_contiguous():
             arguments = (query, kv_cache, layer, metadata, scale, sliding_window)
             return self.reference.attention(*arguments)
-        num_tokens, num_heads, head_dim = query.shape
-        num_layers, (num_kv_heads, cached_dim) = kv_cache.shape[1], kv_cache.shape[4:]
-        num_seqs = len(metadata.seq_lens)
-        assert num_heads % num_kv_heads == 0 and 0 <= layer < num_layers, (num_heads, layer)
-        assert head_dim == cached_dim <= MAX_HEAD_DIM, (head_dim, cached_dim)
-        assert kv_cache.dtype == query.dtype, (kv_cache.dtype, query.dtype)
-        assert sliding_window is None or sliding_window > 0, sliding_window
-        assert len(metadata.cu_seqlens_q) == num_seqs + 1, metadata.cu_seqlens_q.shape
-        assert len(metadata.block_tables) == num_seqs, metadata.block_tables.shape
-        if num_tokens == 0 or metadata.max_query_len == 0:
-            return query.new_zeros(num_tokens, num_heads * head_dim)
-        is_plain = query.stride(2) == 1 and query.stride(1) == head_dim
-        metadata = plain_metadata(metadata)
-        with device_of(query):
-            return attention.attention(
-                query if is_plain else query.contiguous(),
-                kv_cache,
-                layer,
-                metadata,
-                scale,
-                sliding_window,
-            )
+        shape, cache_shape = query.shape, kv_cache.shape
+        if shape[0] == 0 or metadata.max_query_len == 0:
+            return query.new_zeros(shape[0], shape[1] * shape[2])
+        step = self.step_of(metadata)
+        key = (shape, cache_shape, query.dtype, kv_cache.dtype, sliding_window)
+        plan = step.plans.get(key)
+        if plan is None:
+            plan = step.plans[key] = planned(query, kv_cache, step.metadata, sliding_window)
+        assert 0 <= layer < cache_shape[1], (layer, cache_shape)
+        arguments = (kv_cache, layer, step.metadata, scale, sliding_window, plan)
+        return attention.attention(query.contiguous(), *arguments)
+
+    def step_of(self, metadata: AttentionMetadata) -> Step:
+        """What is known of this step, from its first layer on."""
+        step = self.step
+        if step is None or step.given is not metadata:
+            step = Step(metadata)
+            if step.is_given or not is_capturing(metadata.seq_lens):
+                self.step = step
+        elif not step.is_given and is_capturing(metadata.seq_lens):
+            step = Step(metadata)
+        return step
+
+    def warm_up_lengths(
+        self,
+        group: int,
+        max_query_len: int,
+        max_seq_len: int,
+        max_decode_query_len: int | None = None,
+    ) -> list[list[tuple[int, int]]]:
+        return attention.warm_up_lengths(group, max_query_len, max_seq_len, max_decode_query_len)
 
     def sample(
         self,
@@ -166,7 +228,7 @@ class TritonOps(Ops):
         choices: Tensor | None = None,
     ) -> Tensor:
         num_rows = len(logits)
-        if not is_rows(logits):
+        if not is_matrix(logits):
             logits = logits.float().contiguous()
         floats = [plain(x, torch.float32) for x in (temperature, top_p, min_p)]
         numbers = [top_k, seeds, positions, *([] if choices is None else [choices])]
@@ -188,19 +250,3 @@ class TritonOps(Ops):
             return logits.new_empty(0)
         with device_of(logits):
             return smallest_kept(logits, top_k, *floats)
-
-
-def plain_metadata(metadata: AttentionMetadata) -> AttentionMetadata:
-    """The same with int32 tensors; rows of the block tables contiguous."""
-    starts, lengths, tables = metadata.cu_seqlens_q, metadata.seq_lens, metadata.block_tables
-    is_plain = starts.dtype is lengths.dtype is tables.dtype is torch.int32
-    if is_plain and starts.stride(0) == lengths.stride(0) == tables.stride(1) == 1:
-        return metadata
-    return AttentionMetadata(
-        plain(starts, torch.int32),
-        plain(lengths, torch.int32),
-        plain(tables, torch.int32),
-        metadata.slot_mapping,
-        metadata.max_query_len,
-        metadata.max_seq_len,
-    )

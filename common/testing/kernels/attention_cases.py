@@ -20,6 +20,7 @@ PREFILL: Lengths = ((70, 70), (1, 1), (33, 33))
 MIXED: Lengths = ((3, 3), (0, 40), (1, 300), (5, 129), (0, 1), (40, 200), (1, 64))
 DRAFTS: Lengths = ((5, 40), (5, 129), (3, 3), (0, 7), (1, 90))
 LONG: Lengths = ((1, 700), (1, 3))
+ONE_LONG: Lengths = ((1, 3), (2, 40), (1, 900), (1, 257), (1, 256))
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Spec:
     window: int | None = None
     query_scale: float = 1.0
     is_loose: bool = False  # bounds above the lengths, views, int64 metadata
+    num_padding: int = 0  # rows behind the others, as in a batch of fixed size
+    decode_queries: int | None = None  # N of `AttentionMetadata.max_decode_query_len`
 
 
 SPECS = {
@@ -62,6 +65,12 @@ SPECS = {
     "loose bounds": Spec(MIXED, 4, 2, 64, 16, is_loose=True),
     "loose bounds, decode": Spec(LONG, 4, 2, 64, 16, is_loose=True),
     "no queries": Spec(((0, 5), (0, 20)), 4, 2, 64, 16),
+    "one long, group of 7": Spec(ONE_LONG, 14, 2, 64, 16, decode_queries=2),
+    "decodes and prompts": Spec(MIXED, 8, 1, 64, 16, decode_queries=1),
+    "decodes and prompts, window": Spec(MIXED, 4, 2, 64, 16, window=70, decode_queries=1),
+    "drafts and prompts": Spec((*MIXED, (5, 333)), 4, 2, 64, 16, decode_queries=5),
+    "prompts alone": Spec(((70, 70), (2, 90), (0, 7)), 3, 3, 64, 16, decode_queries=1),
+    "padding rows": Spec(LONG, 4, 2, 64, 16, num_padding=3, decode_queries=1),
 }
 # What these are about does not depend on the number format: they run in float32 alone.
 ONCE = (
@@ -77,6 +86,12 @@ ONCE = (
     "loose bounds",
     "loose bounds, decode",
     "no queries",
+    "one long, group of 7",
+    "decodes and prompts",
+    "decodes and prompts, window",
+    "drafts and prompts",
+    "prompts alone",
+    "padding rows",
 )
 LARGE_SCORES_TOLERANCE = 8  # times the ordinary: scores are rounded relative to their size
 
@@ -99,7 +114,10 @@ def attention_error(t: Target, spec: Spec) -> float | None:
     )
     if spec.is_loose:
         query, metadata = loosened(query, metadata)
+    if spec.num_padding:
+        query, metadata = padded(query, metadata, spec.num_padding)
     actual = t.ops.attention(query, cache, layer, metadata, scale, spec.window)
+    actual = actual[: len(expected)]
     error = error_of(actual, expected, t.dtype)
     return error / LARGE_SCORES_TOLERANCE if spec.query_scale > 1 else error
 
@@ -122,6 +140,8 @@ def make_attention(t: Target, spec: Spec) -> tuple[Tensor, Tensor, int, Attentio
         values = torch.randn(length, 2, *shape[4:], generator=generator)
         cache[own[tokens // size], layer, :, tokens % size] = values
     counts = [queries for queries, _ in spec.lengths]
+    most = spec.decode_queries
+    few = None if most is None else max((n for n in counts if n <= most), default=0)
     metadata = AttentionMetadata(
         cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).int(),
         seq_lens=torch.tensor([length for _, length in spec.lengths]).int(),
@@ -129,6 +149,7 @@ def make_attention(t: Target, spec: Spec) -> tuple[Tensor, Tensor, int, Attentio
         slot_mapping=torch.zeros(sum(counts), dtype=torch.int64),
         max_query_len=max(counts),
         max_seq_len=max(length for _, length in spec.lengths),
+        max_decode_query_len=few,
     )
     query = torch.randn(sum(counts), spec.num_heads, spec.head_dim, generator=generator)
     return t.put(query * spec.query_scale), t.put(cache), layer, on(metadata, t.device)
@@ -153,3 +174,23 @@ def loosened(query: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Attent
         max_seq_len=metadata.max_seq_len + 300,
     )
     return torch.cat([query, query], dim=1)[:, : query.shape[1]], changed
+
+
+def padded(
+    query: Tensor, metadata: AttentionMetadata, count: int
+) -> tuple[Tensor, AttentionMetadata]:
+    """The same case in a batch of fixed size: behind its rows others, of one query and one token in
+    block 0. The tables are the first rows of one that is larger both ways."""
+    starts, lengths, tables = metadata.cu_seqlens_q, metadata.seq_lens, metadata.block_tables
+    num_seqs, width = tables.shape
+    more = torch.arange(1, count + 1, dtype=starts.dtype, device=starts.device)
+    large = tables.new_zeros(num_seqs + count + 1, width + 5)
+    large[:num_seqs, :width] = tables
+    changed = replace(
+        metadata,
+        cu_seqlens_q=torch.cat([starts, starts[-1] + more]),
+        seq_lens=torch.cat([lengths, torch.ones_like(more)]),
+        block_tables=large[: num_seqs + count],
+        slot_mapping=torch.cat([metadata.slot_mapping, torch.full_like(more.long(), -1)]),
+    )
+    return torch.cat([query, query[:1].expand(count, -1, -1)]), changed

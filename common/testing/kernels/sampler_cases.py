@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.kernels.reference import GREEDY_BELOW, smallest_kept
-from common.sampling import gumbel_noise
+from common.sampling import NO_TOKEN, gumbel_noise
 from common.testing.kernels.case import REFERENCE, Case, Target
 
 NUM_ROWS = 18
@@ -28,6 +28,9 @@ def sampler_cases() -> Iterator[Case]:
     yield Case("sample", "ties", lambda t: wrong_rows(t, tied()), 0)
     yield Case("sample", "impossible tokens", lambda t: wrong_rows(t, impossible()), 0)
     yield Case("sample", "edges of filters", lambda t: wrong_rows(t, drawn(8) * 0.3, edges()), 0)
+    for name, logits in hard_logits().items():
+        yield Case("sample", name, lambda t, x=logits: wrong_rows(t, x, hard_columns()), 0)
+    yield Case("sample", "half precision", half_error, 0)
     yield Case("sample", "choices", lambda t: wrong_rows(t, drawn(200), with_choices()), 0)
     yield Case("sample", "filters alone", wrong_filters, 0)
     yield Case("sample", "views and other formats", views_error, 0)
@@ -80,6 +83,39 @@ def edges() -> list[Tensor]:
     top_k = torch.where(has_top_k, 2 + i // 2 % 5, 0)
     top_p = torch.where(has_top_k, 1.0, 0.2 + 0.6 * i / NUM_ROWS)
     return [torch.ones(NUM_ROWS), top_k, top_p, torch.zeros(NUM_ROWS), i * 12345, i]
+
+
+def hard_logits() -> dict[str, Tensor]:
+    """Where a search among the most likely tokens is no use, or bounds are far apart; four rows."""
+    flat, far, few, huge = (drawn(vocab, 4) for vocab in (8300, 700, 701, 702))
+    far[:, 5] = 500
+    few[:, 3:690] = -torch.inf
+    huge[:, ::3] *= 1e37
+    ties = flat[:, :600].mul(2).round().clamp(max=2)
+    return {
+        "flat, more tokens than are gathered": flat * 0.1,
+        "all equal": torch.full((4, 8300), 0.25),
+        "far below the top": far,
+        "few possible tokens": few,
+        "logits of any size": huge,
+        "ties at the k-th": ties,
+    }
+
+
+def hard_columns() -> list[Tensor]:
+    top_k, top_p = torch.tensor([0, 600, 40, 2]), torch.tensor([0.9, 1.0, 0.4, 0.7])
+    i = torch.arange(4)
+    return [torch.tensor([1.0, 0.8, 1.0, 30.0]), top_k, top_p, torch.zeros(4), i * 977, i]
+
+
+def half_error(t: Target) -> float:
+    """Rows whose token is another than the one of the same logits in float32."""
+    logits, own = drawn(900, 7) * 3, [x.to(t.device) for x in columns(7, 900)]
+    wrong = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        x = logits.to(t.device, dtype)
+        wrong += int((t.ops.sample(x, *own) != t.ops.sample(x.float(), *own)).sum())
+    return wrong
 
 
 def wrong_rows(t: Target, logits: Tensor, own: list[Tensor] | None = None) -> float:
@@ -140,10 +176,9 @@ def views_error(t: Target) -> float:
     return sum(int((x != expected).sum()) for x in found)
 
 
-def odd_rows(t: Target, value: float) -> float | None:
-    """Rows whose tokens are outside the vocabulary, or cannot be: no number, less than infinite."""
-    if t.ops.name == "reference":  # which promises nothing here
-        return None
+def odd_rows(t: Target, value: float) -> float:
+    """Rows with values at the ends of the format, or beyond: no token where one is NaN or +inf, or
+    where all are -inf; else one that is possible."""
     wrong = 0
     for places in (slice(None), slice(0, 40, 2), slice(7, 8)):
         logits = drawn(40, 7)
@@ -151,10 +186,10 @@ def odd_rows(t: Target, value: float) -> float | None:
         own = [x.to(t.device) for x in columns(7, 40)]
         tokens = t.ops.sample(logits.to(t.device), *own).tolist()
         possible = set(range(40))
-        if value == torch.inf and places == slice(7, 8):
-            possible = {7}
-        elif math.isnan(value) and places == slice(0, 40, 2):
-            possible = set(range(1, 40, 2))
+        if math.isnan(value) or value == torch.inf or (logits == -torch.inf).all():
+            possible = {NO_TOKEN}
+        elif value == -torch.inf:
+            possible -= set(range(40)[places])
         wrong += sum(token not in possible for token in tokens)
     return wrong
 

@@ -1,0 +1,294 @@
+"""What the GPU's operations compile and launch, without a GPU: launches recorded, or a fake driver.
+
+Triton is imported by tests and not by this file: what is there when tests have been collected is
+frozen (conftest.py), and Triton's library would complain at the end that it was leaked.
+"""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from common.testing.kernels.fake_gpu import FakeDriver
+
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from common.kernels import Ops
+from common.testing.kernels.launches import (
+    MODELS,
+    Lengths,
+    Model,
+    layer_variants,
+    metadata_of,
+    recorded,
+    run_layer,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+FALCON = Model("Falcon-7B", 4544, 18176, 71, 1, 64, 65024)
+FORMATS = (torch.bfloat16, torch.float32)
+DECODE_QUERIES = (None, 1, 3, 5, 9)  # of a sequence: not known, one, one and so many drafts
+MAX_LENGTHS = (40, 256, 257, 8192)
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    from common.kernels.triton.ops import TritonOps
+
+    return TritonOps()
+
+
+def warm_up(
+    ops: Ops, model: Model, dtype: torch.dtype, max_len: int, decode_queries: int | None
+) -> list[set[tuple]]:
+    """The variants of each batch."""
+    batches = ops.warm_up_lengths(model.group, max_len, max_len, decode_queries)
+    assert all(queries <= tokens <= max_len for batch in batches for queries, tokens in batch)
+    return [
+        layer_variants(ops, model, dtype, metadata_of(batch, decode_queries=decode_queries))
+        for batch in batches
+    ]
+
+
+@st.composite
+def traffic(draw: st.DrawFn, max_len: int, decode_queries: int | None) -> tuple[Lengths, int]:
+    """A batch: decodes, drafts, chunks of prompts, alone or mixed; and a bound, tight or not."""
+    few = st.integers(0, decode_queries or 9)
+    queries = draw(st.sampled_from([st.just(1), few, st.integers(1, max_len), few | st.just(70)]))
+    counts = draw(st.lists(queries, min_size=1, max_size=6)) * draw(st.sampled_from([1, 1, 50]))
+    lengths = [
+        (n, n + draw(st.integers(n == 0, max_len))) for n in (min(c, max_len) for c in counts)
+    ]
+    lengths = [(n, min(length, max_len)) for n, length in lengths]
+    return lengths, draw(st.sampled_from([max_len, max(length for _, length in lengths)]))
+
+
+@pytest.mark.parametrize("decode_queries", DECODE_QUERIES)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_nothing_is_compiled_after_the_warm_up(
+    ops: Ops, decode_queries: int | None, data: st.DataObject
+) -> None:
+    model = data.draw(st.sampled_from([*MODELS, FALCON]))
+    dtype, max_len = data.draw(st.sampled_from(FORMATS)), data.draw(st.sampled_from(MAX_LENGTHS))
+    known = set().union(*warm_up(ops, model, dtype, max_len, decode_queries))
+    lengths, bound = data.draw(traffic(max_len, decode_queries))
+    metadata = metadata_of(lengths, bound, decode_queries)
+    if metadata.max_query_len:
+        assert layer_variants(ops, model, dtype, metadata) <= known
+
+
+@pytest.mark.parametrize("model", [*MODELS, FALCON], ids=lambda model: model.name)
+@pytest.mark.parametrize("decode_queries", DECODE_QUERIES)
+def test_no_batch_of_the_warm_up_is_idle(
+    ops: Ops, model: Model, decode_queries: int | None
+) -> None:
+    sets = warm_up(ops, model, torch.bfloat16, 8192, decode_queries)
+    for i, own in enumerate(sets):
+        assert own - set().union(*sets[:i])
+
+
+def test_other_operations_need_no_warm_up() -> None:
+    from common.kernels.reference import ReferenceOps
+
+    assert ReferenceOps().warm_up_lengths(2, 100, 1000, 1) == []
+
+
+# A step that a CUDA graph could hold.
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("num_queries", [1, 4])
+@settings(max_examples=20)
+@given(data=st.data())
+def test_launches_do_not_depend_on_lengths(
+    ops: Ops, model: Model, num_queries: int, data: st.DataObject
+) -> None:
+    """Two batches of as many sequences and queries, under one bound."""
+    from common.kernels.triton.attention import MIN_SPLIT
+
+    bound, num_seqs = data.draw(st.sampled_from([256, 1000, 40000])), data.draw(st.integers(1, 40))
+    tokens = st.lists(st.integers(num_queries, bound), min_size=num_seqs, max_size=num_seqs)
+    found = []
+    for _ in range(2):
+        lengths = [(num_queries, length) for length in data.draw(tokens)]
+        with recorded() as launches:
+            run_layer(ops, model, torch.bfloat16, metadata_of(lengths, bound, num_queries))
+        found.append([(x.variant, x.grid, x.numbers) for x in launches])
+    assert found[0] == found[1]
+    names = [variant[0] for variant, _, _ in found[0]]
+    assert names.count("attention_kernel") == 1
+    assert names.count("combine_kernel") == (bound > MIN_SPLIT)
+
+
+def launched(ops: Ops, lengths: Lengths, **bounds: int) -> dict[str, list]:
+    """By kernel and whether it decodes, the grids of attention's launches for Qwen3-0.6B."""
+    with recorded() as launches:
+        run_layer(ops, MODELS[0], torch.bfloat16, metadata_of(lengths, **bounds))
+    grids: dict[str, list] = {"prefill": [], "decode": [], "combine": []}
+    for launch in launches:
+        if launch.kernel == "attention_kernel":
+            grids["decode" if launch.constants[0] else "prefill"].append(launch.grid)
+        if launch.kernel == "combine_kernel":
+            grids["combine"].append(launch.grid)
+    return grids
+
+
+def test_grids(ops: Ops) -> None:
+    """Qwen3-0.6B: 16 heads, 8 KV heads, 64 queries in a tile of a prompt."""
+    assert launched(ops, [(1, 200)] * 3) == {"prefill": [], "decode": [(24, 1)], "combine": []}
+    assert launched(ops, [(1, 1000)] * 3) == {
+        "prefill": [],
+        "decode": [(24, 4)],
+        "combine": [(48,)],
+    }
+    mixed: Lengths = [(1, 1000), (1, 10), (300, 300)]
+    prefill = ((302 // 64 + 3) * 8, 1)
+    unknown, known = launched(ops, mixed), launched(ops, mixed, decode_queries=1)
+    assert unknown == {"prefill": [prefill], "decode": [(24, 4)], "combine": [(3 * 8 * 16,)]}
+    assert known == {"prefill": [prefill], "decode": [(24, 4)], "combine": [(3 * 1 * 16,)]}
+    assert launched(ops, [(300, 300)], decode_queries=1)["decode"] == []
+    assert launched(ops, [(0, 9), (2, 300)], decode_queries=1)["prefill"] == [
+        ((2 // 64 + 2) * 8, 1)
+    ]
+
+
+def test_another_tile_is_taken_at_once(ops: Ops) -> None:
+    """As `gpu_check` sweeps them: by another entry in the table, and a cleared cache."""
+    from common.kernels.triton import attention
+
+    with mock.patch.dict(attention.PREFILL, {128: attention.Tile(64, 128, 4, 2)}):
+        attention.tile_for.cache_clear()
+        swept = launched(ops, [(300, 300)])["prefill"]
+    attention.tile_for.cache_clear()
+    assert swept == [((300 // 32 + 1) * 8, 1)]
+    assert launched(ops, [(300, 300)])["prefill"] == [((300 // 64 + 1) * 8, 1)]
+
+
+def test_layers_share_a_plan(ops: Ops) -> None:
+    from common.kernels.triton import attention
+
+    metadata = metadata_of([(1, 1000), (1, 3)])
+    query, cache = torch.zeros(2, 4, 64), torch.zeros(4, 3, 2, 16, 2, 64)
+    with recorded() as launches, mock.patch.object(attention, "plan", wraps=attention.plan) as plan:
+        for layer in range(3):
+            ops.attention(query, cache, layer, metadata, 0.1)
+        assert plan.call_count == 1
+        ops.attention(query, cache, 0, metadata, 0.1, sliding_window=5)
+        assert plan.call_count == 2
+        ops.attention(query, cache, 0, metadata_of([(1, 1000), (1, 3)]), 0.1)
+        assert plan.call_count == 3
+    decodes = [launch for launch in launches if launch.kernel == "attention_kernel"]
+    assert [launch.numbers[1] for launch in decodes] == [0, 1, 2, 0, 0]  # the layer
+
+
+# Launches, on a GPU that is not there.
+
+
+@pytest.fixture(scope="module")
+def fake_driver() -> Iterator["FakeDriver"]:
+    from common.testing.kernels.fake_gpu import fake_gpu
+
+    with fake_gpu() as driver:
+        yield driver
+
+
+@pytest.fixture
+def fake(fake_driver: "FakeDriver") -> "FakeDriver":
+    fake_driver.launched.clear()
+    return fake_driver
+
+
+def norm_arguments(num_rows: int, eps: float, dtype: torch.dtype = torch.bfloat16) -> tuple:
+    x, weight = torch.zeros(num_rows, 64, dtype=dtype), torch.ones(64, dtype=dtype)
+    return x, None, weight, torch.empty_like(x), eps
+
+
+CONSTANTS = (64, 0, 64, 64)
+
+
+def norm_launcher() -> Any:
+    from common.kernels.triton.elementwise import norm_kernel
+    from common.kernels.triton.launch import Launcher
+
+    return Launcher(norm_kernel)
+
+
+def triton_s_way(error: type[Exception] = AssertionError) -> Any:
+    """A context in which a launch by Triton itself raises."""
+    from triton.runtime.jit import JITFunction
+
+    return mock.patch.object(JITFunction, "run", side_effect=error)
+
+
+def test_a_variant_is_launched_directly(fake: "FakeDriver") -> None:
+    launcher = norm_launcher()
+    launcher((3,), norm_arguments(3, 1e-5), CONSTANTS, 1)
+    arguments = norm_arguments(7, 1e-6)
+    with triton_s_way():
+        launcher((7,), arguments, CONSTANTS, 1)
+    assert len(launcher.variants) == 1
+    width, height, depth, _, function, metadata, *rest = fake.launched[-1]
+    assert (width, height, depth, function) == (7, 1, 1, 1)
+    assert metadata == fake.launched[0][5]
+    x, _, weight, out, eps = arguments
+    addresses = [x.data_ptr(), None, weight.data_ptr(), out.data_ptr()]
+    assert rest == [None, None, None, *addresses, eps, *CONSTANTS]
+
+
+def test_a_variant_for_each_format(fake: "FakeDriver") -> None:
+    launcher = norm_launcher()
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        launcher((3,), norm_arguments(3, 1e-5, dtype), CONSTANTS, 1)
+    assert len(launcher.variants) == 2 and len(fake.launched) == 3
+
+
+def test_an_unaligned_tensor_goes_triton_s_way(fake: "FakeDriver") -> None:
+    launcher = norm_launcher()
+    x, *rest = norm_arguments(3, 1e-5)
+    launcher((3,), (x, *rest), CONSTANTS, 1)
+    unaligned = torch.zeros(3 * 64 + 1, dtype=x.dtype)[1:].view(3, 64)
+    with (
+        triton_s_way(RuntimeError),
+        pytest.raises(RuntimeError),
+    ):
+        launcher((3,), (unaligned, *rest), CONSTANTS, 1)
+    launcher((3,), (unaligned, *rest), CONSTANTS, 1)
+    assert len(launcher.variants) == 1 and len(fake.launched) == 2
+
+
+def test_lengths_need_no_alignment(ops: Ops, fake: "FakeDriver") -> None:
+    """Views of metadata may begin anywhere: their variant is the same."""
+    dtype = torch.bfloat16
+    query, cache = torch.zeros(3, 4, 64, dtype=dtype), torch.zeros(4, 1, 2, 16, 2, 64, dtype=dtype)
+    for first in (0, 1):
+        starts = torch.arange(5, dtype=torch.int32)[first : first + 4]
+        lengths = torch.ones(4, dtype=torch.int32)[first : first + 3]
+        tables = torch.zeros(4, 3, dtype=torch.int32)[first : first + 3]
+        metadata = metadata_of([(1, 1)] * 3)
+        changed = {"cu_seqlens_q": starts, "seq_lens": lengths, "block_tables": tables}
+        ops.attention(query, cache, 0, type(metadata)(**vars(metadata) | changed), 0.1)
+        with triton_s_way():
+            ops.attention(query, cache, 0, type(metadata)(**vars(metadata) | changed), 0.1)
+
+
+def test_a_listener_hears_of_launches(fake: "FakeDriver") -> None:
+    from triton import knobs
+
+    launcher, heard = norm_launcher(), []
+    launcher((3,), norm_arguments(3, 1e-5), CONSTANTS, 1)
+    with mock.patch.object(knobs.runtime.launch_enter_hook, "calls", [heard.append]):
+        launcher((3,), norm_arguments(3, 1e-5), CONSTANTS, 1)
+    assert fake.launched[-1][7] is knobs.runtime.launch_enter_hook  # which a real launch calls
+
+
+def test_no_kernel_may_specialise_on_a_number(fake: "FakeDriver") -> None:
+    with pytest.raises(AssertionError, match="norm_kernel specialises on eps"):
+        norm_launcher()((3,), norm_arguments(3, 16), CONSTANTS, 1)
