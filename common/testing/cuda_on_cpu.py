@@ -221,7 +221,7 @@ class Graph:
         self.calls: list[Callable[[], None]] = []
 
     def replay(self) -> None:
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), torch.inference_mode():
             for call in self.calls:
                 call()
 
