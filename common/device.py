@@ -16,7 +16,8 @@ def resolve_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.
     """A device and a number format from their names.
 
     `auto` is CUDA where there is one, else the CPU; then float32 on a CPU (bfloat16 products are
-    slow there) and bfloat16 on a GPU. Raises ValueError.
+    slow there) and bfloat16 on a GPU. A GPU that is named by its number becomes the calling thread's
+    current one, so that nothing is put on the first one. Raises ValueError.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +30,8 @@ def resolve_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device, getattr(torch, dtype)
 
 

@@ -3,15 +3,17 @@
 A machine with a GPU is often borrowed for minutes, and has torch, triton and transformers but no
 web framework. So one command checks and measures all there is, imports nothing that serves HTTP,
 and keeps what it has found when something breaks: every job is a process of its own, which a
-failing kernel or the time limit may end while the others go on, and the file is written anew after
-each result. What no longer fits before the deadline is left out, and the file says so.
+failing kernel or a time limit may end while the others go on, and the file is written anew after
+each result. What no longer fits before the deadline is left out, and the file says so: name, reason
+and the seconds that were left.
 
     limits     what the machine can read and multiply, by which all else is judged
-    kernels    every operation of `common.kernels` against the reference, in bfloat16
+    kernels    every operation of `common.kernels` against the reference, in the model's format;
+               beside them, all that later sections measure is compiled
     oracle     the newest part and part 03 against transformers: equal in fp32, close in bf16
-    rooflines  attention and other operations alone, against the limits; other tiles; PyTorch's own
-    steps      decode steps of the newest part: launches, gaps, waiting, compilation; and captured
+    steps      decode steps of the newest part: both loops, as CUDA graphs, launches, waiting
     nano_vllm  the benchmark that nano-vllm publishes: 256 requests of 100 to 1,024 tokens
+    rooflines  attention and other operations alone, against the limits; other tiles; PyTorch's own
     ladder     prefill and decode speed of some parts, newest first, and of transformers
-    formats    the kernels in fp32 and fp16
+    formats    the kernels in other number formats
 """

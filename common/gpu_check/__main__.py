@@ -40,6 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="of what is measured (auto: bfloat16 on a GPU, else float32)",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, on a CPU too")
     parser.add_argument(
         "--only",
@@ -79,15 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     deadline = start + args.deadline
     try:
-        device = resolved_device(args.device, args.quick)
+        device, dtype = resolved_device(args.device, args.dtype, args.quick)
         parts = args.parts or [part for part in existing_parts() if part >= FIRST_PART]
         for part in parts:
             part_package(part)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     model = args.model or (QUICK_MODEL if args.quick else MODEL)
-    plan = Plan(device, args.quick, sorted(parts, reverse=True), model)
-    wanted = dict(args.only or dict.fromkeys(SECTIONS, ""))
+    plan = Plan(device, dtype, args.quick, sorted(parts, reverse=True), model)
+    wanted: dict[str, list[str]] = {}  # section -> what the names of its checks are to contain
+    for name, text in args.only or ((name, "") for name in SECTIONS):
+        wanted.setdefault(name, []).append(text)
     if args.list:
         print("\n".join(listing(plan, wanted, args.time_limit, args.deadline)))
         return 0
@@ -106,14 +114,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def resolved_device(name: str, quick: bool) -> str:
-    """cpu or cuda. Raises ValueError where it is not there, or too slow for the full form."""
+def resolved_device(name: str, dtype: str, quick: bool) -> tuple[str, str]:
+    """(cpu or a GPU, a number format). Raises ValueError where it is not there, or too slow for the
+    full form."""
     from common.device import resolve_device
 
-    device = str(resolve_device(name)[0])
+    device, dtype = (str(found).removeprefix("torch.") for found in resolve_device(name, dtype))
     if device == "cpu" and not quick:
         raise ValueError("there is no GPU; --quick checks that this command itself works")
-    return device
+    return device, dtype
 
 
 def process_age() -> float:
@@ -126,15 +135,15 @@ def process_age() -> float:
         return 0.0
 
 
-def ordered(wanted: dict[str, str]) -> dict[str, str]:
+def ordered(wanted: dict[str, list[str]]) -> dict[str, list[str]]:
     """In the order in which they run; limits first where a section is judged by them."""
     if any(SECTIONS[name].needs_limits for name in wanted):
-        wanted = {"limits": "", **wanted}
+        wanted = {"limits": [""], **wanted}
     return {name: wanted[name] for name in SECTIONS if name in wanted}
 
 
 def listing(
-    plan: Plan, wanted: dict[str, str], time_limit: int | None, deadline: float
+    plan: Plan, wanted: dict[str, list[str]], time_limit: int | None, deadline: float
 ) -> Iterator[str]:
     """The plan in lines: sections, their seconds, and the processes of each."""
     total = 0
@@ -150,12 +159,12 @@ def listing(
 
 
 def check_all(
-    plan: Plan, wanted: dict[str, str], time_limit: int | None, deadline: float
+    plan: Plan, wanted: dict[str, list[str]], time_limit: int | None, deadline: float
 ) -> Iterator[dict[str, list[Item]]]:
     """The items of each section, after every new one."""
     found: dict[str, list[Item]] = {}
     wanted = ordered(wanted)
-    for name, text in wanted.items():
+    for name, texts in wanted.items():
         log(f"{name} …")
         section, limits = SECTIONS[name], limits_of(found)
         is_last = name == list(wanted)[-1] and not time_limit
@@ -163,7 +172,8 @@ def check_all(
         end = End(time.monotonic() + seconds, LIMIT_PASSED)
         if deadline < end.at or is_last:
             end = End(deadline, DEADLINE_PASSED)
-        jobs = [job | {"limits": limits, "only": text} for job in section.jobs(plan)]
+        texts = [] if "" in texts else texts
+        jobs = [job | {"limits": limits, "only": texts} for job in section.jobs(plan)]
         items = run_jobs(jobs, end, 1 if section.is_timed else plan.at_once)
         if section.needs_limits and limits is None:
             items = iter([not_reached(job["name"], NO_LIMITS, end.left) for job in jobs])

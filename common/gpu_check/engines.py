@@ -5,18 +5,14 @@ from typing import Any
 from common.bench.core.worker import start_engine
 
 
-def dtype_of(job: dict[str, Any]) -> str:
-    return "bfloat16" if job["device"].startswith("cuda") else "float32"
-
-
 def threads_of(job: dict[str, Any]) -> int | None:
     """One where the CPU stands in for a GPU: tiny shapes need no more, and others may be at work."""
     return 1 if job["device"] == "cpu" and job["quick"] else None
 
 
 def engine_of(job: dict[str, Any], **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """(the engine of {"part", "model", "device", "quick"}, seconds of its start)."""
-    common = {"device": job["device"], "dtype": dtype_of(job), "threads": threads_of(job)}
+    """(the engine of {"part", "model", "device", "dtype", "quick"}, seconds of its start)."""
+    common = {"device": job["device"], "dtype": job["dtype"], "threads": threads_of(job)}
     start = {"part": job["part"], "model": job["model"], "settings": common | settings}
     engine, _, answer = start_engine(start)
     return engine, answer

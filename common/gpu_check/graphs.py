@@ -59,7 +59,7 @@ class Graphs:
 
     def forward(self, batch: Any, *others: Any) -> Any:
         """As the runner's."""
-        if self.bucket is None or others:
+        if self.bucket is None or any(others):
             return self.run_forward(batch, *others)
         if self.bucket not in self.graphs:
             self.graphs[self.bucket] = self.capture(batch)

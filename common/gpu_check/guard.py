@@ -20,14 +20,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "penalties": {"temperature": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.5},
     "logprobs": {"temperature": 0, "logprobs": 5},
     "prompt logprobs": {"temperature": 0, "prompt_logprobs": 2},
-    "biases": {"temperature": 0, "logit_bias": {5: 1.0}, "min_tokens": 8},
+    "biases": {"temperature": 0, "logit_bias": {5: 1.0}, "min_tokens": 4},
 }
 SPECULATIVE = {
     "ngram": {},
     "self": {"draft_layers": 2},
     "draft": {"draft_model": QUICK_MODEL},
 }
-NUM_SEQS, OUTPUT_LEN = 4, 24
+ECHO = {"temperature": 0, "logit_bias": {7: 100.0}}  # an output in which n-grams are found
+NUM_SEQS, OUTPUT_LEN, QUICK_OUTPUT_LEN = 4, 24, 8
 FIRST_SPECULATIVE_PART = 8
 
 
@@ -35,9 +36,9 @@ def guard_checks(job: dict[str, Any], engine: Callable[[], Any]) -> Iterator[Che
     """A check for each kind of request, and for each way to speculate."""
     for kind, params in KINDS.items():
         name = f"{job['name']}, no waiting, {kind}"
-        yield name, lambda params=params: guarded(engine(), [params])
+        yield name, lambda params=params: guarded(engine(), job, [params])
     name = f"{job['name']}, no waiting, all together"
-    yield name, lambda: guarded(engine(), list(KINDS.values()))
+    yield name, lambda: guarded(engine(), job, list(KINDS.values()))
     if job["part"] < FIRST_SPECULATIVE_PART:
         return
     for method, options in SPECULATIVE.items():
@@ -45,7 +46,7 @@ def guard_checks(job: dict[str, Any], engine: Callable[[], Any]) -> Iterator[Che
         yield name, lambda m=method, options=options: speculating(job, m, options)
 
 
-def guarded(engine: Any, kinds: list[dict[str, Any]]) -> dict[str, Any]:
+def guarded(engine: Any, job: dict[str, Any], kinds: list[dict[str, Any]]) -> dict[str, Any]:
     """Run requests of these kinds, first freely, then with every step under the guard."""
     import torch
 
@@ -53,7 +54,8 @@ def guarded(engine: Any, kinds: list[dict[str, Any]]) -> dict[str, Any]:
 
     # Texts that repeat themselves, so that there is something to draft.
     starts = random_prompts([8] * NUM_SEQS * len(kinds), engine.vocab_size, "guarded")
-    params = [SamplingParams(max_tokens=OUTPUT_LEN, ignore_eos=True, **kind) for kind in kinds]
+    most = QUICK_OUTPUT_LEN if job["quick"] else OUTPUT_LEN
+    params = [SamplingParams(max_tokens=most, ignore_eos=True, **kind) for kind in kinds]
     arguments = ([start * 4 for start in starts], params * NUM_SEQS)
     step, num_steps = engine.step, 0
 
@@ -82,7 +84,7 @@ def speculating(job: dict[str, Any], method: str, options: dict[str, Any]) -> di
     tiny = job | {"model": QUICK_MODEL}
     engine = engine_of(tiny, speculative=method, **sizes, **options)[0]
     try:
-        found = guarded(engine, [{"temperature": 0}, {"temperature": 0.5}, KINDS["sampling"]])
+        found = guarded(engine, job, [ECHO, {"temperature": 0.5}, KINDS["sampling"]])
         num_drafts = engine.stats()["num_draft_tokens"]
     finally:
         engine.shutdown()

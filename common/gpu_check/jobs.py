@@ -66,7 +66,11 @@ def main() -> None:
     os.dup2(2, 1)  # what engines print is no answer
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=end_with_parent, daemon=True).start()
-    module, _, name = KINDS[job["kind"]].partition(":")
+    if ":" in job["device"]:
+        import torch
+
+        torch.cuda.set_device(job["device"])
+    module, _, name = KINDS.get(job["kind"], job["kind"]).partition(":")
     checks: Callable[[dict[str, Any]], Iterator[Check]] = getattr(import_module(module), name)
     with os.fdopen(answer_to, "w") as stream:
 
@@ -74,7 +78,8 @@ def main() -> None:
             stream.write(json.dumps(message, allow_nan=False) + "\n")
             stream.flush()
 
-        wanted = [check for check in checks(job) if job.get("only", "") in check[0]]
+        texts = job.get("only") or [""]
+        wanted = [check for check in checks(job) if any(text in check[0] for text in texts)]
         rest = wanted[job.get("skip", 0) :]
         say({"names": [name for name, _ in rest]})
         for name, check in rest:

@@ -6,7 +6,7 @@ from typing import Any
 
 from common.bench import BenchError
 from common.bench.core.rates import Point, decode_point, planned_runs, prefill_point, rate, shares
-from common.gpu_check.engines import dtype_of, engine_of, threads_of
+from common.gpu_check.engines import engine_of, threads_of
 from common.gpu_check.items import Check, Once
 
 BATCH_SIZES, QUICK_BATCH_SIZES = (1, 16, 64, 256), (1, 4)
@@ -73,7 +73,7 @@ def rated(point: Point, measure: Callable[[], float], job: dict[str, Any]) -> di
         if job["quick"]:
             return {"note": str(error)}
         raise
-    facts = {"shape": read_json(resolve(job["model"]) / "config.json"), "dtype": dtype_of(job)}
+    facts = {"shape": read_json(resolve(job["model"]) / "config.json"), "dtype": job["dtype"]}
     return {"tok/s": speed, **shares(point, speed, point.batch_size, facts, job["limits"])}
 
 
@@ -105,7 +105,7 @@ def transformers_model(job: dict[str, Any]) -> Any:
 
     torch.set_num_threads(threads_of(job) or torch.get_num_threads())
     return load_transformers_model(
-        resolve(job["model"]), getattr(torch, dtype_of(job)), job["device"]
+        resolve(job["model"]), getattr(torch, job["dtype"]), job["device"]
     )
 
 

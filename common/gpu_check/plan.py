@@ -25,6 +25,7 @@ class Plan:
     """What was asked for, and on what."""
 
     device: str  # cpu, cuda or cuda:N
+    dtype: str  # of what is fast; the formats that it is compared with are others
     quick: bool
     parts: list[int]  # newest first
     model: str
@@ -45,8 +46,9 @@ class Plan:
     def job(self, kind: str, name: str, limit: float, needs: float = 8, **more: Any) -> Job:
         """limit: seconds for each of its checks; needs: seconds without which it is not begun."""
         limit *= self.patience
-        common = {"kind": kind, "name": name, "device": self.device, "quick": self.quick}
-        return common | {"limit": limit, "first_limit": limit, "needs": needs} | more
+        common = {"device": self.device, "dtype": self.dtype, "quick": self.quick}
+        limits = {"limit": limit, "first_limit": limit, "needs": needs}
+        return {"kind": kind, "name": name, **common, **limits, **more}
 
     def job_of(self, kind: str, part: int, limit: float, needs: float = 15) -> Job:
         """A job that runs an engine, which starts with the first check."""
@@ -76,8 +78,7 @@ def limits(plan: Plan) -> list[Job]:
 
 def kernels(plan: Plan) -> list[Job]:
     """The cases; beside them, other processes compile what later sections measure."""
-    dtype = "bfloat16" if plan.is_cuda else "float32"
-    cases = correctness(plan, dtype)
+    cases = correctness(plan, plan.dtype)
     if not plan.is_cuda:
         return cases
     newest = plan.job_of("start", plan.parts[0], 65)
@@ -85,8 +86,8 @@ def kernels(plan: Plan) -> list[Job]:
 
 
 def formats(plan: Plan) -> list[Job]:
-    names = ("float32", "float16") if plan.is_cuda else ()
-    return [job for name in names for job in correctness(plan, name)]
+    others = [name for name in ("float32", "float16") if name != plan.dtype]
+    return [job for name in others for job in correctness(plan, name)] if plan.is_cuda else []
 
 
 def correctness(plan: Plan, dtype: str) -> list[Job]:
@@ -100,7 +101,10 @@ def correctness(plan: Plan, dtype: str) -> list[Job]:
 def oracle(plan: Plan) -> list[Job]:
     """On a GPU a process for each model and number format, since each compiles its own kernels."""
     parts = dict.fromkeys([plan.parts[0], plan.parts[-1]])
-    choices = [(model, dtype) for model in ORACLE_MODELS for dtype in ("bfloat16", "float32")]
+    formats = (
+        ["bfloat16", "float32"] if plan.dtype != "float32" or not plan.is_cuda else ["float32"]
+    )
+    choices = [(model, dtype) for model in ORACLE_MODELS for dtype in formats]
     if not plan.is_cuda:
         own = choices[: 2 if plan.quick else None]
         return [

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from common.kernels import Ops
 
-FLUSH_BYTES = 1 << 30  # more than any second-level cache
+FLUSH_BYTES, QUICK_FLUSH_BYTES = 1 << 30, 1 << 16  # more than any second-level cache
 SHAPES = [
     Shape("qwen3-0.6b", 1024, 3072, 16, 8, 128, 151936),
     Shape("qwen3-8b", 4096, 12288, 32, 8, 128, 151936),
@@ -95,8 +95,7 @@ def target(job: dict[str, Any]) -> tuple["torch.device", "torch.dtype", "Ops"]:
 
     from common.kernels import select_ops
 
-    device = torch.device(job["device"])
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     torch.set_num_threads(threads_of(job) or torch.get_num_threads())
     return device, dtype, select_ops(KERNELS[device.type], device, threads_of(job))
 
@@ -130,16 +129,22 @@ def tile_cases(
     from common.kernels.triton import attention
 
     maker = Maker(Shape("", 0, 0, *GROUPS[2], 128, 0), device, dtype)
-    prompt = maker.attention(ops, 1, *[1024 if is_small else 8192] * 2)
-    decode = maker.attention(ops, 1 if is_small else 64, 1, 1024 if is_small else 4096)
-    for table, tiles, case in (
-        ("PREFILL", PREFILL_TILES, prompt),
-        ("DECODE", DECODE_TILES, decode),
-    ):
-        for numbers in tiles:
+    most = 32 if quick else 1024 if is_small else 8192
+    prompt = maker.attention(ops, 1, most, most)
+    most = 600 if quick else 1024 if is_small else 4096
+    decode = maker.attention(ops, 1 if is_small or quick else 64, 1, most)
+    tables = {  # of tiles; one for two-byte formats, and one for float32
+        2: ("PREFILL", "DECODE"),
+        4: ("PREFILL_FLOAT32", "DECODE_FLOAT32"),
+    }
+    swept = zip(
+        tables[dtype.itemsize], (PREFILL_TILES, DECODE_TILES), (prompt, decode), strict=True
+    )
+    for table, tiles, case in swept:
+        for numbers in tiles[: 1 if quick else None]:
             patch = mock.patch.dict(getattr(attention, table), {128: attention.Tile(*numbers)})
             yield f"tile {numbers}, {case.name}", patched(case, patch)
-    for tokens in SPLITS:
+    for tokens in SPLITS[: 1 if quick else None]:
         patch = mock.patch.object(attention, "MIN_SPLIT", tokens)
         yield f"{tokens} tokens a program, {decode.name}", patched(decode, patch)
 
@@ -200,7 +205,8 @@ def timed(
     for _ in range(3):
         call()
     cuda = device.type == "cuda"
-    alone = statistics.median(gpu_seconds(call, count) if cuda else cpu_seconds(call, count))
+    flush = QUICK_FLUSH_BYTES if job["quick"] else FLUSH_BYTES
+    alone = statistics.median(gpu_seconds(call, count, flush) if cuda else cpu_seconds(call, count))
     gbps, flops = case.num_bytes / alone / 1e9, case.num_flops / alone
     peak = matmul_rate(str(dtype).removeprefix("torch."), job["limits"])
     return {
@@ -213,12 +219,12 @@ def timed(
     }
 
 
-def gpu_seconds(call: Callable[[], object], count: int) -> list[float]:
+def gpu_seconds(call: Callable[[], object], count: int, flush_bytes: int) -> list[float]:
     """Seconds of the GPU for each call, between events; the host runs ahead while the cache is
     overwritten, so a slow launch does not count."""
     import torch
 
-    waste = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    waste = torch.empty(flush_bytes, dtype=torch.int8, device="cuda")
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for start, end in pairs:
         waste.zero_()

@@ -86,13 +86,15 @@ def run_job(job: Job, end: End, emit: Emit, children: "set[Child]") -> None:
         finally:
             child.kill()
             children.discard(child)
-        if child.names is None or not progress:  # it died, or was stopped, before it began
+        if child.names == [] and not names:
+            if not job.get("only"):
+                emit(failed(job["name"], "there is nothing to check"))
+            return
+        if not progress:  # it died, or was stopped, before it began
             emit(child.failure(job["name"]))
             return
         names = names or child.names
         num_done += progress
-    if names == [] and not job.get("only"):
-        emit(failed(job["name"], "there is nothing to check"))
 
 
 @dataclass(eq=False)

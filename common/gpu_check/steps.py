@@ -20,9 +20,9 @@ from common.gpu_check.items import Check, Once
 from common.gpu_check.ladder import run
 from common.gpu_check.variants import Variants
 
-BATCH_SIZES, QUICK_BATCH_SIZES = (1, 16, 64, 256), (2,)
+BATCH_SIZES, QUICK_BATCH_SIZES = (1, 16, 64, 256), (3,)  # 3: a graph's batch is padded to 4
 PROMPT_LEN, OUTPUT_LEN, QUICK_OUTPUT_LEN = 32, 128, 12
-PROFILED = 16  # steps
+PROFILED, QUICK_PROFILED = 16, 2  # steps
 SETTLED = 8  # steps at either end that are left out
 LOOPS = {"two steps in flight": 2, "in turns": 1}
 
@@ -45,7 +45,7 @@ def checks(job: dict[str, Any]) -> Iterator[Check]:
             yield name, lambda size=size: captured(engine()[0], job, size)
     for size in sizes[::3]:
         name = f"{job['name']}, launches, batch {size}"
-        yield name, lambda size=size: launches(engine()[0], size)
+        yield name, lambda size=size: launches(engine()[0], job, size)
     yield from guard_checks(job, lambda: engine()[0])
     yield f"{job['name']}, compiled after the start", lambda: compiled_late(engine, variants)
 
@@ -53,7 +53,8 @@ def checks(job: dict[str, Any]) -> Iterator[Check]:
 def started(job: dict[str, Any], variants: Variants) -> tuple[Any, float]:
     """(an engine, seconds of its start); from then on `variants` notes what is compiled."""
     sizes = QUICK_BATCH_SIZES if job["quick"] else BATCH_SIZES
-    engine, answer = engine_of(job, max_num_seqs=max(sizes), max_model_len=512)
+    rows = 1 << (max(sizes) - 1).bit_length()
+    engine, answer = engine_of(job, max_num_seqs=rows, max_model_len=512)
     if job["device"].startswith("cuda"):
         variants.note()
     return engine, answer["construct_s"]
@@ -69,8 +70,9 @@ def coldly(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the start, and the kernels that were compiled in it."""
     variants = Variants()
     variants.note()
+    longest, memory = (512, 1 << 24) if job["quick"] else (4096, 1 << 30)
     # Others are at work on the same GPU.
-    engine, answer = engine_of(job, max_model_len=4096, kv_cache_memory=1 << 30)
+    engine, answer = engine_of(job, max_model_len=longest, kv_cache_memory=memory)
     decode(engine, 4, 4)
     return {**answer, "num_variants": len(variants.names), "variants": variants.names}
 
@@ -123,9 +125,10 @@ def captured(engine: Any, job: dict[str, Any], size: int) -> dict[str, Any]:
     from common.bench.core.rates import same_tokens
 
     engine.num_in_flight = 2
-    expected = decode(engine, size, 24)["outputs"]
+    count = QUICK_OUTPUT_LEN if job["quick"] else 24
+    expected = decode(engine, size, count)["outputs"]
     with Graphs(engine.runner) as graphs:
-        outputs = decode(engine, size, 24)["outputs"]
+        outputs = decode(engine, size, count)["outputs"]
         same = same_tokens(outputs, expected)
         # Attention is split in other places, and the last bit may decide between two tokens.
         assert same > 50, f"{same:.0f}% of the tokens are those of ordinary steps"
@@ -133,18 +136,19 @@ def captured(engine: Any, job: dict[str, Any], size: int) -> dict[str, Any]:
         return {**times, "forward us": graphs.microseconds(), "same tokens %": same}
 
 
-def launches(engine: Any, size: int) -> dict[str, Any]:
+def launches(engine: Any, job: dict[str, Any], size: int) -> dict[str, Any]:
     """What a decode step launches, copies and waits for, by PyTorch's profiler; microseconds of
     its kernels, and the share of the time in which one of them ran (%)."""
     engine.num_in_flight = 2
+    num_steps = QUICK_PROFILED if job["quick"] else PROFILED
     decode(engine, size, 4)
-    few, many = (decode(engine, size, 4 + count)["seconds"] for count in (0, PROFILED))
-    step_us = 1e6 * (many - few) / PROFILED
-    before, after = (profiled(engine, size, 4 + count) for count in (0, PROFILED))
+    few, many = (decode(engine, size, 4 + count)["seconds"] for count in (0, num_steps))
+    step_us = 1e6 * (many - few) / num_steps
+    before, after = (profiled(engine, size, 4 + count) for count in (0, num_steps))
     kernels = {}
     for name, (count, us) in after.items():
         earlier = before.get(name, (0, 0.0))
-        kernels[name] = ((count - earlier[0]) / PROFILED, (us - earlier[1]) / PROFILED)
+        kernels[name] = ((count - earlier[0]) / num_steps, (us - earlier[1]) / num_steps)
 
     def total(*names: str) -> float:
         return sum(kernels.get(name, (0.0, 0.0))[0] for name in names)

@@ -42,6 +42,8 @@ def measure_limits(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
         raise ValueError(f"device must be cpu or cuda, not {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: PyTorch finds no CUDA device here")
+    if ":" in device:
+        torch.cuda.set_device(device)  # the one that is waited for
     threads = torch.get_num_threads()
     torch.set_num_threads(usable_cores())
     others = OtherWork()
