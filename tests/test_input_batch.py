@@ -220,7 +220,7 @@ def test_the_device_is_told_what_has_changed(
     def step() -> None:
         places, blocks = tables.take_changes()
         assert len(places) == len(set(places.tolist())), "each place once"
-        changes = torch.from_numpy(np.stack([places, blocks.astype(np.int64)]))
+        changes = torch.from_numpy(np.stack([places, blocks]))
         tables.update(changes, torch.tensor(rows))
         assert (tables.device.numpy() == expected).all() and (tables.host == expected).all()
         assert (tables.of_batch[: len(rows)].numpy() == expected[rows]).all()
