@@ -71,7 +71,7 @@ def test_a_gpu_gets_one_copy_of_what_there_is() -> None:
         assert tensors["rows"].tolist() == [count]
         assert tensors["table_changes"].tolist() == [*range(2 * count)]
     begin = buffers.device.layouts[0].begins["table_changes"]
-    on_device = buffers.device.words[begin:].tolist()
+    on_device = buffers.device.words[begin:].view(torch.int32).tolist()
     assert on_device == [*range(10)] + [-1] * (len(on_device) - 10)
 
 
