@@ -44,9 +44,8 @@ class Batch:
     positions: torch.Tensor  # [num_tokens] int64
     metadata: AttentionMetadata
     table_rows: torch.Tensor  # [num_seqs] int64: rows of the block tables that attention reads
-    table_changes: (
-        torch.Tensor
-    )  # [2, num_changes] int32: places in all tables, blocks written there
+    # [2, num_changes] int32: places in all tables, blocks written there
+    table_changes: torch.Tensor
     logits_indices: torch.Tensor  # [num_sampled] int64: where logits are needed, each last token
     rows: torch.Tensor  # [num_sampled] int64: rows in the tables
     sampling: SamplingBatch
