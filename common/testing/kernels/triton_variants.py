@@ -1,8 +1,9 @@
-"""`python -m common.testing.kernels.triton_variants [MODEL FORMAT]`: what is compiled for a model, on an H200.
+"""`python -m common.testing.kernels.triton_variants [MODEL FORMAT [KERNEL]]`: what is compiled for a model.
 
-Prints a Markdown table: each variant that a server of that model launches, with the registers, the
-shared memory and the stack that the compiled kernel takes. Compiled for the GPU and never run on it.
-Without arguments: tables of several models, and of the tiles that `gpu_check` sweeps.
+Prints a Markdown table: each variant that a server of that model launches on an H200, with the
+registers, the shared memory and the stack that the compiled kernel takes; KERNEL: of kernels with
+this in their names. Compiled for the GPU and never run on it. Without arguments: tables of several
+models, and of the tiles that `gpu_check` sweeps.
 """
 
 import subprocess
@@ -22,19 +23,30 @@ from common.testing.kernels.triton_compile import Compiled, compiled_kernels
 DECODE_QUERIES = 5  # one token and four drafts
 MAX_LEN = 8192
 FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Shapes, groups and windows differ by model, and only tiles by format: one model is enough for fp32.
-DEFAULT = [(model.name, "bf16") for model in MODELS] + [(MODELS[0].name, "fp32"), ("tiles", "bf16")]
+DEFAULT = [
+    ("Qwen3-0.6B", "bf16", ""),
+    ("Qwen3-0.6B", "fp32", ""),
+    ("SmolLM2-135M", "bf16", ""),
+    ("Qwen2.5-0.5B", "bf16", "attention"),
+    ("Qwen2.5-7B", "bf16", "attention"),
+    ("Mistral-7B-v0.1", "bf16", "attention"),
+    ("tiles", "bf16", "attention"),
+]
 HEAD = ("kernel", "variant", "warps x stages", "registers", "shared bytes", "stack bytes")
 
 
-def launch_everything(model: Model, dtype: torch.dtype) -> None:
+def run_layers(model: Model, dtype: torch.dtype) -> None:
+    """The batches of the warm-up."""
     ops = TritonOps()
     for batch in ops.warm_up_lengths(model.group, MAX_LEN, MAX_LEN, DECODE_QUERIES):
         run_layer(ops, model, dtype, metadata_of(batch, decode_queries=DECODE_QUERIES))
-    logits = torch.zeros(2, model.vocab, dtype=dtype)
-    floats, integers = torch.ones(2), torch.ones(2, dtype=torch.int64)
-    columns = [floats, integers, floats, floats, integers, integers, integers]
-    ops.sample(logits, *columns)
+
+
+def run_sampler(model: Model, dtype: torch.dtype) -> None:
+    logits, floats = torch.zeros(2, model.vocab, dtype=dtype), torch.ones(2)
+    integers = torch.ones(2, dtype=torch.int64)
+    columns = (floats, integers, floats, floats, integers, integers, integers)
+    TritonOps().sample(logits, *columns)
 
 
 def described(kernel: str, constants: dict[str, Any]) -> str:
@@ -48,14 +60,15 @@ def described(kernel: str, constants: dict[str, Any]) -> str:
     return ""
 
 
-def rows(model: Model, format_name: str) -> Iterator[tuple[str, ...]]:
+def rows(model: Model, format_name: str, only: str) -> Iterator[tuple[str, ...]]:
     """Once a process: Triton keeps what it has compiled, and does not compile it again."""
     with fake_gpu() as fake:
-        launch_everything(model, FORMATS[format_name])
-        yield from described_rows(fake)
+        run_layers(model, FORMATS[format_name])
+        run_sampler(model, FORMATS[format_name])
+        yield from described_rows(fake, only)
 
 
-def described_rows(fake: FakeDriver, only: str = "") -> Iterator[tuple[str, ...]]:
+def described_rows(fake: FakeDriver, only: str) -> Iterator[tuple[str, ...]]:
     for found in sorted(compiled_kernels(fake), key=order):
         if only in found.kernel:
             name = found.kernel.removesuffix("_kernel")
@@ -88,16 +101,16 @@ def order(found: Compiled) -> tuple[Any, ...]:
 
 def main() -> None:
     if len(sys.argv) == 1:
-        for name, format_name in DEFAULT:
+        for arguments in DEFAULT:
             command = [sys.executable, "-m", "common.testing.kernels.triton_variants"]
-            subprocess.run([*command, name, format_name], check=True)
+            subprocess.run([*command, *arguments], check=True)
         return
-    name, format_name = sys.argv[1:]
+    name, format_name, only = (*sys.argv[1:], "")[:3]
     if name == "tiles":
         found = list(tile_rows(format_name))
     else:
         [model] = [model for model in MODELS if model.name == name]
-        found = list(rows(model, format_name))
+        found = list(rows(model, format_name, only))
     print(f"\n**{name}, {format_name}**\n")
     print(f"| {' | '.join(HEAD)} |")
     print(f"|{'---|' * 3}{'---:|' * 3}")
