@@ -170,12 +170,10 @@ class Scheduler:
         is dropped.
         """
         num_tokens, num_blocks = sequence.num_total_tokens, len(sequence.block_table)
-        missing = self.kv.blocks_for(num_tokens) - num_blocks
-        num_drafts = len(sequence.draft_token_ids)
-        num_drafts += self.num_lookahead if sequence.may_draft else 0
-        most = min(num_tokens + num_drafts, sequence.limit)
-        wanted = self.kv.blocks_for(most) - num_blocks
-        if wanted > max(missing, 0) and wanted + len(self.running) <= self.cache.num_free:
+        missing = max(self.kv.blocks_for(num_tokens) - num_blocks, 0)
+        drafts = len(sequence.draft_token_ids) + (self.num_lookahead if sequence.may_draft else 0)
+        wanted = self.kv.blocks_for(min(num_tokens + drafts, sequence.limit)) - num_blocks
+        if missing < wanted <= self.cache.num_free - len(self.running):
             missing = wanted
         if missing > 0:
             if missing > self.cache.num_free:
