@@ -39,15 +39,15 @@ class BlockTables:
 
     def take_changes(self) -> tuple[np.ndarray, np.ndarray]:
         """Places in the tables that were written since the last time, and the blocks there."""
-        places = np.array(sorted(self.places), np.int64)
+        places = np.array(sorted(self.places), np.int32)
         self.places.clear()
         return places, self.host.reshape(-1)[places]
 
     def update(self, changes: torch.Tensor, rows: torch.Tensor) -> None:
         """On the device: write what has changed, and put rows where attention reads them.
 
-        changes: [2, num_changes] int64, places and blocks; rows: [num_seqs] int64, of the batch.
+        changes: [2, num_changes] int32, places and blocks; rows: [num_seqs] int64, of the batch.
         """
         if changes.numel():
-            self.device.view(-1).index_copy_(0, changes[0], changes[1].int())
+            self.device.view(-1).index_copy_(0, changes[0].long(), changes[1])
         torch.index_select(self.device, 0, rows, out=self.of_batch[: len(rows)])

@@ -34,7 +34,7 @@ FIELDS = {
     "positions": (np.int64, "num_tokens"),
     "slot_mapping": (np.int64, "num_tokens"),
     # The last, since its room is large and mostly empty: no more of it is copied than there is.
-    "table_changes": (np.int64, "2 * num_changes"),
+    "table_changes": (np.int32, "2 * num_changes"),
 }
 FORMATS = {name: dtype for name, (dtype, _) in FIELDS.items()}
 SAMPLING_FIELDS = list(FIELDS)[list(FIELDS).index("seeds") : list(FIELDS).index("token_ids")]

@@ -154,7 +154,8 @@ class LLMEngine:
                 reason = sequence.extend(new)
                 if reason is not None:
                     self.finish(sequence)
-                self.emit(sequence, new, scored[: len(new)], reason)
+                del scored[len(new) :]
+                self.emit(sequence, new, scored, reason)
 
     def emit(
         self,
@@ -164,16 +165,10 @@ class LLMEngine:
         finish_reason: str | None,
     ) -> None:
         """Put what is new of a sequence into the outbox."""
-        self.outbox.append(
-            RequestOutput(
-                sequence.request_id,
-                token_ids,
-                logprobs=logprobs,
-                finish_reason=finish_reason,
-                prompt_logprobs=sequence.prompt_logprobs,
-                num_cached_tokens=sequence.num_cached_tokens or 0,
-            )
-        )
+        output = RequestOutput(sequence.request_id, token_ids, logprobs, finish_reason)
+        output.prompt_logprobs = sequence.prompt_logprobs
+        output.num_cached_tokens = sequence.num_cached_tokens or 0
+        self.outbox.append(output)
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds is free."""

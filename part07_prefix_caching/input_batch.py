@@ -46,7 +46,7 @@ class Batch:
     table_rows: torch.Tensor  # [num_seqs] int64: rows of the block tables that attention reads
     table_changes: (
         torch.Tensor
-    )  # [2, num_changes] int64: places in all tables, blocks written there
+    )  # [2, num_changes] int32: places in all tables, blocks written there
     logits_indices: torch.Tensor  # [num_sampled] int64: where logits are needed, each last token
     rows: torch.Tensor  # [num_sampled] int64: rows in the tables
     sampling: SamplingBatch

@@ -58,10 +58,10 @@ class Sequence:
         self.num_total_tokens = self.num_tokens  # also those that are launched and not read
 
     def extend(self, token_ids: list[int]) -> str | None:
-        """Add tokens to the output, up to the one that ends it; those behind it are taken off the list.
-        Returns why it ends, with `stop`, `length` or `error`; None: it goes on."""
-        self.num_total_tokens = max(self.num_total_tokens, self.num_tokens + len(token_ids))
-        for place, token_id in enumerate(token_ids, start=1):
+        """Add tokens that are read to the output, up to the one that ends it; those behind it are taken
+        off the list. Returns why it ends, with `stop`, `length` or `error`; None: it goes on."""
+        num_before = self.num_tokens
+        for token_id in token_ids:
             self.output_token_ids.append(token_id)
             self.num_tokens += 1
             if token_id == NO_TOKEN:
@@ -72,7 +72,7 @@ class Sequence:
                 reason = "length"
             else:
                 continue
-            del token_ids[place:]
+            del token_ids[self.num_tokens - num_before :]
             return reason
         return None
 

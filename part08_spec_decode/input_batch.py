@@ -46,7 +46,7 @@ class Batch:
     table_rows: torch.Tensor  # [num_seqs] int64: rows of the block tables that attention reads
     table_changes: (
         torch.Tensor
-    )  # [2, num_changes] int64: places in all tables, blocks written there
+    )  # [2, num_changes] int32: places in all tables, blocks written there
     # [num_sampled] int64: where logits are needed, each last token and the drafts behind it
     logits_indices: torch.Tensor
     rows: torch.Tensor  # [num_sampled] int64: rows in the tables
@@ -78,7 +78,8 @@ class InputBatch:
         most_tokens = max(config.max_num_batched_tokens, sampled)
         capacities = [BatchShape(n, rows, sampled, rows * width) for n in (sampled, most_tokens)]
         # A model that drafts reads a batch for each of a draft's tokens, while the host goes on.
-        self.buffers = InputBuffers(capacities, device, num_hosts=2 + self.most_drafts)
+        num_hosts = 2 + (self.most_drafts if config.speculative in ("draft", "self") else 0)
+        self.buffers = InputBuffers(capacities, device, num_hosts)
 
     @property
     def num_bytes(self) -> int:

@@ -15,7 +15,7 @@ from .draft_model import ModelProposer
 from .model_runner import ModelRunner
 from .proposer import NgramProposer, Proposer
 from .scheduler import Scheduler
-from .sequence import Sequence, Status
+from .sequence import Sequence
 
 
 class NoSpeculator:
@@ -62,7 +62,8 @@ class Speculator(NoSpeculator):
         for sequence, draft, wanted in zip(ready, drafts, lengths, strict=True):
             length = max(min(wanted, spare), 0)
             spare -= length
-            self.proposed[sequence] = draft.token_ids
+            if draft.token_ids:
+                self.proposed[sequence] = draft.token_ids
             sequence.draft_token_ids = draft.token_ids[:length]
             sequence.draft_probs = draft.probs
 
@@ -79,7 +80,7 @@ class Speculator(NoSpeculator):
 
     def settle(self, sequences: list[Sequence], token_ids: list[list[int]]) -> None:
         for sequence, new in zip(sequences, token_ids, strict=True):
-            if sequence.status is not Status.FINISHED:
+            if sequence in self.proposed:  # and has not ended
                 self.settle_draft(sequence, new)
 
     def settle_draft(self, sequence: Sequence, token_ids: list[int]) -> None:
@@ -87,13 +88,13 @@ class Speculator(NoSpeculator):
         instead are computed in their place."""
         num_drafts, num_accepted = len(sequence.draft_token_ids), len(token_ids) - 1
         sequence.num_computed_tokens -= num_drafts - num_accepted
+        sequence.num_total_tokens += num_accepted
         sequence.num_drafter_tokens = min(sequence.num_drafter_tokens, sequence.num_computed_tokens)
         sequence.draft_counts = sequence.draft_counts.plus(num_drafts, num_accepted)
         if num_drafts > num_accepted:
             self.trace.rejected(sequence.request_id, num_drafts - num_accepted)
         self.counts = self.counts.plus(num_drafts, num_accepted)
-        if proposed := self.proposed.pop(sequence, None):
-            self.lengths.observe(sequence, proposed, token_ids)
+        self.lengths.observe(sequence, self.proposed.pop(sequence), token_ids)
         sequence.draft_token_ids, sequence.draft_probs = [], None
 
     def forget(self, sequence: Sequence) -> None:

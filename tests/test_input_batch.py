@@ -71,7 +71,7 @@ def test_a_gpu_gets_one_copy_of_what_there_is() -> None:
         assert tensors["rows"].tolist() == [count]
         assert tensors["table_changes"].tolist() == [*range(2 * count)]
     begin = buffers.device.layouts[0].begins["table_changes"]
-    on_device = buffers.device.words[begin:].tolist()
+    on_device = buffers.device.words[begin:].view(torch.int32).tolist()
     assert on_device == [*range(10)] + [-1] * (len(on_device) - 10)
 
 
@@ -84,6 +84,7 @@ def test_the_packed_batch_says_what_is_scheduled(part: int) -> None:
     old = sequence_class(
         Request("old", [7] * 6, GREEDY), 9, no_end, 20, row=2, num_computed_tokens=6
     )
+    old.num_total_tokens += 1
     old.extend([42])
     old.block_table = [9, 3]
     params = SamplingParams(top_k=5, presence_penalty=0.5, min_tokens=2)
@@ -219,7 +220,7 @@ def test_the_device_is_told_what_has_changed(
     def step() -> None:
         places, blocks = tables.take_changes()
         assert len(places) == len(set(places.tolist())), "each place once"
-        changes = torch.from_numpy(np.stack([places, blocks.astype(np.int64)]))
+        changes = torch.from_numpy(np.stack([places, blocks]))
         tables.update(changes, torch.tensor(rows))
         assert (tables.device.numpy() == expected).all() and (tables.host == expected).all()
         assert (tables.of_batch[: len(rows)].numpy() == expected[rows]).all()
@@ -267,6 +268,7 @@ def decoding(engine: Any, part: int, lengths: list[int]) -> Any:
         prompts.run(sequence, length)
     engine.runner.launch(engine.runner.prepare(prompts)).result()
     for sequence in prompts.num_new_tokens:
+        sequence.num_total_tokens += 1
         sequence.extend([11])
         sequence.num_computed_tokens = len(sequence.prompt_token_ids)
         steps.run(sequence, 1)

@@ -12,8 +12,9 @@ from fastapi.testclient import TestClient
 from common.http.trace_routes import add_trace_routes
 from common.requests import Request
 from common.sampling import SamplingParams
+from common.testing.page.engine_page import random_trace
 from common.testing.parts import PARTS, engine_of
-from common.trace import EngineState, StepRecord, Trace, phase, to_perfetto
+from common.trace import FEW, EngineState, StepRecord, Trace, phase, to_perfetto
 
 
 def run_steps(trace: Trace, count: int) -> None:
@@ -274,6 +275,88 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
     trace.save(tmp_path / "trace.jsonl")
     assert Trace.load(tmp_path / "trace.jsonl").records() == trace.records()
     assert len((tmp_path / "trace.jsonl").read_text().split("\n")) == 1 + 4 + 1
+
+
+def replay(trace: Trace, record: StepRecord) -> None:
+    """A step in which the same happens."""
+    with trace.step() as step:
+        vars(step).update(vars(record) | {"step": step.step, "begin": step.begin})
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("capacity", [1, 7, 4096])
+def test_the_last_state_is_the_sum_whenever_somebody_asks(seed: int, capacity: int) -> None:
+    """At once, after a few steps, and after more than the ring keeps; asking changes nothing."""
+    rng = random.Random(f"{seed} {capacity}")
+    source = random_trace(seed, num_steps=300)
+    trace = Trace(capacity, num_blocks=24, block_size=4)
+    expected = EngineState(num_blocks=24, block_size=4)
+    with trace.follow() as records:
+        for record in source.records():
+            replay(trace, record)
+            expected.apply(trace.last_record)
+            if rng.random() < 0.05:
+                for _ in range(2):
+                    assert trace.catch_up(records) == expected and not records
+        assert trace.catch_up(records) == expected
+    assert expected.waiting and [state for _, state in trace.states()][-1] == expected
+
+
+def test_who_asks_while_the_engine_writes_loses_no_step() -> None:
+    """The state and what comes after it fit together, though steps come in while it is added up."""
+    source, trace = random_trace(5, num_steps=2000).records(), Trace(64, num_blocks=24)
+    done = threading.Event()
+
+    def write() -> None:
+        for record in source:
+            replay(trace, record)
+        done.set()
+
+    asked = 0
+    with trace.follow(backlog=len(source)) as records:
+        writer = threading.Thread(target=write)
+        writer.start()
+        while not done.is_set():
+            state = trace.catch_up(records)
+            steps = [record.step for record in list(records)]
+            assert steps == list(range(state.step + 1, state.step + 1 + len(steps)))
+            asked += 1
+        writer.join(30)
+        rest = list(records)
+        for record in rest:
+            state.apply(record)
+        assert asked > 1 and state == trace.catch_up(records)
+    expected = EngineState(num_blocks=24)
+    for record in source:
+        expected.apply(record)
+    assert vars(state) == vars(expected)
+
+
+def test_the_engine_does_not_wait_for_the_ring_to_be_added_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the steps that nobody has asked about, all but a few are added up without the lock; a step
+    itself adds up one at most, the one that leaves the ring."""
+    trace = Trace(capacity=100)
+    held: list[bool] = []
+    apply = EngineState.apply
+
+    def counted(state: EngineState, record: StepRecord) -> None:
+        held.append(trace._lock.locked())
+        apply(state, record)
+
+    monkeypatch.setattr(EngineState, "apply", counted)
+    run_steps(trace, 100)
+    assert not held, "while nobody looks and the ring is not full, nothing is added up"
+    run_steps(trace, 20)
+    assert len(held) == 20
+    held.clear()
+    with trace.follow() as records:
+        assert trace.catch_up(records).step == 119
+        assert len(held) == 100 and sum(held) <= FEW
+        held.clear()
+        trace.catch_up(records)
+        assert not held, "each step is added up once"
 
 
 def test_lines_are_of_one_moment_and_the_engine_goes_on_meanwhile(tmp_path: Path) -> None:

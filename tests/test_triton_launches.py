@@ -6,6 +6,7 @@ frozen (conftest.py), and Triton's library would complain at the end that it was
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -101,6 +102,41 @@ def test_other_operations_need_no_warm_up() -> None:
     assert ReferenceOps().warm_up_lengths(2, 100, 1000, 1) == []
 
 
+README = Path(__file__).parent.parent / "common/kernels/triton/README.md"
+SAMPLER = {"extremes", "gather", "marks", "noisy", "threshold", "winner"}
+
+
+def listed() -> dict[tuple[str, str], list[list[str]]]:
+    """By model and format, the rows of the README's tables, sampler left out."""
+    tables: dict[tuple[str, str], list[list[str]]] = {}
+    for line in README.read_text().splitlines():
+        if line.startswith("**"):
+            name, format_name = line.strip("*").split(", ")
+            rows = tables[name, format_name] = []
+        elif tables and line.startswith("| ") and not line.startswith("| kernel"):
+            row = [cell.strip() for cell in line.strip("|").split("|")]
+            rows += [row] * (row[0] not in SAMPLER)
+    return tables
+
+
+def test_readme_lists_what_is_compiled() -> None:
+    from common.testing.kernels.triton_variants import DEFAULT, FORMATS, run_layers
+
+    tables = listed()
+    assert list(tables) == [(name, format_name) for name, format_name, _ in DEFAULT]
+    for name, format_name, only in DEFAULT[:-1]:  # the last are tiles, which nobody launches
+        [model] = [model for model in MODELS if model.name == name]
+        with recorded() as launches:
+            run_layers(model, FORMATS[format_name])
+        variants = {launch.variant for launch in launches if only in launch.kernel}
+        expected = sorted(
+            (variant[0].removesuffix("_kernel"), f"{variant[3]} x {variant[4]}")
+            for variant in variants
+        )
+        assert sorted((row[0], row[2]) for row in tables[name, format_name]) == expected
+        assert all(row[-1] == "0" for row in tables[name, format_name])
+
+
 # A step that a CUDA graph could hold.
 
 
@@ -153,11 +189,11 @@ def test_grids(ops: Ops) -> None:
     prefill = ((302 // 64 + 3) * 8, 1)
     unknown, known = launched(ops, mixed), launched(ops, mixed, decode_queries=1)
     assert unknown == {"prefill": [prefill], "decode": [(24, 4)], "combine": [(3 * 8 * 16,)]}
-    assert known == {"prefill": [prefill], "decode": [(24, 4)], "combine": [(3 * 1 * 16,)]}
+    behind = ((302 // 64 + 1) * 8, 1)  # the two before it have no part in it
+    assert known == {"prefill": [behind], "decode": [(24, 4)], "combine": [(3 * 1 * 16,)]}
     assert launched(ops, [(300, 300)], decode_queries=1)["decode"] == []
-    assert launched(ops, [(0, 9), (2, 300)], decode_queries=1)["prefill"] == [
-        ((2 // 64 + 2) * 8, 1)
-    ]
+    assert launched(ops, [(2, 300), (0, 9)], decode_queries=1)["prefill"] == [((0 + 2) * 8, 1)]
+    assert launched(ops, [(0, 9), (2, 300)], decode_queries=1)["prefill"] == [((0 + 1) * 8, 1)]
 
 
 def test_another_tile_is_taken_at_once(ops: Ops) -> None:

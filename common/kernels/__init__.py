@@ -44,6 +44,9 @@ class AttentionMetadata:
     # 1 + its drafts. A bound, as above; grids and buffers follow from it, and results do not.
     # None: not known.
     max_decode_query_len: int | None = None
+    # So many sequences at the front have at most N queries, if N is known. Fewer are right, too: the
+    # launch for those with more queries passes them over.
+    num_leading_decodes: int = 0
 
 
 class Ops(ABC):
@@ -52,6 +55,9 @@ class Ops(ABC):
 
     kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], keys then values; a
     block is one contiguous piece of memory.
+
+    Tensors other than metadata should begin at multiples of 16 bytes, as allocators give them. A view
+    that does not is computed right, but may be slower and compile a kernel of its own.
     """
 
     name: str

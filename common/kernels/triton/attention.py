@@ -129,6 +129,7 @@ class Plan:
     not from lengths that only the GPU knows."""
 
     few: int  # sequences of at most so many queries are decoded
+    first_seq: int  # all before it are
     num_splits: int
     parts_size: int  # elements that a split decode needs between its two kernels
     prefill: Launch | None
@@ -164,10 +165,12 @@ def plan(metadata: AttentionMetadata, shape: Shape) -> Plan:
         return Launch(grid, constants, tile.num_warps, tile.num_stages)
 
     prefill = decode = combine = None
-    splits = 1
-    if metadata.max_query_len > few:
+    first_seq, splits = 0, 1
+    if few == metadata.max_decode_query_len:
+        first_seq = metadata.num_leading_decodes
+    if metadata.max_query_len > few and first_seq < num_seqs:
         tile = tile_for(False, group, head_dim, shape.dtype, device)
-        num_tiles = shape.num_tokens // (tile.rows // group) + num_seqs
+        num_tiles = shape.num_tokens // (tile.rows // group) + num_seqs - first_seq
         prefill = launch(tile, num_tiles, 1, False)
     if few:
         tile = tile_for(True, few * group, head_dim, shape.dtype, device)
@@ -179,7 +182,7 @@ def plan(metadata: AttentionMetadata, shape: Shape) -> Plan:
             num_warps = 8 if pad > 128 else 4
             combine = Launch((num_rows,), (*constants, MAX_SPLITS), num_warps, 3)
     parts_size = num_seqs * few * num_heads * splits * (head_dim + 1)
-    return Plan(few, splits, parts_size, prefill, decode, combine)
+    return Plan(few, first_seq, splits, parts_size, prefill, decode, combine)
 
 
 ATTENTION = Launcher(attention_kernel)
@@ -208,6 +211,7 @@ def attention(
         tables.stride(0),
         layer,
         kv_cache.shape[1],
+        plan.first_seq,
         len(lengths),
         plan.few,
         scale * LOG2_E,

@@ -98,13 +98,14 @@ def first_token(before, window, HAS_WINDOW: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def find_sequence(starts, tile, num_seqs, QUERIES: tl.constexpr):
-    """The sequence of a tile, and the tile's number within it.
+def find_sequence(starts, tile, first_seq, num_seqs, QUERIES: tl.constexpr):
+    """The sequence of a tile, and the tile's number within it; below 0: it is no sequence's.
 
-    Sequence i may use the tiles from starts[i] // QUERIES + i on; there is room for all of them
-    before the next one's, and the last place may stay empty.
+    From first_seq on, sequence i may use the tiles from starts[i] // QUERIES + i - first_seq on;
+    there is room for all of them before the next one's, and the last place may stay empty.
     """
-    low, high = tl.zeros([], tl.int32), num_seqs - 1
+    tile += first_seq
+    low, high = first_seq, num_seqs - 1
     while low < high:
         middle = (low + high + 1) // 2
         if tl.load(starts + middle) // QUERIES + middle <= tile:
@@ -115,7 +116,15 @@ def find_sequence(starts, tile, num_seqs, QUERIES: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "layer", "num_layers", "num_seqs", "few", "window"],
+    do_not_specialize=[
+        "table_stride",
+        "layer",
+        "num_layers",
+        "first_seq",
+        "num_seqs",
+        "few",
+        "window",
+    ],
     do_not_specialize_on_alignment=["starts", "lengths", "tables"],
 )
 def attention_kernel(
@@ -129,6 +138,7 @@ def attention_kernel(
     table_stride,
     layer,
     num_layers,
+    first_seq,  # the first that may not be decoded
     num_seqs,
     few,  # sequences of at most so many queries are decoded, and the others are not
     scale,
@@ -153,7 +163,7 @@ def attention_kernel(
     else:
         # The tiles of a prompt's end see most tokens: they begin first, or they would end last.
         tile = tl.num_programs(0) // NUM_KV_HEADS - 1 - tile
-        sequence, number = find_sequence(starts, tile, num_seqs, QUERIES)
+        sequence, number = find_sequence(starts, tile, first_seq, num_seqs, QUERIES)
         first = number * QUERIES
     start = tl.load(starts + sequence)
     num_queries = tl.load(starts + sequence + 1) - start
@@ -161,7 +171,7 @@ def attention_kernel(
         is_elsewhere = num_queries > few
     else:
         is_elsewhere = num_queries <= few
-    if is_elsewhere or first >= num_queries:
+    if is_elsewhere or first < 0 or first >= num_queries:
         return
     length = tl.load(lengths + sequence)
     before = length - num_queries  # the position of the sequence's first query

@@ -2,9 +2,10 @@
 
 Kernels take bfloat16, float16 and float32 and compute in float32. Nothing waits for the GPU or
 depends on numbers that only it knows: every operation can be captured in a CUDA graph, once its
-kernels are compiled, which happens at the first call with new shapes and is kept on disk. What the
-kernels do not take (float64, rows that are not contiguous) goes to the reference, which is slower,
-and whose attention and sampling do wait.
+kernels are compiled. That happens when one is first launched, and is kept on disk; `warm_up_lengths`
+names batches after which nothing is left to compile. What the kernels do not take (float64, rows
+that are not contiguous) goes to the reference, which is slower, and whose attention and sampling do
+wait.
 
 With TRITON_INTERPRET=1 set before the import the same kernels run on a CPU, slowly, for tests.
 """

@@ -3,7 +3,8 @@
 No number goes back to the host and no shape depends on one, so sampling can be captured in a CUDA
 graph; rows that need no search or no noise leave the kernels at once. All logits are read by
 programs for each row and chunk of the vocabulary: one row is spread over as many as it has chunks.
-What is compiled follows from the vocabulary and the logits' format alone, not from the batch.
+What is compiled follows from the vocabulary and the logits' format alone, not from the batch: one
+`sample` in the model's format and one in float32, which penalties and drafts need, are all of it.
 """
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from common.kernels.triton.launch import Launcher
 from common.kernels.triton.sampler_kernels import (
-    NUM_MARKS,
     extremes_kernel,
     gather_kernel,
     marks_kernel,
@@ -20,6 +20,7 @@ from common.kernels.triton.sampler_kernels import (
     threshold_kernel,
     winner_kernel,
 )
+from common.kernels.triton.sampler_search import NUM_MARKS
 
 CHUNK = 4096  # tokens at most
 TILE = 1024

@@ -9,22 +9,24 @@ import triton
 import triton.language as tl
 
 from common.kernels.triton.sampler_search import (
+    GREEDY_BELOW,
     LARGEST,
+    NUM_MARKS,
     finite,
+    is_searched,
+    marks_below,
     scaled_logits,
     search,
     sum_above,
+    top_of,
 )
 
-GREEDY_BELOW = tl.constexpr(1e-5)
 MAX_NOISE = tl.constexpr(17.4)  # -log(-log(1 - 2^-25)) is 17.33
 ULP = tl.constexpr(2.0**-24)
 NONE = tl.constexpr(2**31 - 1)  # in the place of a token that is not there
 NO_TOKEN = tl.constexpr(-1)  # as in common.sampling
 FILTERS = ["temperatures", "top_ks", "top_ps"]
 NOISE = ["seeds", "positions", "choices"]
-NUM_MARKS = tl.constexpr(16)
-REACH = tl.constexpr(32.0)  # below the top; what lies lower weighs nothing: exp(-32) is 1e-14
 
 
 @triton.jit
@@ -53,31 +55,6 @@ def extremes_kernel(logits, maxima, firsts, VOCAB: tl.constexpr, CHUNK: tl.const
     place = row * tl.num_programs(1) + chunk
     tl.store(maxima + place, largest)
     tl.store(firsts + place, tl.min(tl.where((x == largest) & inside, tokens, NONE), axis=0))
-
-
-@triton.jit
-def top_of(maxima, row, VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """A row's largest logit."""
-    chunks, num_chunks = tl.arange(0, CHUNKS), tl.cdiv(VOCAB, CHUNK)
-    inside = chunks < num_chunks
-    found = tl.load(maxima + row * num_chunks + chunks, mask=inside, other=float("-inf"))
-    return tl.max(found, axis=0)
-
-
-@triton.jit
-def is_searched(top, temperature, top_k, top_p, VOCAB: tl.constexpr):
-    """Whether a row has a threshold to search: it draws, and has top-k or top-p."""
-    has_filter = ((top_k > 0) & (top_k < VOCAB)) | (top_p < 1)
-    return (tl.abs(top) <= LARGEST) & (temperature >= GREEDY_BELOW) & has_filter
-
-
-@triton.jit
-def marks_below(top):
-    """Places between which a threshold is looked for first: close to the top they are dense, the
-    last but one is REACH below it, and the last is below all logits."""
-    mark = tl.arange(0, NUM_MARKS)
-    part = (mark + 1).to(tl.float32) / (NUM_MARKS - 1)
-    return tl.where(mark < NUM_MARKS - 1, tl.maximum(top - REACH * part * part, -LARGEST), -LARGEST)
 
 
 @triton.jit(do_not_specialize_on_alignment=FILTERS)

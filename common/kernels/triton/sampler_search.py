@@ -1,6 +1,7 @@
 """The search for a filter's threshold among the logits of one row, without a sort.
 
-Count, or weigh, what lies above three places between two bounds, keep the quarter that holds the
+Marks say where to look: a threshold is between two of them, and mostly few logits are. Among those:
+count, or weigh, what lies above three places between two bounds, keep the quarter that holds the
 threshold, repeat until that quarter holds one value only.
 
 -inf becomes the smallest float32, so that all arithmetic is finite; places beyond the end hold -inf.
@@ -10,6 +11,8 @@ Rows with NaN or +inf do not come here.
 import triton
 import triton.language as tl
 
+GREEDY_BELOW = tl.constexpr(1e-5)
+NUM_MARKS = tl.constexpr(16)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 MAX_PASSES = tl.constexpr(100)  # of a search; ordinary logits need about ten
 WIDE = tl.constexpr(64.0)  # bounds whose distances from the top have such a ratio are far apart
@@ -25,6 +28,34 @@ def scaled_logits(source, places, length, temperature):
     inside = places < length
     x = tl.load(source + places, mask=inside, other=0.0).to(tl.float32)
     return tl.where(inside, finite(tl.div_rn(x, temperature)), float("-inf"))
+
+
+@triton.jit
+def top_of(maxima, row, VOCAB: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """A row's largest logit."""
+    chunks, num_chunks = tl.arange(0, CHUNKS), tl.cdiv(VOCAB, CHUNK)
+    inside = chunks < num_chunks
+    found = tl.load(maxima + row * num_chunks + chunks, mask=inside, other=float("-inf"))
+    return tl.max(found, axis=0)
+
+
+@triton.jit
+def is_searched(top, temperature, top_k, top_p, VOCAB: tl.constexpr):
+    """Whether a row has a threshold to search: it draws, and has top-k or top-p."""
+    has_filter = ((top_k > 0) & (top_k < VOCAB)) | (top_p < 1)
+    return (tl.abs(top) <= LARGEST) & (temperature >= GREEDY_BELOW) & has_filter
+
+
+@triton.jit
+def marks_below(top):
+    """Places between which a threshold is looked for first: dense close to the top, the last but one
+    28 below it, where a token weighs nothing (exp(-28) is 7e-13), and the last below all logits.
+
+    Their distances are exact, so two kernels find the same places however each rounds products.
+    """
+    mark = tl.arange(0, NUM_MARKS)
+    distance = ((mark + 1) * (mark + 1)).to(tl.float32) * 0.125
+    return tl.where(mark < NUM_MARKS - 1, tl.maximum(top - distance, -LARGEST), -LARGEST)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ end in numbers far outside the cache.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -142,6 +143,7 @@ def make_attention(t: Target, spec: Spec) -> tuple[Tensor, Tensor, int, Attentio
     counts = [queries for queries, _ in spec.lengths]
     most = spec.decode_queries
     few = None if most is None else max((n for n in counts if n <= most), default=0)
+    leading = 0 if most is None else len(list(takewhile(lambda n: n <= most, counts)))
     metadata = AttentionMetadata(
         cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).int(),
         seq_lens=torch.tensor([length for _, length in spec.lengths]).int(),
@@ -150,6 +152,7 @@ def make_attention(t: Target, spec: Spec) -> tuple[Tensor, Tensor, int, Attentio
         max_query_len=max(counts),
         max_seq_len=max(length for _, length in spec.lengths),
         max_decode_query_len=few,
+        num_leading_decodes=leading,
     )
     query = torch.randn(sum(counts), spec.num_heads, spec.head_dim, generator=generator)
     return t.put(query * spec.query_scale), t.put(cache), layer, on(metadata, t.device)

@@ -7,6 +7,7 @@ returns is what Triton would compile for them.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 from unittest import mock
 
@@ -97,9 +98,10 @@ def metadata_of(
 ) -> AttentionMetadata:
     """decode_queries: N of `AttentionMetadata.max_decode_query_len`. Blocks are of no interest."""
     counts = [queries for queries, _ in lengths]
-    few = None
+    few, leading = None, 0
     if decode_queries is not None:
         few = max((count for count in counts if count <= decode_queries), default=0)
+        leading = len(list(takewhile(lambda count: count <= decode_queries, counts)))
     return AttentionMetadata(
         cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).int(),
         seq_lens=torch.tensor([tokens for _, tokens in lengths]).int(),
@@ -108,6 +110,7 @@ def metadata_of(
         max_query_len=max(counts),
         max_seq_len=max_seq_len or max(tokens for _, tokens in lengths),
         max_decode_query_len=few,
+        num_leading_decodes=leading,
     )
 
 
