@@ -1,6 +1,9 @@
 """`python -m common.gpu_check` where there is no GPU: on the CPU, without a web framework, and with
 a GPU that the CPU plays; what becomes of checks that hang, crash or come too late."""
 
+import ast
+import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -405,6 +408,24 @@ def test_the_workload_is_the_published_one() -> None:
     assert len(prompts) == len(lengths) == 256
     assert sum(lengths) == nano_vllm.PUBLISHED["output_tokens"] == 133_966
     assert {100 <= len(prompt) <= 1024 for prompt in prompts} == {True}
+
+
+def test_what_is_imported_late_is_there() -> None:
+    """Inside functions, where only a run on a GPU may come by."""
+    missing = []
+    for path in sorted((ROOT / "common").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("common"):
+                continue
+            if "flash" in node.module:
+                continue  # imports a package that is not here
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                found = hasattr(module, alias.name) or importlib.util.find_spec(
+                    f"{node.module}.{alias.name}"
+                )
+                missing += [] if found else [f"{path}:{node.lineno}: {alias.name}"]
+    assert missing == []
 
 
 def test_triton_tells_what_it_compiles() -> None:

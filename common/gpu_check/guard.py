@@ -12,7 +12,7 @@ from unittest import mock
 from common.bench.core.workload import random_prompts
 from common.gpu_check.engines import engine_of
 from common.gpu_check.items import Check
-from common.gpu_check.plan import QUICK_MODEL
+from common.gpu_check.plan import FIRST_SPECULATIVE_PART, QUICK_MODEL, SPECULATIVE
 
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -22,14 +22,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "prompt logprobs": {"temperature": 0, "prompt_logprobs": 2},
     "biases": {"temperature": 0, "logit_bias": {5: 1.0}, "min_tokens": 4},
 }
-SPECULATIVE = {
-    "ngram": {},
-    "self": {"draft_layers": 2},
-    "draft": {"draft_model": QUICK_MODEL},
-}
 ECHO = {"temperature": 0, "logit_bias": {7: 100.0}}  # an output in which n-grams are found
 NUM_SEQS, OUTPUT_LEN, QUICK_OUTPUT_LEN = 4, 24, 8
-FIRST_SPECULATIVE_PART = 8
 
 
 def guard_checks(job: dict[str, Any], engine: Callable[[], Any]) -> Iterator[Check]:
@@ -41,9 +35,24 @@ def guard_checks(job: dict[str, Any], engine: Callable[[], Any]) -> Iterator[Che
     yield name, lambda: guarded(engine(), job, list(KINDS.values()))
     if job["part"] < FIRST_SPECULATIVE_PART:
         return
-    for method, options in SPECULATIVE.items():
+    for method in SPECULATIVE:
         name = f"part {job['part']:02d}, {QUICK_MODEL}, no waiting, speculative {method}"
-        yield name, lambda m=method, options=options: speculating(job, m, options)
+        yield name, lambda method=method: speculating(job, method)
+
+
+def start_checks(job: dict[str, Any]) -> Iterator[Check]:
+    """{"part", "device", "dtype", "quick", "methods"} -> the start of an engine for each way to
+    speculate, which leaves its kernels on disk."""
+    for method in job["methods"]:
+        name = f"part {job['part']:02d}, {QUICK_MODEL}, cold start, speculative {method}"
+        yield name, lambda method=method: speculator(job, method)[1]
+
+
+def speculator(job: dict[str, Any], method: str) -> tuple[Any, dict[str, Any]]:
+    """An engine that speculates, on a tiny model, and seconds of its start."""
+    sizes = {"max_num_seqs": 16, "max_model_len": 512, "num_blocks": 1024}
+    tiny = job | {"model": QUICK_MODEL}
+    return engine_of(tiny, speculative=method, **sizes, **SPECULATIVE[method])
 
 
 def guarded(engine: Any, job: dict[str, Any], kinds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -77,12 +86,9 @@ def guarded(engine: Any, job: dict[str, Any], kinds: list[dict[str, Any]]) -> di
     return {"num_steps": num_steps, "num_requests": len(params) * NUM_SEQS}
 
 
-def speculating(job: dict[str, Any], method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Speculation, with seeds and without, on a tiny model. Raises AssertionError where nothing is
-    drafted."""
-    sizes = {"max_num_seqs": 16, "max_model_len": 512, "num_blocks": 1024}
-    tiny = job | {"model": QUICK_MODEL}
-    engine = engine_of(tiny, speculative=method, **sizes, **options)[0]
+def speculating(job: dict[str, Any], method: str) -> dict[str, Any]:
+    """Speculation, with seeds and without. Raises AssertionError where nothing is drafted."""
+    engine, _ = speculator(job, method)
     try:
         found = guarded(engine, job, [ECHO, {"temperature": 0.5}, KINDS["sampling"]])
         num_drafts = engine.stats()["num_draft_tokens"]

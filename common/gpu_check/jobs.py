@@ -25,6 +25,7 @@ KINDS = {  # the job's kind: where its checks come from
     "kernels": "common.gpu_check.correctness:checks",
     "compile": "common.gpu_check.rooflines:compile_ahead",
     "start": "common.gpu_check.steps:cold_start",
+    "speculators": "common.gpu_check.guard:start_checks",
     "oracle": "common.gpu_check.oracle:checks",
     "rooflines": "common.gpu_check.rooflines:checks",
     "steps": "common.gpu_check.steps:checks",

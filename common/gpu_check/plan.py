@@ -14,7 +14,13 @@ Job = dict[str, Any]  # "kind", "name", "device", "quick", "limit", and more of 
 MODEL, QUICK_MODEL = "random:qwen3-0.6b", "random:tiny-qwen3"
 FIRST_PART = 3  # the first with our own model and kernels
 FIRST_ASYNC_PART = 5
+FIRST_SPECULATIVE_PART = 8
 LADDER_PARTS = (3, 4, 5)  # beside the newest: what decoding gained from
+SPECULATIVE: dict[str, dict[str, Any]] = {  # what drafts, and with which options
+    "ngram": {},
+    "self": {"draft_layers": 2},
+    "draft": {"draft_model": QUICK_MODEL},
+}
 ORACLE_MODELS = ("random:tiny-qwen3", "random:tiny-llama")
 ENGINE_START = 90  # seconds, when all its kernels have to be compiled first
 CPU_PATIENCE = 5  # times the limits: there kernels are compiled by others, on fewer cores
@@ -81,8 +87,15 @@ def kernels(plan: Plan) -> list[Job]:
     cases = correctness(plan, plan.dtype)
     if not plan.is_cuda:
         return cases
-    newest = plan.job_of("start", plan.parts[0], 65)
-    return [newest, *cases, *plan.shares("compile", "compile ahead", 60, max(1, plan.at_once // 3))]
+    newest = plan.parts[0]
+    ahead = [plan.job_of("start", newest, 65)]
+    if newest >= FIRST_SPECULATIVE_PART:
+        ahead += [
+            plan.job("speculators", f"speculative {method}", 65, part=newest, methods=[method])
+            for method in SPECULATIVE
+        ]
+    shares = plan.shares("compile", "compile ahead", 60, max(1, plan.at_once // 3))
+    return [*ahead, *cases, *shares]
 
 
 def formats(plan: Plan) -> list[Job]:
@@ -111,7 +124,7 @@ def oracle(plan: Plan) -> list[Job]:
             plan.job("oracle", f"part {part:02d}", 60, part=part, choices=own) for part in parts
         ]
     return [
-        plan.job("oracle", f"part {part:02d}, {model}, {dtype}", 55, part=part, choices=[choice])
+        plan.job("oracle", f"part {part:02d}, {model}, {dtype}", 60, part=part, choices=[choice])
         for part in parts
         for choice in choices
         for model, dtype in [choice]
@@ -124,7 +137,7 @@ def steps(plan: Plan) -> list[Job]:
 
 
 def nano_vllm(plan: Plan) -> list[Job]:
-    return [plan.job_of("nano_vllm", plan.parts[0], 85, 30)]
+    return [plan.job_of("nano_vllm", plan.parts[0], 75, 30)]
 
 
 def rooflines(plan: Plan) -> list[Job]:
@@ -146,10 +159,10 @@ def ladder(plan: Plan) -> list[Job]:
 SECTIONS = {
     "limits": Section(20, limits),
     "kernels": Section(70, kernels, is_timed=False),
-    "oracle": Section(60, oracle, is_timed=False),
-    "steps": Section(40, steps),
-    "nano_vllm": Section(90, nano_vllm),
+    "oracle": Section(65, oracle, is_timed=False),
+    "steps": Section(50, steps),
+    "nano_vllm": Section(80, nano_vllm),
     "rooflines": Section(70, rooflines, needs_limits=True),
-    "ladder": Section(100, ladder, needs_limits=True),
+    "ladder": Section(95, ladder, needs_limits=True),
     "formats": Section(20, formats, is_timed=False),
 }

@@ -326,6 +326,7 @@ REPLACED = {
     "current_stream": lambda device=None: Stream(device),
     "CUDAGraph": Graph,
     "graph": capture,
+    "is_current_stream_capturing": lambda: GPU.recorder is not None,
     "synchronize": touching(None),
     "empty_cache": touching(None),
     "mem_get_info": touching((TOTAL_MEMORY, TOTAL_MEMORY)),

@@ -137,9 +137,9 @@ def timed(call: Callable[[], object], count: int) -> float:
 
 
 def gpu_samples(call: Callable[[], object]) -> list[float]:
-    from common.gpu_check.speed import gpu_seconds
+    from common.gpu_check.rooflines import FLUSH_BYTES, gpu_seconds
 
-    return gpu_seconds(call, GPU_CALLS)
+    return gpu_seconds(call, GPU_CALLS, FLUSH_BYTES)
 
 
 def row(
