@@ -26,9 +26,9 @@ from torch import Tensor
 
 from common.kernels import Ops
 from common.sampling import uniforms
+from common.weighted_draw import draw
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy, as in common.kernels
-CHUNK = 1024  # tokens whose weights are summed together
 ACCEPT_STREAM, RESIDUAL_STREAM = 1, 2  # of noise; stream 0 is the ordinary one, which draws drafts
 
 
@@ -140,56 +140,10 @@ def rejection_sample(
     q = draft_probs[(q_begins + stop[:, 0]).clamp(max=last_q)]
     residual = torch.sub(p, q, out=q).clamp_(min=0)
     was_rejected = stop < lengths.unsqueeze(1)
+    # Where p and q are equal up to rounding, nothing may be left: then p will do, being the same.
     token_ids = draw(p, residual, was_rejected, residual_uniforms.gather(1, stop))
     emitted = torch.cat([drafts, torch.zeros_like(token_ids)], dim=1)
     return Verified(emitted.scatter(1, stop, token_ids), stop[:, 0])
-
-
-def draw(p: Tensor, residual: Tensor, was_rejected: Tensor, uniform: Tensor) -> Tensor:
-    """A token of each row from p, or after a rejection from the residual if there is any: where p
-    and q are equal up to rounding, nothing may be left, and then they are the same.
-
-    p, residual: [num_seqs, vocab], not normalised; the others [num_seqs, 1]. Returns [num_seqs, 1].
-
-    Weights are summed in float64, but a chunk at a time, and only the chunk that holds the token is
-    summed up in it: whole rows in that format would take as much memory again as both.
-    """
-    vocab = p.shape[1]
-    width = min(CHUNK, vocab)
-    sums, residual_sums = chunk_sums(p, width), chunk_sums(residual, width)
-    is_residual = was_rejected & (residual_sums.sum(dim=1, keepdim=True) > 0)
-    sums = torch.where(is_residual, residual_sums, sums)
-    ends = sums.cumsum(dim=1)
-    target = uniform * ends[:, -1:]
-    chunk = first_above(ends, target, sums)
-    begin = ends.gather(1, chunk) - sums.gather(1, chunk)
-    token_ids = chunk * width + torch.arange(width, device=p.device)
-    inside = token_ids < vocab
-    token_ids = token_ids.clamp(max=vocab - 1)
-    weights = torch.where(is_residual, residual.gather(1, token_ids), p.gather(1, token_ids))
-    weights = weights.double() * inside
-    place = first_above(begin + weights.cumsum(dim=1), target, weights)
-    return token_ids.gather(1, place)
-
-
-def chunk_sums(weights: Tensor, width: int) -> Tensor:
-    """[num_seqs, vocab] -> [num_seqs, chunks] float64; the last chunk may be shorter, or empty."""
-    whole = weights.shape[1] // width * width
-    sums = weights[:, :whole].unflatten(1, (-1, width)).sum(dim=2, dtype=torch.float64)
-    return torch.cat([sums, weights[:, whole:].sum(dim=1, keepdim=True, dtype=torch.float64)], 1)
-
-
-def first_above(ends: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """The first place of each row whose end is above the target: [num_seqs, 1].
-
-    None of weight 0: sums in parallel need not rise everywhere. The last that has any, if rounding
-    leaves none above. ends, weights: [num_seqs, places]; target: [num_seqs, 1].
-    """
-    place = torch.arange(ends.shape[1], device=ends.device)
-    has_weight = weights > 0
-    first = torch.where(has_weight & (ends > target), place, ends.shape[1]).amin(1, keepdim=True)
-    last = torch.where(has_weight, place, 0).amax(1, keepdim=True)
-    return torch.minimum(first, last)
 
 
 def verification_noise(

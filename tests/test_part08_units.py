@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from part08 import draft_length as lengths_module
-from part08 import rejection_sampler
 from part08.config import EngineConfig
 from part08.draft_length import DraftLength, StepTime, expected_tokens
 from part08.proposer import Draft, NgramIndex, NgramProposer
@@ -30,6 +29,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import weighted_draw
 from common.kernels import Ops, reference, select_ops
 from common.requests import Request
 from common.sampling import SamplingParams, uniforms
@@ -155,7 +155,7 @@ class TestRejection:
     ) -> None:
         """Every position, and neighbours together, across the borders of steps; 50,000 sequences.
         The vocabulary is one chunk, or three of which the last is shorter, or as many as tokens."""
-        monkeypatch.setattr(rejection_sampler, "CHUNK", (1024, 3, 1)[max_drafts % 3])
+        monkeypatch.setattr(weighted_draw, "CHUNK", (1024, 3, 1)[max_drafts % 3])
         tokens = MarkovModel(DRAFTS[draft], max_drafts).generate(3)
         assert check_markov(tokens)
 
@@ -268,7 +268,7 @@ class TestRejection:
     def test_the_ends_of_the_uniforms(
         self, uniform: float, chunk: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(rejection_sampler, "CHUNK", chunk)
+        monkeypatch.setattr(weighted_draw, "CHUNK", chunk)
         p = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
         q = torch.zeros(0, 4)
         noise = torch.full((1, 1), uniform, dtype=torch.float64)
@@ -288,9 +288,9 @@ class TestRejection:
         while (total := total + float(p[0, expected])) <= target:
             expected += 1
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rejection_sampler, "CHUNK", chunk)
+            patch.setattr(weighted_draw, "CHUNK", chunk)
             is_residual, noise = torch.tensor([[False]]), torch.tensor([[u]], dtype=torch.float64)
-            assert int(rejection_sampler.draw(p, p * 0, is_residual, noise)) == expected
+            assert int(weighted_draw.draw(p, p * 0, is_residual, noise)) == expected
 
     def test_noise_has_streams_of_its_own(self) -> None:
         seeds = torch.arange(2000)
@@ -445,7 +445,7 @@ def test_rejection_holds_no_row_of_float64() -> None:
         p = target_probs(OPS, logits, *columns)
         rejection_sample(drafts, lengths, p[:4], p, noise, noise)
     assert sizes.largest[torch.float32] >= p.numel()
-    assert sizes.largest[torch.float64] <= 2 * rejection_sampler.CHUNK
+    assert sizes.largest[torch.float64] <= 2 * weighted_draw.CHUNK
 
 
 class Sizes(TorchDispatchMode):
