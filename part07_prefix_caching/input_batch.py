@@ -200,14 +200,8 @@ class InputBatch:
         """What decides about each token that is drawn; `drawn`: the sequence of each."""
         biases, num_logprobs = None, [None] * len(drawn)
         if self.is_special[arrays["rows"]].any():
-            positions = arrays["sample_positions"].tolist()  # the number of tokens before each
-            rows = [
-                sequence.params.biases(
-                    sequence.ending_token_ids, position - len(sequence.prompt_token_ids)
-                )
-                for sequence, position in zip(drawn, positions, strict=True)
-            ]
-            biases = LogitBiases.build(rows, self.device)
+            positions = arrays["sample_positions"].tolist()
+            biases = LogitBiases.of_sequences(drawn, positions, self.device)
             num_logprobs = [sequence.params.logprobs for sequence in drawn]
         return SamplingBatch(
             **{name: tensors[name].unsqueeze(1) for name in SAMPLING_FIELDS},
