@@ -36,6 +36,7 @@ for call in (
     lambda: x.tolist(), lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.to("cpu"),
     lambda: h.to(x.device), lambda: x[[0, 1]], lambda: x[x > 0], lambda: x.nonzero(),
     lambda: torch.tensor([1.0], device="cuda:1"), lambda: x.copy_(h),
+    lambda: x.repeat_interleave(x.long()), lambda: torch.bincount(x.long()),
 ):
     told(call)
 told(lambda: h.to(x.device, non_blocking=True).device)
@@ -46,7 +47,7 @@ told(lambda: h.tolist())
     assert lines[0] == "cuda:1 cuda:1 True cuda:1 cpu"
     assert "expected all tensors to be on the same device" in lines[1]
     assert lines[2].startswith("TypeError")
-    waits, free = lines[3:13], lines[13:]
+    waits, free = lines[3:15], lines[15:]
     assert all(line.startswith("RuntimeError called a synchronizing") for line in waits), waits
     assert len(free) == 4 and all(line.startswith("well") for line in free), free
 

@@ -281,6 +281,7 @@ def test_a_killed_run_leaves_what_it_has_found(tmp_path: Path) -> None:
     result = load_result(out)
     assert len(result["sections"]["kernels"]) >= 2  # the last one may not have been written yet
     assert all(item["status"] == OK for item in result["sections"]["kernels"])
+    assert result["deadline"] == gpu_check.DEADLINE > result["spent_s"] > 0
     assert children, "nothing was under way"
     deadline = time.monotonic() + 30
     while processes_with(token) and time.monotonic() < deadline:

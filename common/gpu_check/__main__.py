@@ -19,6 +19,7 @@ from common.gpu_check.plan import FIRST_PART, MODEL, QUICK_MODEL, SECTIONS, Plan
 from common.gpu_check.runner import End, run_jobs
 
 DEADLINE = 470  # seconds: a machine is often lent for eight minutes at a time
+MOST_AGE = 60  # seconds that the imports before `main` may have taken
 LIMIT_PASSED = "the section's time was up"
 DEADLINE_PASSED = "the time for the whole run was up"
 NO_LIMITS = "the limits, by which it is judged, were not measured"
@@ -104,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = base
     save_result(args.json, result)  # where it cannot be written, that is known at once
     for found in check_all(plan, wanted, args.time_limit, deadline):
-        result = base | changing(found)
+        spent = {"deadline": args.deadline, "spent_s": round(time.monotonic() - start, 1)}
+        result = base | changing(found) | spent
         save_result(args.json, result)  # all there is so far: the machine may be gone any moment
     failures = result["failures"]
     num_missed = sum(row["status"] == NOT_REACHED for row in result["rows"])
@@ -126,11 +128,12 @@ def resolved_device(name: str, dtype: str, quick: bool) -> tuple[str, str]:
 
 
 def process_age() -> float:
-    """Seconds since this process began; 0 where the system does not tell."""
+    """Seconds since this process began; 0 where the system does not tell, or not the truth."""
     try:
         with open("/proc/self/stat") as file:
             ticks = int(file.read().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return age if 0 <= age < MOST_AGE else 0.0
     except (OSError, AttributeError, ValueError):
         return 0.0
 

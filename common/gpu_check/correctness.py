@@ -30,7 +30,7 @@ def checks(job: dict[str, Any]) -> Iterator[Check]:
     target = Target(ops, torch.device(job["device"]), getattr(torch, job["dtype"]))
     first, every = job["share"]
     # The reference runs on the CPU, and so do the other processes.
-    torch.set_num_threads(threads_of(job) or 2)
+    torch.set_num_threads(1)
     for case in list(all_cases(target))[first::every]:
         name = f"{kernels}, {job['dtype']}, {case.op}, {case.name}"
         yield name, lambda case=case: judged(check(case, target))

@@ -17,6 +17,7 @@ from common.gpu_check.items import Check
 PROMPT_LENGTHS = (1, 3, 16, 17, 40, 63, 130, 200)
 TIMES_YARDSTICK = 2.0  # our mean gap may be so many times transformers' own,
 SLACK = 0.02  # and so much more, of a logit
+THREADS = 2  # the reference runs on the CPU, and so do the other processes
 NUM_BLOCKS = 512  # of the KV cache: several engines share the GPU's memory
 
 Pairs = list[tuple[list[int], list[int]]]  # prompts and outputs, token ids
@@ -26,8 +27,7 @@ def checks(job: dict[str, Any]) -> Iterator[Check]:
     """{"part", "device", "quick", "choices": [(model, dtype)]} -> one check for each choice."""
     import torch
 
-    # The reference runs on the CPU, and other processes may be at work there.
-    torch.set_num_threads(threads_of(job) or 2)
+    torch.set_num_threads(threads_of(job) or THREADS)
     for model, dtype in job["choices"]:
         check = equality if dtype == "float32" else closeness
         name = f"part {job['part']:02d}, {model}, {dtype}"
@@ -38,7 +38,7 @@ def outputs_of(job: dict[str, Any], model: str, dtype: str) -> Pairs:
     """Greedy outputs of the part for prompts of many lengths, in batches and more than one."""
     from common.sampling import SamplingParams
 
-    sizes = {"max_num_seqs": 5, "num_blocks": NUM_BLOCKS}
+    sizes = {"max_num_seqs": 5, "num_blocks": NUM_BLOCKS, "threads": threads_of(job) or THREADS}
     engine = engine_of(job | {"model": model}, dtype=dtype, **sizes)[0]
     draw = random.Random(model)
     lengths = PROMPT_LENGTHS[:4] if job["quick"] else PROMPT_LENGTHS
