@@ -208,6 +208,7 @@ class InputBatch:
 
         new: [num_seqs], how many new tokens each sequence has.
         """
+        decodes = new <= 1 + self.most_drafts
         return AttentionMetadata(
             cu_seqlens_q=tensors["cu_seqlens_q"],
             seq_lens=tensors["seq_lens"],
@@ -215,7 +216,8 @@ class InputBatch:
             slot_mapping=tensors["slot_mapping"],
             max_query_len=int(new.max()),
             max_seq_len=max_seq_len,
-            max_decode_query_len=int(new[new <= 1 + self.most_drafts].max(initial=0)),
+            max_decode_query_len=int((new * decodes).max()),
+            num_leading_decodes=int(decodes.cumprod().sum()),
         )
 
     def sampling_batch(
