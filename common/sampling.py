@@ -332,6 +332,22 @@ class LogitBiases:
             to_device(values, torch.float32, device),
         )
 
+    @classmethod
+    def of_sequences(
+        cls, sequences: Iterable[Any], positions: Iterable[int], device: torch.device
+    ) -> "LogitBiases | None":
+        """Of the rows in which tokens of sequences are drawn; positions: the tokens before each.
+
+        sequences: anything with `params`, `prompt_token_ids` and `ending_token_ids`.
+        """
+        rows = [
+            sequence.params.biases(
+                sequence.ending_token_ids, position - len(sequence.prompt_token_ids)
+            )
+            for sequence, position in zip(sequences, positions, strict=True)
+        ]
+        return cls.build(rows, device)
+
     def add_to(self, logits: torch.Tensor) -> torch.Tensor:
         """The sum as float32, [batch, vocab]; `logits` stay as they are."""
         sums = torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)

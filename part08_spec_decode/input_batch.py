@@ -208,6 +208,7 @@ class InputBatch:
 
         new: [num_seqs], how many new tokens each sequence has.
         """
+        decodes = new <= 1 + self.most_drafts
         return AttentionMetadata(
             cu_seqlens_q=tensors["cu_seqlens_q"],
             seq_lens=tensors["seq_lens"],
@@ -215,7 +216,8 @@ class InputBatch:
             slot_mapping=tensors["slot_mapping"],
             max_query_len=int(new.max()),
             max_seq_len=max_seq_len,
-            max_decode_query_len=int(new[new <= 1 + self.most_drafts].max(initial=0)),
+            max_decode_query_len=int((new * decodes).max()),
+            num_leading_decodes=int(decodes.cumprod().sum()),
         )
 
     def sampling_batch(
@@ -224,14 +226,8 @@ class InputBatch:
         """What decides about each token that is drawn; `drawn`: the sequence of each."""
         biases, num_logprobs = None, [None] * len(drawn)
         if self.is_special[arrays["rows"]].any():
-            positions = arrays["sample_positions"].tolist()  # the number of tokens before each
-            rows = [
-                sequence.params.biases(
-                    sequence.ending_token_ids, position - len(sequence.prompt_token_ids)
-                )
-                for sequence, position in zip(drawn, positions, strict=True)
-            ]
-            biases = LogitBiases.build(rows, self.device)
+            positions = arrays["sample_positions"].tolist()
+            biases = LogitBiases.of_sequences(drawn, positions, self.device)
             num_logprobs = [sequence.params.logprobs for sequence in drawn]
         return SamplingBatch(
             **{name: tensors[name].unsqueeze(1) for name in SAMPLING_FIELDS},

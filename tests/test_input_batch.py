@@ -108,6 +108,8 @@ def test_the_packed_batch_says_what_is_scheduled(part: int) -> None:
     tables = batch.metadata.block_tables
     assert tables[0, 0] == 5 and tables[1, :2].tolist() == [9, 3]
     assert (batch.metadata.max_query_len, batch.metadata.max_seq_len) == (3, 7)
+    assert batch.metadata.max_decode_query_len == 1
+    assert batch.metadata.num_leading_decodes == 0, "a prompt comes first"
     assert batch.logits_indices.tolist() == [2, 3]
     assert batch.rows.tolist() == [0, 2]
     assert batch.has_penalties and batch.joining.rows.tolist() == [0]
@@ -127,6 +129,7 @@ def test_the_packed_batch_says_what_is_scheduled(part: int) -> None:
     later.run(new, 1)
     assert later.sampled == [old], "sampled only after its last token"
     batch = runner.prepare(later)
+    assert batch.metadata.num_leading_decodes == 2
     assert batch.token_ids.tolist() == [-1 - 2, 12], "what row 2 has drawn is not known yet"
     runner.fill_in(batch)
     assert tables[0, :3].tolist() == [9, 3, 8] and tables[1, 0] == 5, "where they were"

@@ -14,6 +14,7 @@ from unittest import mock
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from common.kernels.triton import launch
 from common.kernels.triton.attention import Device
 
 
@@ -85,7 +86,10 @@ def fake_gpu(name: str = "H100, H200") -> Iterator[FakeDriver]:
     before = driver._active
     driver.set_active(fake)
     try:
-        with mock.patch.object(Device, "of", lambda device: fake.architecture.device):
+        with (
+            mock.patch.object(Device, "of", lambda device: fake.architecture.device),
+            mock.patch.object(launch, "current_stream", fake.get_current_stream),
+        ):
             yield fake
     finally:
         driver.set_active(before)
