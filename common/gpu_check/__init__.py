@@ -16,4 +16,5 @@ and the seconds that were left.
     rooflines  attention and other operations alone, against the limits; other tiles; PyTorch's own
     ladder     prefill and decode speed of some parts, newest first, and of transformers
     formats    the kernels in other number formats
+    large      the ladder's speeds of the newest part on a model of 8B, in the time that is left
 """

@@ -11,7 +11,7 @@ from typing import Any
 
 Job = dict[str, Any]  # "kind", "name", "device", "quick", "limit", and more of its kind
 
-MODEL, QUICK_MODEL = "random:qwen3-0.6b", "random:tiny-qwen3"
+MODEL, LARGE_MODEL, QUICK_MODEL = "random:qwen3-0.6b", "random:qwen3-8b", "random:tiny-qwen3"
 FIRST_PART = 3  # the first with our own model and kernels
 FIRST_ASYNC_PART = 5
 FIRST_SPECULATIVE_PART = 8
@@ -56,11 +56,13 @@ class Plan:
         limits = {"limit": limit, "first_limit": limit, "needs": needs}
         return {"kind": kind, "name": name, **common, **limits, **more}
 
-    def job_of(self, kind: str, part: int, limit: float, needs: float = 15) -> Job:
+    def job_of(self, kind: str, part: int, limit: float, needs: float = 15, model: str = "") -> Job:
         """A job that runs an engine, which starts with the first check."""
-        name = f"part {part:02d}, {self.model}"
+        model = model or self.model
         first = {"first_limit": max(limit, ENGINE_START) * self.patience}
-        return self.job(kind, name, limit, needs, part=part, model=self.model, **first)
+        return self.job(
+            kind, f"part {part:02d}, {model}", limit, needs, part=part, model=model, **first
+        )
 
     def shares(self, kind: str, name: str, limit: float, count: int, **more: Any) -> list[Job]:
         """One job's checks, dealt out to several processes."""
@@ -137,7 +139,7 @@ def steps(plan: Plan) -> list[Job]:
 
 
 def nano_vllm(plan: Plan) -> list[Job]:
-    return [plan.job_of("nano_vllm", plan.parts[0], 75, 30)]
+    return [plan.job_of("nano_vllm", plan.parts[0], 70, 30)]
 
 
 def rooflines(plan: Plan) -> list[Job]:
@@ -156,13 +158,21 @@ def ladder(plan: Plan) -> list[Job]:
     return [ours[0], theirs, *ours[1:]]
 
 
+def large(plan: Plan) -> list[Job]:
+    """The newest part on a model whose weights are what a step reads most."""
+    if not plan.is_cuda or plan.quick:
+        return []
+    return [plan.job_of("ladder", plan.parts[0], 45, model=LARGE_MODEL)]
+
+
 SECTIONS = {
     "limits": Section(20, limits),
     "kernels": Section(70, kernels, is_timed=False),
     "oracle": Section(65, oracle, is_timed=False),
     "steps": Section(50, steps),
-    "nano_vllm": Section(80, nano_vllm),
+    "nano_vllm": Section(75, nano_vllm),
     "rooflines": Section(70, rooflines, needs_limits=True),
     "ladder": Section(95, ladder, needs_limits=True),
-    "formats": Section(20, formats, is_timed=False),
+    "formats": Section(15, formats, is_timed=False),
+    "large": Section(10, large, needs_limits=True),
 }

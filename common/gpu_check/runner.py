@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,11 @@ def run_jobs(jobs: list[Job], end: End, at_once: int = 1) -> Iterator[Item]:
     def work() -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                run_job(waiting.get_nowait(), end, items.put, children)
+                job = waiting.get_nowait()
+                try:
+                    run_job(job, end, items.put, children)
+                except Exception:  # whatever it is, the others go on
+                    items.put(failed(job["name"], traceback.format_exc()))
         items.put(None)
 
     num_at_work = min(at_once, len(jobs))
