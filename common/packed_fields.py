@@ -53,10 +53,13 @@ class PackedFields:
         self.words = torch.zeros(size, dtype=torch.int64, device=device, pin_memory=pin_memory)
         # For which layout and lengths the views were made.
         self.layout, self.lengths, self.views = self.layouts[-1], Lengths(), Tensors()
+        self.array_views: tuple[Lengths, Arrays] = Lengths(), Arrays()
 
     def tensors(self, lengths: Lengths) -> Tensors:
         """The fields with so many entries each. A view is made anew when its length is another than
         the last time: most steps of decoding have the same. Raises ValueError."""
+        if lengths == self.lengths:
+            return self.views
         layout = next((layout for layout in self.layouts if layout.holds(lengths)), None)
         if layout is None:
             raise ValueError(f"there is no room for {lengths}")
@@ -70,7 +73,10 @@ class PackedFields:
 
     def arrays(self, lengths: Lengths) -> Arrays:
         """The same, of a piece on the host."""
-        return {name: tensor.numpy() for name, tensor in self.tensors(lengths).items()}
+        tensors = self.tensors(lengths)
+        if lengths != self.array_views[0]:
+            self.array_views = lengths, {name: field.numpy() for name, field in tensors.items()}
+        return self.array_views[1]
 
     def piece(self, lengths: Lengths) -> torch.Tensor:
         """The memory up to the last field's last entry, so that its empty rest is not copied. For
