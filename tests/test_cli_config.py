@@ -348,9 +348,12 @@ class TestDevice:
         assert resolve_device("auto", "float16")[1] == torch.float16
 
     def test_gpus_by_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        current: list[torch.device] = []
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
         assert resolve_device("cuda") == (torch.device("cuda"), torch.bfloat16)
         assert resolve_device("cuda:1")[0] == torch.device("cuda:1")
+        assert current == [torch.device("cuda:1")], "what is put on a GPU without a number"
         with pytest.raises(ValueError, match="'cuda:2', but torch sees 2 GPUs"):
             resolve_device("cuda:2")
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -312,7 +312,7 @@ def repeating() -> Iterator[tuple[str, Any, list[int]]]:
     following = torch.zeros(engine.vocab_size, dtype=torch.int64)
     following[cycle] = torch.tensor(cycle[1:] + cycle[:1])
 
-    def forward(batch: Any) -> tuple[torch.Tensor, list[Any]]:
+    def forward(batch: Any, what: Any = None) -> tuple[torch.Tensor, list[Any]]:
         token_ids = following[batch.token_ids[batch.logits_indices]]
         return 9.0 * torch.nn.functional.one_hot(token_ids, engine.vocab_size).float(), []
 
