@@ -128,6 +128,12 @@ class Rig:
     def gate(self) -> Gate:
         return Gate(self.engine, self.monkeypatch)
 
+    def all_launched(self) -> bool:
+        """Whether the engine has launched all that it may before it must read a step."""
+        most = getattr(self.engine, "num_in_flight", None)  # from part 05 on
+        sequences = list(self.engine.sequences.values()) if most else []
+        return all(sequence.num_placeholders == most for sequence in sequences)
+
     def fake_model(self, choose: Callable[[int], int]) -> None:
         """No arithmetic: the model's next token is `choose(number of forwards before this)`."""
         calls = iter(range(10**9))
@@ -231,6 +237,7 @@ def test_a_client_that_leaves(
         if when == "queued":
             ahead = start(url, BASE | {"max_tokens": 900})
             until(lambda: gate.num_arrived == 1, "the first request at the gate")
+            until(rig.all_launched, "the engine waiting at the gate")
         leaving = start(url, long)
         until(lambda: rig.admission.count == 1 + (ahead is not None), "the request admitted")
         if when != "queued":
