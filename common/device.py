@@ -45,7 +45,11 @@ def to_device(
     gives the block to nobody before that event. The copy is on the current stream, and memory is
     pinned by the current device, which should be this one.
     """
-    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    on_host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        on_host = (
+            on_host.pin_memory()
+        )  # `torch.tensor` pins nothing that is made from numpy's arrays
     return on_host.to(device, non_blocking=True)
 
 

@@ -133,8 +133,8 @@ def to_json(item: StepRecord | EngineState) -> str:
 class Trace:
     """The last steps of one engine, and its state before the first and after the last of them.
 
-    A step that leaves the ring is added to the first state. The last one is added up when somebody
-    asks for it: while nobody looks, a step costs little more than its record.
+    A step that leaves the ring is added to the first state. The last state is added up when a reader
+    asks for it: without readers a step costs its record, and later that of the step which leaves.
     """
 
     def __init__(self, capacity: int = CAPACITY, num_blocks: int = 0, block_size: int = 0) -> None:
@@ -146,7 +146,7 @@ class Trace:
         self._looking = threading.Lock()  # taken first where both are; readers wait for it
         self._followers: list[deque[StepRecord]] = []
         self._first = EngineState(num_blocks, block_size)  # before the oldest record
-        self._last = EngineState(num_blocks, block_size)  # as it was when somebody last asked
+        self._last = EngineState(num_blocks, block_size)  # as it was when a reader last asked
 
     @contextlib.contextmanager
     def step(self) -> Iterator[StepRecord]:
@@ -250,7 +250,7 @@ class Trace:
     def catch_up(self, follower: deque[StepRecord]) -> EngineState:
         """Empty a follower's queue; returns the state from which its next record goes on.
 
-        The steps since somebody last asked are added up here: at most the whole ring, while the
+        The steps since a reader last asked are added up here: at most the whole ring, while the
         engine goes on. It waits only for the last few of them.
         """
         with self._looking:

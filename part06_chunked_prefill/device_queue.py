@@ -111,7 +111,11 @@ class GpuQueue:
 
     def submit(self, run: Callable[[], Sampled]) -> GpuWork:
         with torch.cuda.device(self.device):  # which is the calling thread's, and may be another
-            return GpuWork(self, run)
+            try:
+                return GpuWork(self, run)
+            except Exception:
+                torch.cuda.synchronize()  # what was launched before may read the step's input yet
+                raise
 
 
 def device_queue(device: torch.device) -> DeviceQueue:

@@ -36,6 +36,7 @@ FIELDS = {
     # The last, since its room is large and mostly empty: no more of it is copied than there is.
     "table_changes": (np.int32, "2 * num_changes"),
 }
+PENALTIES = ("presence_penalty", "frequency_penalty")
 FORMATS = {name: dtype for name, (dtype, _) in FIELDS.items()}
 SAMPLING_FIELDS = list(FIELDS)[list(FIELDS).index("seeds") : list(FIELDS).index("token_ids")]
 

@@ -83,7 +83,7 @@ class ModelRunner:
         return self.made_up([(count, count) for count in counts], params)
 
     def made_up(self, lengths: list[tuple[int, int]], params: SamplingParams) -> SchedulerOutput:
-        """A step of sequences that nobody sent, all in block 0, by their (new tokens, tokens)."""
+        """A step of sequences without a client, all in block 0, by their (new tokens, tokens)."""
         step = SchedulerOutput()
         for i, (num_new, num_tokens) in enumerate(lengths):
             request = Request(f"made-up-{i}", [0] * num_tokens, params)

@@ -22,7 +22,7 @@ from common.token_counts import JoiningOutputs
 from .block_tables import BlockTables
 from .config import EngineConfig
 from .device_queue import Work
-from .input_buffers import FORMATS, SAMPLING_FIELDS, BatchShape, InputBuffers
+from .input_buffers import FORMATS, PENALTIES, SAMPLING_FIELDS, BatchShape, InputBuffers
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
 
@@ -130,12 +130,8 @@ class InputBatch:
         shape = BatchShape(int(ends[-1]), len(rows), len(sampled), len(changes[0]))
 
         arrays, tensors = self.buffers.next(shape)
-        arrays["cu_seqlens_q"][0] = 0
-        arrays["cu_seqlens_q"][1:] = ends
-        arrays["seq_lens"][:] = lengths
-        arrays["table_rows"][:] = rows
         arrays["table_changes"].reshape(2, -1)[:] = changes
-        arrays["positions"][:] = np.arange(shape.num_tokens) + np.repeat(lengths - ends, new)
+        write_sequences(arrays, rows, lengths, new)
         self.write_tokens(arrays, np.repeat(rows, new), sequences, begins, counts)
         arrays["logits_indices"][:] = ends[sampled] - 1
         arrays["rows"][:] = rows[sampled]
@@ -153,9 +149,7 @@ class InputBatch:
             logits_indices=tensors["logits_indices"],
             rows=tensors["rows"],
             sampling=self.sampling_batch([sequences[i] for i in sampled], arrays, tensors),
-            has_penalties=bool(
-                arrays["presence_penalty"].any() or arrays["frequency_penalty"].any()
-            ),
+            has_penalties=any(arrays[name].any() for name in PENALTIES),
         )
 
     def write_tokens(
@@ -216,3 +210,13 @@ class InputBatch:
     def launched(self, work: Work) -> None:
         """The batch that was prepared last is read by this work."""
         self.buffers.read_by(work)
+
+
+def write_sequences(arrays: Arrays, rows: np.ndarray, lengths: np.ndarray, new: np.ndarray) -> None:
+    """Which tokens belong to which sequence. rows, lengths, new: [num_seqs], with its new tokens."""
+    ends = new.cumsum()
+    arrays["cu_seqlens_q"][0] = 0
+    arrays["cu_seqlens_q"][1:] = ends
+    arrays["seq_lens"][:] = lengths
+    arrays["table_rows"][:] = rows
+    arrays["positions"][:] = np.arange(ends[-1]) + np.repeat(lengths - ends, new)

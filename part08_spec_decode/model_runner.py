@@ -112,7 +112,7 @@ class ModelRunner:
         return self.made_up([(count, count) for count in counts], params)
 
     def made_up(self, lengths: list[tuple[int, int]], params: SamplingParams) -> SchedulerOutput:
-        """A step of sequences that nobody sent, all in block 0, by their (new tokens, tokens); they
+        """A step of sequences without a client, all in block 0, by their (new tokens, tokens); they
         have as many drafts as there is room for."""
         step, most = SchedulerOutput(), self.config.num_speculative_tokens or 0
         for i, (num_new, num_tokens) in enumerate(lengths):

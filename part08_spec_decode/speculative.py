@@ -80,7 +80,7 @@ class Speculator(NoSpeculator):
 
     def settle(self, sequences: list[Sequence], token_ids: list[list[int]]) -> None:
         for sequence, new in zip(sequences, token_ids, strict=True):
-            if sequence in self.proposed:  # and has not ended
+            if sequence.draft_token_ids or sequence in self.proposed:  # and has not ended
                 self.settle_draft(sequence, new)
 
     def settle_draft(self, sequence: Sequence, token_ids: list[int]) -> None:

@@ -1,6 +1,7 @@
 """The input of a step, from part 05 on: packed buffers, block tables on the device, padding."""
 
 import copy
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -194,6 +195,46 @@ def test_the_buffers_hold_the_largest_step(part: int) -> None:
     assert len(token_ids) == 40
     outputs = engine.generate([[2]] * 45, replace(GREEDY, max_tokens=4), progress=False)
     assert len({tuple(output.token_ids) for output in outputs}) == 1
+
+
+@pytest.mark.parametrize("part", distinct_files("input_buffers.py"))
+def test_a_buffer_that_is_read_is_not_written(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is in flight, the next one fails when its buffer is half written: the one after that
+    waits for the first step's buffer."""
+    engine = engine_of(part, MODEL, threads=1, num_blocks=64, block_size=4, max_num_seqs=8)
+    [expected] = engine.generate([PROMPT], GREEDY, progress=False)
+    gate, fill_in = threading.Semaphore(0), engine.runner.fill_in
+
+    def held(batch: Any) -> None:
+        assert gate.acquire(timeout=60)
+        fill_in(batch)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("late in prepare")
+
+    monkeypatch.setattr(engine.runner, "fill_in", held)
+    engine.num_in_flight = 2
+    engine.add_request(Request("a", PROMPT, GREEDY))
+    engine.step()
+    engine.add_request(Request("b", [9] * 7, GREEDY))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="late"):
+        patch.setattr(engine.runner.inputs, "sampling_batch", fail)
+        engine.step()
+    buffers = engine.runner.inputs.buffers
+    first = next(reader for reader in buffers.readers if reader is not None and not is_done(reader))
+    assert buffers.readers.index(first) != buffers.turn, "the step in flight reads the other one"
+    shape = module_of(part, "input_buffers").BatchShape(1, 1, 1, 0)
+    threading.Timer(0.2, gate.release).start()
+    buffers.next(shape)
+    assert is_done(first)
+    gate.release(50)
+    engine.drop_requests()
+    monkeypatch.undo()
+    assert engine.generate([PROMPT], GREEDY, progress=False)[0].token_ids == expected.token_ids
+
+
+def is_done(work: Any) -> bool:
+    return work.future.done()
 
 
 # Block tables on the device.

@@ -1,6 +1,6 @@
 """`python -m common.gpu_check`: everything that needs a GPU, in one call and one JSON file.
 
-A machine with a GPU is often borrowed for minutes, and has torch, triton and transformers but no
+A machine with a GPU is often at hand for minutes only, and has torch, triton and transformers but no
 web framework. So one command checks and measures all there is, imports nothing that serves HTTP,
 and keeps what it has found when something breaks: every job is a process of its own, which a
 failing kernel or a time limit may end while the others go on, and the file is written anew after

@@ -19,7 +19,7 @@ from common.gpu_check.items import FAILED, NOT_REACHED, OK, Item
 from common.gpu_check.plan import FIRST_PART, MODEL, QUICK_MODEL, SECTIONS, Plan
 from common.gpu_check.runner import End, run_jobs
 
-DEADLINE = 470  # seconds: a machine is often lent for eight minutes at a time
+DEADLINE = 470  # seconds: less than eight minutes of a card's time
 MOST_AGE = 60  # seconds that the imports before `main` may have taken
 LIMIT_PASSED = "the section's time was up"
 DEADLINE_PASSED = "the time for the whole run was up"
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for found in check_all(plan, wanted, args.time_limit, deadline):
         spent = {"deadline": args.deadline, "spent_s": round(time.monotonic() - start, 1)}
         result = base | changing(found) | spent
-        save_result(args.json, result)  # all there is so far: the machine may be gone any moment
+        save_result(args.json, result)  # all there is so far, should the command be killed
     failures = result["failures"]
     num_missed = sum(row["status"] == NOT_REACHED for row in result["rows"])
     log(f"{len(failures)} failed, {num_missed} not reached; all of it is in {args.json}")

@@ -27,12 +27,16 @@ NUM_SEQS, OUTPUT_LEN, QUICK_OUTPUT_LEN = 4, 24, 8
 
 
 def guard_checks(job: dict[str, Any], engine: Callable[[], Any]) -> Iterator[Check]:
-    """A check for each kind of request, and for each way to speculate."""
+    """A check for each kind of request."""
     for kind, params in KINDS.items():
         name = f"{job['name']}, no waiting, {kind}"
         yield name, lambda params=params: guarded(engine(), job, [params])
     name = f"{job['name']}, no waiting, all together"
     yield name, lambda: guarded(engine(), job, list(KINDS.values()))
+
+
+def speculation_checks(job: dict[str, Any]) -> Iterator[Check]:
+    """A check for each way to speculate."""
     if job["part"] < FIRST_SPECULATIVE_PART:
         return
     for method in SPECULATIVE:

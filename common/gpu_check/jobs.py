@@ -1,7 +1,7 @@
 """The process of one job.
 
 The job is a line of JSON on standard input. The answer is lines of JSON: the names of all checks
-that are to come, and for each of them that it begins, and its item. So whoever reads them knows
+that are to come, and for each of them that it begins, and its item. So their reader knows
 what was being done when this process died, and what was never begun.
 
 Standard input stays open for as long as the parent lives: with it this process ends, whatever the

@@ -1,6 +1,6 @@
 """What runs, in which order, and for how long: the sections and the jobs of each.
 
-The most valuable first, since a borrowed machine may be gone at any moment: whether the kernels are
+The most valuable first, since the command may be cut short at any moment: whether the kernels are
 right, whether the engines are, and then what is fast and what is not.
 """
 

@@ -15,7 +15,7 @@ from typing import Any
 from common.bench.core.workload import random_prompts
 from common.gpu_check.engines import engine_of
 from common.gpu_check.graphs import Graphs, can_capture
-from common.gpu_check.guard import guard_checks
+from common.gpu_check.guard import guard_checks, speculation_checks
 from common.gpu_check.items import Check, Once
 from common.gpu_check.ladder import run
 from common.gpu_check.variants import Variants
@@ -48,6 +48,7 @@ def checks(job: dict[str, Any]) -> Iterator[Check]:
         yield name, lambda size=size: launches(engine()[0], job, size)
     yield from guard_checks(job, lambda: engine()[0])
     yield f"{job['name']}, compiled after the start", lambda: compiled_late(engine, variants)
+    yield from speculation_checks(job)  # last: these engines compile kernels of their own
 
 
 def started(job: dict[str, Any], variants: Variants) -> tuple[Any, float]:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -108,12 +109,17 @@ class OnCpu(TorchFunctionMode):
             return self.move(func, first, mark, args[1:], kwargs)
         if func is torch.device:
             return func(*args, **kwargs)
+        if func is T.pin_memory:
+            GPU.pin()
+            return first
         wanted = [v for v in (*args, *kwargs.values()) if is_cuda(v)]
         index = GPU.touch(wanted[0]) if wanted else None
         if wanted:
             args = tuple("cpu" if is_cuda(v) else v for v in args)
             kwargs = {key: "cpu" if is_cuda(v) else v for key, v in kwargs.items()}
         if kwargs.pop("pin_memory", False):
+            if func in (torch.tensor, torch.as_tensor) and isinstance(args[0], np.ndarray):
+                raise RuntimeError("Can't pin tensor constructed from numpy")
             GPU.pin()
         given = list(tensors_in([*args, *kwargs.values()]))
         marks = {mark_of(x) for x in given if not isinstance(x, torch.nn.Parameter) and x.dim()}
