@@ -493,9 +493,12 @@ def test_the_plan_fits_the_deadline_and_begins_with_what_matters_most(capsys: An
         for job in own:
             json.dumps(job, allow_nan=False)
             assert job["limit"] > 0
-    assert gpu_check.main(["--list", "--device", "cpu", "--quick"]) == 0
-    told = capsys.readouterr().out
-    assert all(f"{name}: " in told for name in SECTIONS)
+    # What a GPU would run is told without one.
+    for flags in (["--device", "cpu", "--quick"], []):
+        assert gpu_check.main(["--list", *flags]) == 0
+        told = capsys.readouterr().out
+        assert all(f"{name}: " in told for name in SECTIONS)
+        assert ("qwen3-0.6b" in told) == (flags == [])
 
 
 def test_help_describes_every_section(capsys: Any) -> None:

@@ -88,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     deadline = start + args.deadline
     try:
-        device, dtype = resolved_device(args.device, args.dtype, args.quick)
+        if args.list and args.device == "auto" and not args.quick:  # what a GPU would run
+            device, dtype = "cuda", "bfloat16" if args.dtype == "auto" else args.dtype
+        else:
+            device, dtype = resolved_device(args.device, args.dtype, args.quick)
         parts = args.parts or [part for part in existing_parts() if part >= FIRST_PART]
         for part in parts:
             part_package(part)
