@@ -19,23 +19,16 @@ class SampledLogprobs:
     top_token_ids: Tensor | None = None  # [rows that asked, most] int64
 
     @classmethod
-    def of(
-        cls,
-        logits: Tensor,
-        token_ids: Tensor,
-        wishes: list[int | None],
-        asked: Tensor | None = None,
-    ) -> "SampledLogprobs":
+    def of(cls, logits: Tensor, token_ids: Tensor, wishes: list[int | None]) -> "SampledLogprobs":
         """The model's own: before penalties, temperature and filters. Does not wait for the device.
 
-        logits: [rows, vocab]; token_ids: [rows] int64, what was drawn. asked: the rows that ask, as
-        `wishes` says too, int64 on the logits' device; copied there unless given.
+        logits: [rows, vocab]; token_ids: [rows] int64, what was drawn.
         """
         rows = [row for row, count in enumerate(wishes) if count is not None]
         if not rows:
             return cls(wishes)
         if len(rows) < len(wishes):
-            asked = to_device(rows, torch.int64, logits.device) if asked is None else asked
+            asked = to_device(rows, torch.int64, logits.device)
             logits, token_ids = logits[asked], token_ids[asked]
         logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
         own = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1))

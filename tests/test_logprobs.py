@@ -77,15 +77,6 @@ def test_only_rows_that_asked_are_computed() -> None:
     assert nobody.to(torch.device("cpu")).lists(token_ids.tolist()) == [None] * 5
 
 
-@given(WISHES, st.integers(0, 1000))
-def test_the_rows_may_be_told(wishes: list[int | None], seed: int) -> None:
-    logits, token_ids = case(len(wishes), seed)
-    asked = torch.tensor([row for row, count in enumerate(wishes) if count is not None]).long()
-    told = SampledLogprobs.of(logits, token_ids, wishes, asked)
-    found = SampledLogprobs.of(logits, token_ids, wishes)
-    assert told.lists(token_ids.tolist()) == found.lists(token_ids.tolist())
-
-
 def test_a_row_alone_has_what_it_has_in_a_batch() -> None:
     logits, token_ids = case(4, seed=2)
     together = SampledLogprobs.of(logits, token_ids, [2, None, 6, 0]).lists(token_ids.tolist())
