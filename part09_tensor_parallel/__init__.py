@@ -1,0 +1,1 @@
+"""An engine whose model is spread over several processes, each with a slice of every layer."""

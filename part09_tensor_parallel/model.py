@@ -1,0 +1,186 @@
+"""The transformer: Llama, and its relatives Qwen2, Qwen3 and Mistral.
+
+Written over a flat batch: the tokens of all sequences lie one after another, and only attention
+needs to know where one ends. `AttentionMetadata` says so, and where the keys and values lie. The
+operations are `common.kernels`'; weights are objects that only `ops.linear` looks into.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from common.kernels import AttentionMetadata, Ops
+from common.models.architecture import ModelConfig
+from common.models.weights import collect, report_unused, take_tensor
+
+
+def rotary_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Cosines and sines of every position, [max_model_len, head_dim] float32, cosines first.
+
+    With Llama 3.1's scaling, wavelengths beyond the original context are stretched by `factor`,
+    short ones stay, and those in between are interpolated.
+    """
+    half = config.head_dim // 2
+    exponents = torch.arange(half, dtype=torch.float64) / half
+    frequencies = config.rope["rope_theta"] ** -exponents
+    if config.rope["rope_type"] == "llama3":
+        rope = config.rope
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / rope["factor"])
+    angles = torch.outer(torch.arange(config.max_model_len, dtype=torch.float64), frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float().to(device)
+
+
+class Weights:
+    """A checkpoint's tensors by name; each is taken once."""
+
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
+        self.tensors = collect(tensors, dtype)
+        self.num_bytes = 0  # of those taken
+
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor of that name. Raises ModelError unless it is there, and of that shape."""
+        tensor = take_tensor(self.tensors, name, shape)
+        self.num_bytes += tensor.nbytes
+        return tensor
+
+    def linear(
+        self, ops: Ops, prefix: str, in_features: int, has_bias: bool = False, **out_features: int
+    ) -> Any:
+        """A weight object for `ops.linear` from projections that share their input.
+
+        out_features: of each projection by its name; they come one after another in the output.
+        """
+        sizes = {f"{prefix}{name}": size for name, size in out_features.items()}.items()
+        parts = [self.take(f"{name}.weight", size, in_features) for name, size in sizes]
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        biases = [self.take(f"{name}.bias", size) for name, size in sizes if has_bias]
+        return ops.prepare_weight(weight, torch.cat(biases) if has_bias else None)
+
+
+class Context(NamedTuple):
+    """What a forward tells every layer."""
+
+    positions: torch.Tensor  # [num_tokens] int64
+    rotary: torch.Tensor  # cosines and sines by position
+    kv_cache: torch.Tensor
+    metadata: AttentionMetadata
+
+
+class Attention:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops, self.layer = ops, layer
+        prefix = f"model.layers.{layer}.self_attn."
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv = weights.linear(ops, prefix, hidden, config.has_qkv_bias, **sizes)
+        self.out = weights.linear(ops, prefix, q_size, config.has_out_bias, o_proj=hidden)
+        self.norms: dict[str, Any] = {"q_norm": None, "k_norm": None, "eps": config.rms_norm_eps}
+        if config.has_head_norms:
+            for name in ("q_norm", "k_norm"):
+                self.norms[name] = weights.take(f"{prefix}{name}.weight", head_dim)
+        self.window = config.windows[layer]
+        self.scale = config.head_dim**-0.5
+
+    def __call__(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """x: [num_tokens, hidden]."""
+        qkv = self.ops.linear(x, self.qkv)
+        cache, metadata = context.kv_cache, context.metadata
+        query = self.ops.rotary_and_store(
+            qkv,
+            context.rotary,
+            context.positions,
+            cache,
+            self.layer,
+            metadata.slot_mapping,
+            **self.norms,
+        )
+        out = self.ops.attention(query, cache, self.layer, metadata, self.scale, self.window)
+        return self.ops.linear(out, self.out)
+
+
+class MLP:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops = ops
+        prefix = f"model.layers.{layer}.mlp."
+        hidden, size, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
+        self.gate_up = weights.linear(ops, prefix, hidden, has_bias, gate_proj=size, up_proj=size)
+        self.down = weights.linear(ops, prefix, size, has_bias, down_proj=hidden)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate_up = self.ops.linear(x, self.gate_up)
+        return self.ops.linear(self.ops.silu_and_mul(gate_up), self.down)
+
+
+class DecoderLayer:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops, self.eps = ops, config.rms_norm_eps
+        prefix = f"model.layers.{layer}"
+        hidden = config.hidden_size
+        self.input_norm = weights.take(f"{prefix}.input_layernorm.weight", hidden)
+        self.post_attention_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", hidden)
+        self.attention = Attention(config, ops, layer, weights)
+        self.mlp = MLP(config, ops, layer, weights)
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor, context: Context) -> torch.Tensor:
+        """x: what the layer before adds to the residual, which is updated in place."""
+        x = self.ops.add_rms_norm(x, residual, self.input_norm, self.eps)
+        x = self.attention(x, context)
+        x = self.ops.add_rms_norm(x, residual, self.post_attention_norm, self.eps)
+        return self.mlp(x)
+
+
+class CausalLM:
+    """The whole model, on one device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Take the weights of a checkpoint. Raises ModelError when they are not this model's."""
+        self.config, self.ops = config, ops
+        weights = Weights(tensors, dtype)
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embedding = weights.linear(ops, "model.", hidden, embed_tokens=vocab)
+        self.norm = weights.take("model.norm.weight", hidden)
+        if config.tie_word_embeddings and "lm_head.weight" not in weights.tensors:
+            self.lm_head = self.embedding
+        else:
+            self.lm_head = weights.linear(ops, "", hidden, lm_head=vocab)
+        layers = range(config.num_layers)
+        self.layers = [DecoderLayer(config, ops, layer, weights) for layer in layers]
+        self.num_bytes = weights.num_bytes
+        report_unused(weights.tensors)
+        self.rotary = rotary_table(config, device)
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,  # [num_tokens] int64
+        positions: torch.Tensor,  # [num_tokens] int64
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        layers: Iterable[int] | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of every token, [num_tokens, hidden].
+
+        layers: which to run, all by default; the others are stepped over.
+        """
+        residual = self.ops.embedding(token_ids, self.embedding)
+        x = torch.zeros_like(residual)
+        context = Context(positions, self.rotary, kv_cache, metadata)
+        for layer in self.layers if layers is None else [self.layers[i] for i in layers]:
+            x = layer(x, residual, context)
+        return self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, vocab]."""
+        return self.ops.linear(hidden, self.lm_head)

@@ -1,0 +1,1 @@
+"""Several engines behind one front door, which sends each request where it fits best."""
