@@ -3,6 +3,7 @@
 A client that goes away, streaming or not, has its request aborted.
 """
 
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from common.http.run import ServerConfig, serve
 from common.options import parse
 from common.sampling import MAX_N
 
+from . import worker
 from .async_engine import AsyncEngine
 from .config import EngineConfig
 from .engine import LLMEngine
@@ -65,6 +67,9 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
 
 def main() -> None:
     engine_config, server_config = parse([EngineConfig, ServerConfig], description=__doc__)
+    if int(os.environ.get("RANK", 0)) > 0:  # started by torchrun, beside rank 0
+        worker.main(engine_config)
+        return
     serve(lambda: create_app(LLMEngine(engine_config), server_config), server_config)
 
 
