@@ -24,8 +24,7 @@ from common.trace import Trace, phase
 
 from .config import EngineConfig
 from .device_queue import Work
-from .model_runner import Batch, ModelRunner
-from .ranks import start_ranks
+from .model_runner import Batch, load_runner
 from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence, Status
@@ -48,9 +47,7 @@ class LLMEngine:
         """Load the model. Raises ValueError when it cannot be had."""
         folder = resolve(config.model)
         self.tokenizer = Tokenizer.load(folder)
-        ranks = start_ranks(config, folder)
-        with ranks.closed_on_error():
-            self.runner = ModelRunner(config, folder, ranks)
+        self.runner = load_runner(config, folder)
         self.eos_token_ids = eos_token_ids(folder, load_config(folder))
         self.sampling_defaults = sampling_defaults(folder, config.generation_config)
         self.config = self.runner.config  # with what depends on the device
@@ -212,7 +209,7 @@ class LLMEngine:
             "weight_bytes": self.runner.num_weight_bytes,
             "kv_cache_bytes": self.kv.num_bytes,
             "buffer_bytes": self.runner.num_buffer_bytes,
-            "rank_bytes": self.runner.rank_bytes,
+            "rank_bytes": [held.tolist() for held in self.runner.rank_bytes],
             "num_bytes_sent": self.runner.ranks.group.num_bytes_sent,
             "block_size": self.kv.block_size,
             "num_blocks": self.kv.num_blocks,

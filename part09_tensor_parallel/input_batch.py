@@ -58,7 +58,7 @@ class Batch:
     num_draft_tokens: torch.Tensor | None = None
     rejecting: list[int] = field(default_factory=list)  # sequences whose drafts stay by rejection
     draft_probs: torch.Tensor | None = None  # [drafts of these, vocab]: what they were drawn from
-    shape: BatchShape = BatchShape(0, 0, 0, 0)
+    shape: BatchShape | None = None
     packed: torch.Tensor | None = None  # all tensors of this shape in one piece, for other ranks
 
 

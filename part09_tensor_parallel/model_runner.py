@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.device import release_openmp_workers, resolve_device, to_device
-from common.distributed.launch import Ranks
+from common.distributed import RankError, Ranks
 from common.kernels import select_ops
 from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
@@ -30,7 +30,7 @@ from .device_queue import Work, device_queue
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
 from .model import CausalLM
-from .ranks import header_of, together
+from .ranks import header_of, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
@@ -53,7 +53,7 @@ class ModelRunner:
         """Load the model and allocate the cache, side by side with the other ranks. Raises
         ValueError, and RankError when one of them is lost."""
         self.ranks, self.is_ready = ranks, False
-        self.device, self.dtype = resolve_device(ranks.device_name, config.dtype)
+        self.device, self.dtype = resolve_device(str(ranks.device), config.dtype)
         threads = config.threads or ranks.threads
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
@@ -78,7 +78,7 @@ class ModelRunner:
         self.counts = torch.zeros(rows, vocab, dtype=torch.int32, device=self.device)
         reserved = self.profile(shape)
         num_blocks = choose_num_blocks(
-            config, shape, self.dtype, self.device, reserved, draft_shape, ranks.num_local
+            config, shape, self.dtype, self.device, reserved, draft_shape, ranks.size
         )
         num_blocks = ranks.group.minimum(num_blocks)  # the scheduler deals out blocks of all ranks
         self.max_model_len = longest_sequence(config, shape, num_blocks)
@@ -92,7 +92,8 @@ class ModelRunner:
             self.drafter = Runnable(self.model, self.kv.data, layers)
         self.warm_up()
         release_openmp_workers()  # from now on the queue's thread does the work
-        self.rank_bytes = ranks.gather_numbers([self.num_weight_bytes, self.kv.num_bytes])
+        held = torch.tensor([self.num_weight_bytes, self.kv.num_bytes], device=self.device)
+        self.rank_bytes = ranks.group.gather(held, [held.shape] * ranks.size)
         self.is_ready = True  # from now on other ranks are told what comes
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
@@ -264,6 +265,18 @@ class ModelRunner:
             sampling.positions[first, 0],
             sampling.choices[first, 0],
         )
+
+
+def load_runner(config: EngineConfig, folder: Path) -> ModelRunner:
+    """The runner of rank 0, with the other ranks at its side. Raises ValueError."""
+    ranks = start_ranks(config, folder)
+    try:
+        return ModelRunner(config, folder, ranks)
+    except BaseException as error:
+        ranks.close()
+        if isinstance(error, RankError):
+            raise ValueError(str(error)) from None
+        raise
 
 
 def layers_that_draft(count: int | None, num_layers: int) -> list[int]:

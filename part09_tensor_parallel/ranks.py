@@ -13,16 +13,22 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.device import resolve_device
-from common.distributed.group import RankError
-from common.distributed.launch import Ranks, connect
+from common.distributed import (
+    RankError,
+    Ranks,
+    checkpoint_fingerprint,
+    connect,
+    project_fingerprint,
+)
 from common.models.architecture import ModelConfig
-from common.models.checkpoint import context_length, load_config
+from common.models.checkpoint import context_length, load_config, resolve
 from common.prompt_logprobs import PromptPiece
 
 from .config import EngineConfig
@@ -36,11 +42,23 @@ if TYPE_CHECKING:
 
 def start_ranks(config: EngineConfig, folder: Path) -> Ranks:
     """This process as rank 0, and the other ranks, connected. Raises ValueError."""
-    size = config.tensor_parallel_size
-    loaded = load_config(folder)
+    size, loaded = config.tensor_parallel_size, load_config(folder)
     shape = ModelConfig.from_transformers(loaded, context_length(loaded, config.max_model_len))
     Shard.of(shape, 0, size)  # an error now, and not in every rank
-    return connect(__package__, config, folder, size, config.rank_timeout)
+    device, _ = resolve_device(config.device, config.dtype)
+    values = asdict(config)
+    prints = fingerprint(values) if size > 1 else {}
+    timeout = config.rank_timeout
+    return connect(__package__, values, device, size=size, timeout=timeout, fingerprint=prints)
+
+
+def fingerprint(config: dict[str, Any]) -> dict[str, str]:
+    """What must be the same on all ranks: code, packages and weights. Raises ValueError."""
+    prints = project_fingerprint(__package__) | checkpoint_fingerprint(resolve(config["model"]))
+    if config["draft_model"] is not None:
+        [draft] = checkpoint_fingerprint(resolve(config["draft_model"])).values()
+        prints["checkpoint of draft_model"] = draft
+    return prints
 
 
 def header_of(batch: Batch, what: int) -> list[int]:
@@ -81,4 +99,5 @@ def together(ranks: Ranks) -> Iterator[None]:
             os._exit(1)
         if isinstance(error, (RankError, torch.AcceleratorError)):
             raise
-        raise RankError(f"a forward failed on rank 0 of {ranks.size}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise RankError(f"a forward failed on rank 0 of {ranks.size}: {reason}") from error

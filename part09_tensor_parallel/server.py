@@ -3,13 +3,13 @@
 A client that goes away, streaming or not, has its request aborted.
 """
 
-import os
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
 from sse_starlette import EventSourceResponse
 
+from common.distributed import launched_rank
 from common.http import page
 from common.http.app import Admission, Frontend, unless_disconnected
 from common.http.errors import ApiError
@@ -67,9 +67,8 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
 
 def main() -> None:
     engine_config, server_config = parse([EngineConfig, ServerConfig], description=__doc__)
-    if int(os.environ.get("RANK", 0)) > 0:  # started by torchrun, beside rank 0
-        worker.main(engine_config)
-        return
+    if launched_rank() > 0:  # torchrun has started it, beside rank 0
+        worker.main()
     serve(lambda: create_app(LLMEngine(engine_config), server_config), server_config)
 
 

@@ -6,35 +6,26 @@ those that are not the first end up here as well.
 
 import contextlib
 import os
-import sys
+from typing import Any, NoReturn
 
-from common.distributed.group import RankError
-from common.distributed.launch import Ranks, join
+from common.distributed import Ranks, run_worker
 from common.models.checkpoint import resolve
 
 from .config import EngineConfig
 from .model_runner import ModelRunner
-from .ranks import follow, start_ranks
+from .ranks import fingerprint, follow
 
 
-def run(config: EngineConfig, ranks: Ranks) -> None:
+def serve(config: dict[str, Any], ranks: Ranks) -> None:
     """Load this rank's part of the model, and follow rank 0 to its end."""
+    settings = EngineConfig(**config)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        runner = ModelRunner(config, resolve(config.model), ranks)  # rank 0 says what is to be said
+        runner = ModelRunner(settings, resolve(settings.model), ranks)  # rank 0 tells what there is
     follow(runner)
 
 
-def main(config: EngineConfig | None = None) -> None:
-    """config: under torchrun, where each rank has the command line. Ends the process."""
-    try:
-        if config is not None:
-            ranks = start_ranks(config, resolve(config.model))
-        else:
-            settings, ranks = join()
-            config = EngineConfig(**settings)
-        run(config, ranks)
-    except (ValueError, RankError) as error:
-        sys.exit(f"error: {error}")
+def main() -> NoReturn:
+    run_worker(serve, fingerprint)
 
 
 if __name__ == "__main__":
