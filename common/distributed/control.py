@@ -183,7 +183,7 @@ class GlooSender(Sender):
             frame = torch.zeros(FRAME, dtype=torch.int64)
             frame[: len(part)] = part
             try:
-                self._pending.append(self._backend.broadcast([frame], 0))
+                self._pending.append(self._backend.broadcast(frame, 0))
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]
                 raise self.health.report_after_grace(f"another rank is gone ({reason})") from None
@@ -221,7 +221,7 @@ class GlooReceiver(Control):
     def _frame(self) -> list[int]:
         frame = torch.empty(FRAME, dtype=torch.int64)
         try:
-            work = self._backend.broadcast([frame], 0)
+            work = self._backend.broadcast(frame, 0)
             wait_for(work, "no sign of life from rank 0", self.timeout, self.health)
         except RankError:
             raise

@@ -22,7 +22,7 @@ from common.distributed.health import Health
 from common.kernels.cpu import exchange as kernels
 from common.kernels.cpu.compile import compile_kernel
 
-SLOT = 1 << 18  # bytes: the parts of a large sum follow each other in the cores' caches
+SLOT = 1 << 20  # bytes: smaller ones wait more often, which costs most when cores are scarce
 SPINS = 400  # looks at a flag with the interpreter's lock held, some 10 µs: others are about as far
 LONG_SPINS = 2000  # without the lock, before sleeping
 LONGEST_SLEEP = 0.02  # seconds: then look at whether a rank has died
