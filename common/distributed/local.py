@@ -22,7 +22,6 @@ from common.distributed.group import Group, OneRank
 from common.distributed.health import Health
 from common.distributed.ranks import Ranks
 from common.distributed.rendezvous import LocalStore, meet, open_store
-from common.distributed.shared_memory import SharedMemoryGroup
 
 LOOPBACK = "127.0.0.1"
 
@@ -74,6 +73,8 @@ def start_local(
         control = SocketSender([ours for ours, _ in pairs], timeout, health)
         ranks = Ranks(0, size, OneRank(), control, device, threads, health, children)
         try:
+            if memory is not None:
+                shared_memory.load_kernels()
             meet(local.store, 0, size, fingerprint, timeout=start_timeout, health=health)
             ranks.group = _local_group(local.store, memory, 0, size, device, timeout, health)
         except BaseException:
@@ -95,7 +96,7 @@ def _local_group(
     if memory is None:
         backend = make_backend(store, "data", rank, size, device, timeout, LOOPBACK)
         return TorchGroup(backend, device, timeout, health)
-    return SharedMemoryGroup(memory, rank, size, timeout, health)
+    return shared_memory.SharedMemoryGroup(memory, rank, size, timeout, health)
 
 
 def join_local(
@@ -109,6 +110,8 @@ def join_local(
         torch.cuda.set_device(device)
     store = open_store(job["store"], rank, size, timeout)
     prints = fingerprint(job["config"])
+    if job["memory"] is not None:
+        shared_memory.load_kernels()
     meet(store, rank, size, prints, timeout=job["start_timeout"], health=health)
     group = _local_group(store, job["memory"], rank, size, device, timeout, health)
     if job["memory"] is not None:

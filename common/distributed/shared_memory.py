@@ -47,6 +47,13 @@ def make_memory(size: int) -> int:
     return descriptor
 
 
+def load_kernels() -> None:
+    """From the cache; where it has none they are compiled, for some seconds. Better done before
+    ranks wait for each other."""
+    for name in ("put", "sum", "all_reduce", "wait"):
+        compile_kernel(f"exchange_{name}")
+
+
 class SharedMemoryGroup(Group):
     """Sums float32 (and 16-bit formats in float32) in the order of the ranks, so that every rank
     gets the same bits. Threads of one rank may take turns, but must keep the ranks' common order.
@@ -67,8 +74,7 @@ class SharedMemoryGroup(Group):
         crowded = size > usable_cores()  # the awaited rank may need this very core
         self._spins, self._long_spins = (1, 0) if crowded else (SPINS, LONG_SPINS)
         self._limit = np.array([0, int(LONGEST_SLEEP * 1e9)], dtype=np.int64)  # a timespec
-        for name in ("put", "sum", "all_reduce", "wait"):
-            compile_kernel(f"exchange_{name}")
+        load_kernels()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Writes x once."""
@@ -182,6 +188,8 @@ class SharedMemoryGroup(Group):
     def close(self) -> None:
         """Waits for a thread that is inside; it has to be told by `health` before."""
         with self._lock:
+            if self._memory is None:
+                return
             self._memory = None
             del self._bytes
             self._map.close()
