@@ -117,6 +117,53 @@ class MLP:
         return self.ops.linear(self.ops.silu_and_mul(gate_up), self.down)
 
 
+class MoE:
+    """A mixture of experts in the place of an MLP: a token runs the few that its router chooses."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops, self.top_k, self.is_normed = (
+            ops,
+            config.num_experts_per_tok,
+            config.norm_topk_prob,
+        )
+        prefix = f"model.layers.{layer}.mlp."
+        hidden, size = config.hidden_size, config.moe_intermediate_size
+        # In float32 whatever the model is in: which experts run hangs on small differences.
+        router = weights.take(f"{prefix}gate.weight", config.num_experts, hidden).float()
+        self.router = ops.prepare_weight(router)
+
+        def take(expert: int, name: str, *shape: int) -> torch.Tensor:
+            return weights.take(f"{prefix}experts.{expert}.{name}.weight", *shape)
+
+        def gate_up(expert: int) -> torch.Tensor:
+            return torch.cat(
+                [take(expert, name, size, hidden) for name in ("gate_proj", "up_proj")]
+            )
+
+        numbers = range(config.num_experts)
+        self.prepared = ops.prepare_experts(
+            map(gate_up, numbers), (take(expert, "down_proj", hidden, size) for expert in numbers)
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        expert_ids, weights = self.route(x)
+        return self.experts(x, expert_ids, weights)
+
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each token's experts and their weights, [num_tokens, top_k] int64 and float32."""
+        probs = self.ops.linear(x.float(), self.router).softmax(dim=-1)
+        weights, expert_ids = probs.topk(self.top_k, dim=-1)
+        if self.is_normed:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return expert_ids, weights
+
+    def experts(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum over each token's experts, [num_tokens, hidden]."""
+        return self.ops.experts(x, expert_ids, weights, self.prepared)
+
+
 class DecoderLayer:
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
         self.ops, self.eps = ops, config.rms_norm_eps
@@ -125,7 +172,8 @@ class DecoderLayer:
         self.input_norm = weights.take(f"{prefix}.input_layernorm.weight", hidden)
         self.post_attention_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", hidden)
         self.attention = Attention(config, ops, layer, weights)
-        self.mlp = MLP(config, ops, layer, weights)
+        kind = MoE if layer in config.sparse_layers else MLP
+        self.mlp = kind(config, ops, layer, weights)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, context: Context) -> torch.Tensor:
         """x: what the layer before adds to the residual, which is updated in place."""

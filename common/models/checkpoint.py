@@ -21,6 +21,7 @@ import torch
 from common.models.config_json import check_config, check_sizes
 from common.models.embedded import HUB_NAME, INSTALL, cache_dir, embedded_model
 from common.models.errors import ModelError
+from common.models.expert_names import fused_experts, split_experts, split_shapes
 from common.models.presets import PRESETS
 from common.models.weight_files import (
     MAX_JSON_BYTES,
@@ -235,11 +236,11 @@ def _random_weights(folder: Path, device: torch.device) -> Iterator[tuple[str, t
     tiny = folder.name.startswith("tiny-")
     place = torch.device("cpu") if tiny else device
     tied = "lm_head.weight" if config.tie_word_embeddings else None
-    for name, shape in _empty_model(config).state_dict().items():
+    for name, shape in split_shapes(_empty_model(config).state_dict()).items():
         if name == tied:
             continue
         generator = torch.Generator(place).manual_seed(zlib.crc32(name.encode()) + seed)
-        tensor = torch.empty(shape.shape, dtype=config.dtype, device=place)
+        tensor = torch.empty(shape, dtype=config.dtype, device=place)
         tensor.normal_(0.0, config.initializer_range, generator=generator)
         if name.endswith("norm.weight"):
             tensor += 1
@@ -275,7 +276,7 @@ def load_transformers_model(
     try:
         if is_random(folder):
             empty, unused = _empty_model(config), []
-            state = dict(iter_weights(folder, device))
+            state = fused_experts(dict(iter_weights(folder, device)), empty.state_dict())
         else:
             headers = read_headers(folder)
             empty, unused = _fitting_model(folder, headers, config)
@@ -311,7 +312,8 @@ def _fitting_model(folder: Path, headers: dict[str, Header], config: Any) -> tup
     if num_layers > len(headers):
         raise ModelError(f"{folder} lacks weights: {len(headers)} of them for {num_layers} layers")
     empty = _empty_model(config)
-    needed = {name: list(tensor.shape) for name, tensor in empty.state_dict().items()}
+    needed = {name: list(shape) for name, shape in split_shapes(empty.state_dict()).items()}
+    headers = split_experts(headers)
     names = names_in_model(headers, empty.base_model_prefix, needed.__contains__)
     for name in filter(names.__contains__, needed):
         header = headers[names[name]]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from common.models.errors import ModelError
+from common.models.expert_names import split_experts
 from common.models.weight_files import Header, read_tensors
 
 PREFIX = "model"
@@ -64,6 +65,7 @@ def model_weights(
     values is left out then; one of other values is the checkpoint's word against the config's, and
     counts.
     """
+    headers = split_experts(headers)
     names = names_in_model(headers, PREFIX, OF_A_MODEL.match)
     names = {name: source for name, source in names.items() if not ROTARY.search(name)}
     if is_tied and HEAD in names:

@@ -10,6 +10,7 @@ An object serves one thread at a time; the number of threads is set for the thre
 import math
 import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,6 +224,15 @@ class CpuOps(Ops):
         if not isinstance(weight, PanelWeight):
             return self.reference.embedding(token_ids, weight)
         return weight.panels[token_ids // PANEL, :, token_ids % PANEL]
+
+    def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
+        return self.reference.prepare_experts(gate_up, down)
+
+    def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
+        return self.reference.experts(x, expert_ids, weights, prepared)
+
+    def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
+        self.reference.replace_expert(prepared, index, gate_up, down)
 
     def attention(
         self,
