@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,17 +93,49 @@ class ExpertParallel:
     """One rank's part in the experts of all layers."""
 
     def __init__(
-        self, group: Group, tp: Group, placement: ExpertPlacement, backend: str, ops: Ops
+        self,
+        group: Group,
+        tp: Group,
+        placement: ExpertPlacement,
+        backend: str,
+        ops: Ops,
+        interval: int | None = None,
     ) -> None:
         """group: all ranks that share the experts; tp: those of this engine, which hold the same
-        tokens, and are neighbours in `group`."""
+        tokens, and are neighbours in `group`. interval: steps after which a layer's experts are
+        placed anew; None: never."""
         self.group, self.tp, self.placement, self.backend = group, tp, placement, backend
-        self.ops = ops
+        self.ops, self.interval = ops, interval
         self.counts: list[int] = []  # tokens of each rank of `group`, in this step
+        self.num_steps = self.num_moves = 0
+        # How a layer replaces one of this rank's experts: (index, expert) -> None.
+        self.replace: dict[int, Callable[[int, int], None]] = {}
+        # How often this engine's tokens have chosen each expert; and until it was placed last.
+        self.load = torch.zeros(placement.copies.shape, dtype=torch.int64, device=group.device)
+        self.seen = self.load.clone()
+        self.recent = np.zeros(self.load.shape)  # all engines' tokens, the older the less
 
     def start_step(self, num_tokens: Sequence[int]) -> None:
-        """num_tokens: of each engine, in the forward that begins."""
+        """num_tokens: of each engine, in the forward that begins. Every rank counts the same steps,
+        and a layer's turn comes at the same one."""
         self.counts = [len(share) for n in num_tokens for share in even_split(n, self.tp.size)]
+        self.num_steps += 1
+        if self.interval is not None and self.num_steps >= self.interval:
+            for number, layer in enumerate(self.replace):
+                if (self.num_steps - number) % self.interval == 0:
+                    self.rebalance(layer)
+
+    def rebalance(self, layer: int) -> None:
+        """Place a layer's experts by what was chosen lately, and load those that come to this rank.
+        The host waits for the device."""
+        new = self.group.all_reduce(self.load[layer] - self.seen[layer])
+        self.seen[layer] = self.load[layer]
+        self.recent[layer] = self.recent[layer] / 2 + new.cpu().numpy() / self.tp.size
+        for slot, expert in self.placement.improve(layer, self.recent[layer]):
+            rank, index = divmod(slot, self.placement.slots_per_rank)
+            self.num_moves += 1
+            if rank == self.group.rank:
+                self.replace[layer](index, expert)
 
     def run(
         self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any
@@ -112,17 +145,19 @@ class ExpertParallel:
         x: [n, hidden]; expert_ids: [n, k] int64; weights: [n, k] float32, the same on all ranks of
         the engine, and so is what is returned, [n, hidden]. prepared: this rank's experts.
         """
+        chosen = expert_ids.flatten()
+        self.load[layer].scatter_add_(0, chosen, torch.ones_like(chosen))
         slots = self.placement.choose(layer, expert_ids)
         run = partial(self.run_own, prepared)
         if self.backend == "allgather_reducescatter" and self.tp.size == self.group.size:
             return self.group.all_reduce(run(x, slots, weights))  # all ranks have all tokens
         shares = even_split(len(x), self.tp.size)
         own = slice(shares[self.tp.rank].start, shares[self.tp.rank].stop)
-        chosen = x[own], slots[own], weights[own], run, self.group
+        own_tokens = x[own], slots[own], weights[own], run, self.group
         if self.backend == "all_to_all":
-            out = all_to_all(*chosen, self.placement.slots_per_rank)
+            out = all_to_all(*own_tokens, self.placement.slots_per_rank)
         else:
-            out = allgather_reducescatter(*chosen, self.counts)
+            out = allgather_reducescatter(*own_tokens, self.counts)
         return self.tp.all_gather(out, [len(share) for share in shares])
 
     def run_own(self, prepared: Any, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:

@@ -112,17 +112,16 @@ class ExpertPlacement:
         self.places[layer] = torch.from_numpy(places)
         self.copies[layer] = torch.from_numpy(copies)
 
-    def improve(self, load: np.ndarray) -> list[int]:
-        """Place anew, by the tokens of each layer's experts, [num_layers, num_experts], where that
-        takes at least 5% off the busiest rank; which layers have changed."""
-        changed = []
-        for layer, slots in enumerate(self.slots):
-            new = place(load[layer], slots, self.num_ranks)
-            now, then = (busiest(load[layer], of, self.num_ranks) for of in (slots, new))
-            if then <= 0.95 * now:
-                self.set(layer, new)
-                changed.append(layer)
-        return changed
+    def improve(self, layer: int, load: np.ndarray) -> list[tuple[int, int]]:
+        """Place a layer's experts anew, by their tokens, [num_experts], if that takes at least 5%
+        off the busiest rank. Returns what has changed: (slot, its new expert)."""
+        old = self.slots[layer].copy()
+        new = place(load, old, self.num_ranks)
+        now, then = (busiest(load, slots, self.num_ranks) for slots in (old, new))
+        if then > 0.95 * now:
+            return []
+        self.set(layer, new)
+        return [(slot, int(new[slot])) for slot in np.flatnonzero(new != old)]
 
     def on_rank(self, layer: int, rank: int) -> list[int]:
         """The experts in a rank's slots."""

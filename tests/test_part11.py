@@ -1,7 +1,9 @@
 """Part 11's own invariants: where experts lie changes who computes, and never what."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -211,9 +213,10 @@ def test_a_new_placement_is_balanced_no_worse(case: tuple[np.ndarray, int, int])
     load, num_slots, num_ranks = case
     placement = ExpertPlacement(1, len(load), num_slots - len(load), num_ranks, CPU)
     before = placement.slots.copy()
-    changed = placement.improve(load[None])
+    changed = placement.improve(0, load)
     check_placement(placement.slots[0], len(load), num_ranks)
-    assert changed == ([0] if (before != placement.slots).any() else [])
+    differ = np.flatnonzero(before[0] != placement.slots[0])
+    assert changed == [(slot, placement.slots[0, slot]) for slot in differ]
     was, now = (busiest(load, slots[0], num_ranks) for slots in (before, placement.slots))
     assert now <= was
     assert not changed or now < was
@@ -233,7 +236,7 @@ def test_hot_experts_get_the_copies_and_ranks_even_loads() -> None:
 def test_choices_find_their_expert_and_go_round_its_copies(layout: Layout) -> None:
     sizes = layout.num_experts, layout.redundant, layout.num_ranks
     placement = ExpertPlacement(2, *sizes, CPU, first_copy=layout.seed)
-    placement.improve(np.random.default_rng(layout.seed).integers(0, 99, (2, layout.num_experts)))
+    placement.improve(1, np.random.default_rng(layout.seed).integers(0, 99, layout.num_experts))
     for layer in range(2):
         ids = torch.arange(layout.num_experts).expand(12, -1)
         slots = placement.choose(layer, ids)
@@ -265,3 +268,58 @@ def test_experts_that_do_not_divide_are_refused(sizes: tuple[int, int, int], mes
         check_division(*sizes)
     with pytest.raises(ValueError, match=f"^{message}"):
         ExpertPlacement(1, *sizes, CPU)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_experts_move_to_where_they_even_loads_and_results_stay(
+    redundant: int, backend: str
+) -> None:
+    """Two engines of two ranks; the first experts are chosen most, then the last ones."""
+    num_layers, num_experts, interval = 3, 12, 4
+    experts = make_experts(num_experts)
+    everything = prepare(experts, list(range(num_experts)))
+
+    def batch(engine: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, ids, weights = tokens_of(20 + engine, num_experts, 2, 9 * step + engine, 0.4)
+        return x, (ids if step < 20 else num_experts - 1 - ids), weights
+
+    def run(group: Group, tp: Group) -> tuple[list[np.ndarray], int, Tensor]:
+        engine = group.rank // 2
+        placement = ExpertPlacement(num_layers, num_experts, redundant, 4, CPU, engine)
+        parallel = ExpertParallel(group, tp, placement, backend, OPS, interval)
+        layers = [prepare(experts, placement.on_rank(i, group.rank)) for i in range(num_layers)]
+
+        def replace(layer: int, index: int, expert: int) -> None:
+            OPS.replace_expert(layers[layer], index, *experts[expert])
+
+        parallel.replace = {layer: partial(replace, layer) for layer in range(num_layers)}
+        seen = []
+        for step in range(40):
+            parallel.start_step([20, 21])
+            seen.append(placement.slots.copy())
+            for layer, prepared in enumerate(layers):
+                x, ids, weights = batch(engine, step)
+                out = parallel.run(layer, x, ids, weights, prepared)
+                expected = OPS.experts(x, ids, weights, everything)
+                torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-5)
+        return seen, parallel.num_moves, parallel.load
+
+    ranks = run_ranks(4, run, 2)
+    for seen, num_moves, load in ranks:
+        assert np.array_equal(seen, ranks[0][0]), "ranks place differently"
+        assert num_moves == ranks[0][1] > 0
+        assert load.sum(1).tolist() in ([40 * 20 * 2] * 3, [40 * 21 * 2] * 3)
+    seen = ranks[0][0]
+    changed = [(np.array(after) != before).any(1) for before, after in itertools.pairwise(seen)]
+    assert max(layers.sum() for layers in changed) == 1, "more than one layer waits in a step"
+    total = ranks[0][2] + ranks[2][2]
+    for first, last in ((0, 20), (20, 40)):
+        ids = torch.cat(
+            [batch(engine, step)[1] for engine in (0, 1) for step in range(first, last)]
+        )
+        load = np.bincount(ids.flatten(), minlength=num_experts)
+        before, after = (busiest(load, seen[step][0], 4) for step in (first, last - 1))
+        assert after < 0.8 * before
+        total = total - torch.from_numpy(load)
+    assert not total.any()
