@@ -1,6 +1,8 @@
 """Part 11's own invariants: where experts lie changes who computes, and never what."""
 
 import itertools
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from part11.device_queue import CpuQueue
 from part11.expert_parallel import ExpertParallel
 from part11.expert_placement import ExpertPlacement, busiest, check_division, place
+from part11.lockstep import Lockstep
 from torch import Tensor
 
-from common.distributed.group import Group, even_split
+from common.distributed.group import Group, RankError, even_split
 from common.kernels import select_ops
 from common.testing.thread_group import run_ranks
 
@@ -282,7 +286,7 @@ def test_experts_move_to_where_they_even_loads_and_results_stay(
 
     def batch(engine: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         x, ids, weights = tokens_of(20 + engine, num_experts, 2, 9 * step + engine, 0.4)
-        return x, (ids if step < 20 else num_experts - 1 - ids), weights
+        return x, (ids if step < 12 else num_experts - 1 - ids), weights
 
     def run(group: Group, tp: Group) -> tuple[list[np.ndarray], int, Tensor]:
         engine = group.rank // 2
@@ -295,7 +299,7 @@ def test_experts_move_to_where_they_even_loads_and_results_stay(
 
         parallel.replace = {layer: partial(replace, layer) for layer in range(num_layers)}
         seen = []
-        for step in range(40):
+        for step in range(24):
             parallel.start_step([20, 21])
             seen.append(placement.slots.copy())
             for layer, prepared in enumerate(layers):
@@ -309,12 +313,12 @@ def test_experts_move_to_where_they_even_loads_and_results_stay(
     for seen, num_moves, load in ranks:
         assert np.array_equal(seen, ranks[0][0]), "ranks place differently"
         assert num_moves == ranks[0][1] > 0
-        assert load.sum(1).tolist() in ([40 * 20 * 2] * 3, [40 * 21 * 2] * 3)
+        assert load.sum(1).tolist() in ([24 * 20 * 2] * 3, [24 * 21 * 2] * 3)
     seen = ranks[0][0]
     changed = [(np.array(after) != before).any(1) for before, after in itertools.pairwise(seen)]
     assert max(layers.sum() for layers in changed) == 1, "more than one layer waits in a step"
     total = ranks[0][2] + ranks[2][2]
-    for first, last in ((0, 20), (20, 40)):
+    for first, last in ((0, 12), (12, 24)):
         ids = torch.cat(
             [batch(engine, step)[1] for engine in (0, 1) for step in range(first, last)]
         )
@@ -323,3 +327,120 @@ def test_experts_move_to_where_they_even_loads_and_results_stay(
         assert after < 0.8 * before
         total = total - torch.from_numpy(load)
     assert not total.any()
+
+
+# Engines in step.
+
+
+class Device:
+    """A device queue that only writes down what it was given."""
+
+    def __init__(self) -> None:
+        self.queue = CpuQueue()
+        self.ran: list[tuple[str, int, list[int]]] = []
+
+    def submit(self, run: Callable[[], Any]) -> Any:
+        return self.queue.submit(run)
+
+    def forward(self, name: str, kind: int, counts: list[int]) -> None:
+        self.ran.append((name, kind, counts))
+
+
+def lockstep_of(leaders: Group) -> tuple[Lockstep, Device]:
+    device = Device()
+    lockstep = Lockstep(device, leaders, partial(device.forward, "idle"))
+    lockstep.start()
+    return lockstep, device
+
+
+@given(
+    plans=st.integers(2, 4).flatmap(
+        lambda engines: st.lists(
+            st.lists(st.tuples(st.integers(1, 9), st.integers(0, 1)), max_size=6),
+            min_size=engines,
+            max_size=engines,
+        )
+    ),
+    random=st.randoms(use_true_random=False),
+)
+@settings(max_examples=25)
+def test_engines_run_every_forward_together(
+    plans: list[list[tuple[int, int]]], random: Any
+) -> None:
+    """plans: of each engine, its forwards' (tokens, kind)."""
+    pauses = [[random.choice([0, 0, 0.001, 0.004]) for _ in plan] for plan in plans]
+    done = threading.Barrier(len(plans))
+    devices: list[Device | None] = [None] * len(plans)
+
+    def run(leaders: Group) -> list[tuple[str, int, list[int]]]:
+        lockstep, device = lockstep_of(leaders)
+        plan = plans[leaders.rank]
+        works = []
+        for (num_tokens, kind), pause in zip(plan, pauses[leaders.rank], strict=True):
+            time.sleep(pause)
+            forward = partial(device.forward, "own", kind)
+            works.append(lockstep.submit(forward, num_tokens, kind))
+        for work in works:
+            work.result()
+        done.wait(20)
+        devices[leaders.rank] = device
+        deadline = time.monotonic() + 5
+        while len({len(of.ran) if of else -1 for of in devices}) > 1:
+            assert time.monotonic() < deadline, "the others' last forward was not served"
+            time.sleep(0.001)
+        done.wait(20)
+        leaders.meeting.barrier.abort()  # nobody waits for one that has ended
+        lockstep.close()
+        lockstep.thread.join(20)
+        device.queue.thread.shutdown()
+        return device.ran
+
+    engines = run_ranks(len(plans), run)
+    for ran in engines:
+        assert [step[1:] for step in ran] == [step[1:] for step in engines[0]], "not in step"
+    for rank, (ran, plan) in enumerate(zip(engines, plans, strict=True)):
+        own = [(counts[rank], kind) for name, kind, counts in ran if name == "own"]
+        assert own == plan
+        assert all(counts[rank] == 0 for name, _, counts in ran if name == "idle")
+        assert all(any(counts) for _, _, counts in ran), "all were idle"
+
+
+def test_an_engine_that_is_lost_ends_the_others() -> None:
+    def run(leaders: Group) -> None:
+        lockstep, device = lockstep_of(leaders)
+        if leaders.rank == 1:
+            lockstep.submit(partial(device.forward, "own", 0), 1).result()
+            leaders.meeting.barrier.abort()
+            return
+        with pytest.raises(RankError):
+            while True:
+                lockstep.submit(partial(device.forward, "own", 0), 1).result()
+        lockstep.thread.join(0.1)
+        for _ in range(2):
+            with pytest.raises(RankError, match=str(lockstep.error)):
+                lockstep.submit(partial(device.forward, "own", 0), 1)
+        assert "rank 0" in str(lockstep.error)
+        lockstep.close()
+        lockstep.thread.join(20)
+        assert not lockstep.thread.is_alive()
+
+    run_ranks(2, run)
+
+
+def test_what_fails_in_an_idle_forward_ends_the_engine() -> None:
+    def run(leaders: Group) -> None:
+        lockstep, device = lockstep_of(leaders)
+        if leaders.rank == 1:
+            lockstep.run_idle = lambda kind, counts: 1 / 0
+            while lockstep.error is None:
+                time.sleep(0.001)
+            leaders.meeting.barrier.abort()
+            with pytest.raises(ZeroDivisionError):
+                lockstep.submit(partial(device.forward, "own", 0), 1)
+        else:
+            with pytest.raises(RankError):
+                while True:
+                    lockstep.submit(partial(device.forward, "own", 0), 1)
+        lockstep.close()
+
+    run_ranks(2, run)
