@@ -26,7 +26,14 @@ import common
 from common.device import usable_cores
 
 # Every module that defines kernels, so that KERNELS has them all.
-from common.kernels.cpu import attention, elementwise, experts, linear, sampler  # noqa: F401
+from common.kernels.cpu import (  # noqa: F401
+    attention,
+    elementwise,
+    exchange,
+    experts,
+    linear,
+    sampler,
+)
 from common.kernels.cpu.cache import cache_folder, mark_complete
 from common.kernels.cpu.jit import KERNELS
 
