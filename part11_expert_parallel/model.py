@@ -143,6 +143,59 @@ class MLP:
         return self.group.all_reduce(self.ops.linear(self.ops.silu_and_mul(gate_up), self.down))
 
 
+class Experts:
+    """A layer's experts, all of them here."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops = ops
+        hidden, size = config.hidden_size, config.moe_intermediate_size
+
+        def take(expert: int, name: str, *shape: int) -> torch.Tensor:
+            name = f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight"
+            return weights.take(name, *shape)
+
+        def gate_up(expert: int) -> torch.Tensor:
+            names = ("gate_proj", "up_proj")
+            return torch.cat([take(expert, name, size, hidden) for name in names])
+
+        numbers = range(config.num_experts)
+        down = (take(expert, "down_proj", hidden, size) for expert in numbers)
+        self.prepared = ops.prepare_experts(map(gate_up, numbers), down)
+
+    def __call__(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of what a token's experts make of it. x: [num_tokens, hidden]."""
+        return self.ops.experts(x, expert_ids, weights, self.prepared)
+
+
+class MoE:
+    """A mixture of experts in the place of the MLP: each token runs the few that the router chooses."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops, self.top_k = ops, config.num_experts_per_tok
+        self.is_normed = config.norm_topk_prob
+        name, shape = (
+            f"model.layers.{layer}.mlp.gate.weight",
+            (config.num_experts, config.hidden_size),
+        )
+        # In float32 whatever the model's format: a rounded score may choose another expert.
+        self.router = ops.prepare_weight(weights.take(name, *shape).float())
+        self.experts = Experts(config, ops, layer, weights)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [num_tokens, hidden]."""
+        return self.experts(x, *self.route(x))
+
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each token's experts and their weights, [num_tokens, top_k] int64 and float32."""
+        probs = self.ops.linear(x.float(), self.router).softmax(dim=-1)
+        weights, expert_ids = probs.topk(self.top_k, dim=-1)
+        if self.is_normed:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return expert_ids, weights
+
+
 class DecoderLayer:
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
         self.ops, self.eps = ops, config.rms_norm_eps
@@ -151,7 +204,8 @@ class DecoderLayer:
         self.input_norm = weights.take(f"{prefix}.input_layernorm.weight", hidden)
         self.post_attention_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", hidden)
         self.attention = Attention(config, ops, layer, weights)
-        self.mlp = MLP(config, ops, layer, weights)
+        feed_forward = MoE if layer in config.sparse_layers else MLP
+        self.mlp = feed_forward(config, ops, layer, weights)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, context: Context) -> torch.Tensor:
         """x: what the layer before adds to the residual, which is updated in place."""

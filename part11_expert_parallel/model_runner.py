@@ -98,7 +98,7 @@ class ModelRunner:
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
         """Load a model's weights. Raises ValueError."""
-        shape = ModelConfig.from_transformers(load_config(folder), max_model_len)
+        shape = ModelConfig.from_transformers(load_config(folder), max_model_len, moe=True)
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
         weights = open_weights(folder, self.device)
         return CausalLM(shape, self.ops, weights, self.dtype, self.device, self.ranks.group)

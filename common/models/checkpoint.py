@@ -22,6 +22,7 @@ import torch
 from common.models.config_json import check_config, check_sizes
 from common.models.embedded import HUB_NAME, INSTALL, cache_dir, embedded_model
 from common.models.errors import ModelError
+from common.models.expert_names import fused_experts, split_experts, split_shapes
 from common.models.presets import PRESETS
 from common.models.weight_files import (
     MAX_JSON_BYTES,
@@ -253,9 +254,10 @@ def random_tensors(
         return tensor.to(device)
 
     tied = "lm_head.weight" if config.tie_word_embeddings else None
-    state = _empty_model(config).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name != tied}
-    return {n: (shape, functools.partial(draw, n, shape)) for n, shape in shapes.items()}
+    shapes = split_shapes(_empty_model(config).state_dict())
+    return {
+        n: (shape, functools.partial(draw, n, shape)) for n, shape in shapes.items() if n != tied
+    }
 
 
 def _empty_model(config: Any) -> Any:
@@ -287,7 +289,7 @@ def load_transformers_model(
     try:
         if is_random(folder):
             empty, unused = _empty_model(config), []
-            state = dict(iter_weights(folder, device))
+            state = fused_experts(dict(iter_weights(folder, device)), empty.state_dict())
         else:
             headers = read_headers(folder)
             empty, unused = _fitting_model(folder, headers, config)
@@ -323,7 +325,8 @@ def _fitting_model(folder: Path, headers: dict[str, Header], config: Any) -> tup
     if num_layers > len(headers):
         raise ModelError(f"{folder} lacks weights: {len(headers)} of them for {num_layers} layers")
     empty = _empty_model(config)
-    needed = {name: list(tensor.shape) for name, tensor in empty.state_dict().items()}
+    needed = {name: list(shape) for name, shape in split_shapes(empty.state_dict()).items()}
+    headers = split_experts(headers)
     names = names_in_model(headers, empty.base_model_prefix, needed.__contains__)
     for name in filter(names.__contains__, needed):
         header = headers[names[name]]

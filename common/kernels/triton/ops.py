@@ -11,6 +11,7 @@ With TRITON_INTERPRET=1 set before the import the same kernels run on a CPU, slo
 """
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -172,6 +173,15 @@ class TritonOps(Ops):
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
         return F.linear(x, *weight)
+
+    def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
+        return self.reference.prepare_experts(gate_up, down)
+
+    def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
+        return self.reference.experts(x, expert_ids, weights, prepared)
+
+    def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
+        self.reference.replace_expert(prepared, index, gate_up, down)
 
     def attention(
         self,
