@@ -31,7 +31,7 @@ from common.bench.core.results import load_result
 from common.bench.core.rounds import Entrant, measure_rounds, rows
 from common.bench.costs import ModelShape, decode_cost, prefill_flops
 from common.bench.ladder import remarks
-from common.testing.parts import existing_parts
+from common.testing.parts import PARTS, existing_parts
 
 LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops": None}
 SHAPE = {
