@@ -160,7 +160,7 @@ def make_backend(
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         return ProcessGroupNCCL(store, rank, size, options)
     options = ProcessGroupGloo._Options()
-    options._timeout = limit
+    options._timeout = limit + timedelta(seconds=30)  # we are first, and have better words
     options._threads = 1
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
     where = {"interface": interface} if interface else {"hostname": host}
