@@ -329,7 +329,7 @@ class TestOperation:
         torch.testing.assert_close(ops.experts(x, ids, weights, prepared), alone)
 
     def test_the_panels_are_the_only_copy(self) -> None:
-        ops, sizes, alive = CpuOps(1), (64, 48), []
+        ops, sizes, alive = CpuOps(1), (64, 96), []
 
         def read(*shape: int) -> Any:
             for _ in range(5):
