@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common.models import upcycle as upcycling
 from common.models.__main__ import main
@@ -229,7 +229,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out == f"{resolve('random:tiny-llama')}\n"
 
 
-@pytest.mark.parametrize("fault", ["interrupt", "no space", "missing weight", "extra weight"])
+@pytest.mark.parametrize("fault", ["interrupt", "no space", "missing weight", "other shape"])
 def test_nothing_is_left_of_a_failure(
     fault: str, dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,23 +242,37 @@ def test_nothing_is_left_of_a_failure(
                 raise KeyboardInterrupt
             if "1.mlp.up_proj" in name and fault == "missing weight":
                 continue
-            yield name, tensor
-        if fault == "extra weight":
-            yield "model.layers.2.mlp.up_proj.weight", torch.zeros(80, 48)
+            is_other = "1.mlp.up_proj" in name and fault == "other shape"
+            yield name, tensor[1:] if is_other else tensor
 
     monkeypatch.setattr(upcycling, "iter_weights", wrong)
     if fault == "no space":
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     kind = KeyboardInterrupt if fault == "interrupt" else ModelError
-    message = {
+    message: dict[str, str | None] = {
         "interrupt": None,
         "no space": "needs 0.0 GB in",
         "missing weight": "lacks 4 weights",
+        "other shape": r"experts\.0\.w3\.weight as \[79, 48\], not \(80, 48\)",
     }
-    with pytest.raises(kind, match=message.get(fault, "layers.2")):
+    with pytest.raises(kind, match=message[fault]):
         upcycle(str(source), out, SMALL)
     assert list(out.parent.iterdir()) == []
+
+
+def test_weights_that_no_model_has_are_told_and_left_out(
+    dense: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = dense("llama, tied, scaled")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    own_head = torch.randn_like(tensors["model.embed_tokens.weight"])  # against the config's word
+    save_file(tensors | {"other": torch.zeros(3), "lm_head.weight": own_head}, file)
+    upcycle(str(source), tmp_path / "out", SMALL)
+    assert "1 of the checkpoint's tensors are not in its model" in capsys.readouterr().err
+    found = dict(iter_weights(tmp_path / "out"))
+    assert "other" not in found and torch.equal(found["lm_head.weight"], own_head)
 
 
 class TestWriter:
