@@ -153,7 +153,7 @@ def test_the_busiest_rank(skew: float, num_tokens: int) -> None:
     chances = popularity(32, 1, skew)
     draw = np.random.default_rng(2).multinomial(num_tokens, chances, size=500)
     most = draw.reshape(500, 8, 4).sum(-1).max(-1).mean() / (num_tokens / 8)
-    assert busiest_rank(chances, 8, num_tokens) == pytest.approx(most, rel=0.03)
+    assert busiest_rank(chances, 8, num_tokens) == pytest.approx(most, rel=0.08)
     assert busiest_rank(chances, 1, num_tokens) == 1
     assert busiest_rank(popularity(8, 8), 4, 100) == pytest.approx(1)  # every token chooses all
 
