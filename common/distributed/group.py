@@ -65,7 +65,7 @@ class Group(ABC):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Give up what the group holds. It is not to be used after."""
 
 

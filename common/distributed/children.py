@@ -1,0 +1,152 @@
+"""The other ranks of this host, as child processes that end with rank 0, and are watched."""
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from common.distributed.health import Health
+
+POLL = 0.1  # seconds between two looks at the processes
+PR_SET_PDEATHSIG = 1
+# What torchrun tells a process about its own ranks: not for the children that it starts itself.
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Children:
+    """Processes `python -m module`, one for each job, of rank 1, 2, …
+
+    One thread starts them, passes on what they print, and reports the first that ends. A child's
+    standard input brings its job as a line of JSON, and ends when this process does, however it
+    ends: the child's life line. A stopped child cannot read it; the system kills that one when
+    the thread that has started it ends, so the thread stays as long as the children do.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        jobs: list[dict[str, Any]],
+        descriptors: list[list[int]],
+        threads: int,
+        health: Health,
+    ) -> None:
+        """descriptors: files that each child inherits. Raises OSError when none can be started."""
+        self.processes: list[subprocess.Popen] = []
+        self._last_error = [""] * len(jobs)
+        self._health = health
+        self._started, self._closing = threading.Event(), threading.Event()
+        self._start_error: OSError | None = None
+        args = (module, jobs, descriptors, threads)
+        self._thread = threading.Thread(target=self._run, args=args, name="ranks", daemon=True)
+        self._thread.start()
+        self._started.wait()
+        if self._start_error is not None:
+            self.close()
+            raise self._start_error
+
+    def close(self) -> None:
+        """Kill the children that are left, and wait for their end."""
+        self._closing.set()
+        for process in self.processes:
+            process.kill()
+        self._thread.join()
+
+    def _run(self, module: str, jobs: list, descriptors: list[list[int]], threads: int) -> None:
+        try:
+            for job, inherited in zip(jobs, descriptors, strict=True):
+                self.processes.append(_start(module, job, inherited, threads))
+        except OSError as error:
+            self._start_error = error
+            self._closing.set()
+        self._started.set()
+        self._watch()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def _watch(self) -> None:
+        """Pass on the children's lines until they are to be closed."""
+        with selectors.DefaultSelector() as selector:
+            for i, process in enumerate(self.processes):
+                os.set_blocking(process.stdout.fileno(), False)
+                selector.register(process.stdout, selectors.EVENT_READ, i)
+            while not self._closing.is_set():
+                for key, _ in selector.select(POLL):
+                    if not self._pass_on(key.data):
+                        selector.unregister(key.fileobj)
+                for i, process in enumerate(self.processes):
+                    if process.poll() is not None and not self._closing.is_set():
+                        self._pass_on(i)
+                        self._health.report(self._how_ended(i))
+
+    def _pass_on(self, i: int) -> bool:
+        """Print what a child has printed; keep its `error:` line for the report. False at its end."""
+        lines = self.processes[i].stdout.readlines()
+        for line in lines:
+            text = line.decode(errors="replace")
+            if text.startswith("error: "):
+                self._last_error[i] = text.removeprefix("error: ").strip()
+            else:
+                sys.stderr.write(text)
+        return bool(lines)
+
+    def _how_ended(self, i: int) -> str:
+        status = self.processes[i].returncode
+        if status < 0:
+            return f"rank {i + 1} was killed by {signal.Signals(-status).name}"
+        said = self._last_error[i]
+        return f"rank {i + 1} ended: {said}" if said else f"rank {i + 1} ended with status {status}"
+
+
+def _start(
+    module: str, job: dict[str, Any], inherited: list[int], threads: int
+) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    environment["OMP_NUM_THREADS"] = str(threads)
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=inherited,
+        env=environment,
+        start_new_session=True,  # a Ctrl-C in the terminal is for rank 0 alone
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):  # ended at once: the watcher will say so
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        process.stdin.flush()
+    return process
+
+
+def read_job() -> dict[str, Any]:
+    """In the child: its job. From now on it ends with rank 0. Exits when there is no rank 0."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        received = os.read(0, 1)
+        if not received:
+            os._exit(1)
+        line += received
+    job = json.loads(line)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != job["parent"]:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_hold_life_line, name="life line", daemon=True).start()
+    return job
+
+
+def _hold_life_line() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)

@@ -1,0 +1,37 @@
+"""What is wrong with the ranks, known to all that wait for one."""
+
+import threading
+import time
+
+from common.distributed.group import RankError
+
+GRACE = 0.5  # seconds for the watcher of processes to say why a connection has ended
+
+
+class Health:
+    """The first problem of some ranks, as one line; None while there is none.
+
+    It is reported by whatever notices first (a wait, the watcher of the processes), in any thread.
+    """
+
+    def __init__(self) -> None:
+        self.problem: str | None = None
+        self._lock = threading.Lock()
+
+    def report(self, problem: str) -> RankError:
+        """Keep a problem, unless there is one already. Returns the first as an error to raise."""
+        with self._lock:
+            self.problem = self.problem or problem
+        return RankError(self.problem)
+
+    def report_after_grace(self, problem: str) -> RankError:
+        """The same for a connection that has ended: the watcher may know better why."""
+        deadline = time.monotonic() + GRACE
+        while self.problem is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.report(problem)
+
+    def check(self) -> None:
+        """Raises RankError when a problem is known."""
+        if self.problem is not None:
+            raise RankError(self.problem)

@@ -1,0 +1,97 @@
+"""The ranks of an engine on one host: rank 0 starts the others as its children.
+
+They meet in a store that is a file without a name, and hear rank 0 through pipes: no port is open.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed import Store
+
+from common.device import usable_cores
+from common.distributed.children import Children, read_job
+from common.distributed.control import PipeReceiver, PipeSender
+from common.distributed.gloo import TorchGroup, make_backend
+from common.distributed.group import Group, OneRank
+from common.distributed.health import Health
+from common.distributed.ranks import Ranks
+from common.distributed.rendezvous import LocalStore, meet, open_store
+
+LOOPBACK = "127.0.0.1"
+
+
+def start_local(
+    package: str,
+    config: Mapping[str, Any],
+    device: torch.device,
+    size: int,
+    timeout: float,
+    fingerprint: Mapping[str, str],
+    start_timeout: float,
+) -> Ranks:
+    first = device.index or 0
+    if device.type == "cuda" and first + size > torch.cuda.device_count():
+        num_gpus = torch.cuda.device_count()
+        raise ValueError(f"{size} ranks from {device} on, but torch sees {num_gpus} GPUs")
+    health, threads = Health(), max(1, usable_cores() // size)
+    local = LocalStore(size)
+    pipes = [os.pipe() for _ in range(1, size)]
+    jobs, descriptors = [], []
+    for rank, (end, _) in enumerate(pipes, 1):
+        jobs.append(
+            {
+                "config": config,
+                "rank": rank,
+                "size": size,
+                "device": "cpu" if device.type == "cpu" else f"cuda:{first + rank}",
+                "threads": threads,
+                "timeout": timeout,
+                "start_timeout": start_timeout,
+                "parent": os.getpid(),
+                "store": local.path,
+                "control": end,
+            }
+        )
+        descriptors.append([end] if local.descriptor is None else [end, local.descriptor])
+    try:
+        children = Children(f"{package}.worker", jobs, descriptors, threads, health)
+    finally:
+        for end, _ in pipes:
+            os.close(end)
+    control = PipeSender([end for _, end in pipes], timeout, health)
+    ranks = Ranks(0, size, OneRank(), control, device, threads, health, children)
+    try:
+        meet(local.store, 0, size, fingerprint, timeout=start_timeout, health=health)
+        ranks.group = _local_group(local.store, 0, size, device, timeout, health)
+    except BaseException:
+        ranks.close()
+        raise
+    finally:
+        local.close()
+    return ranks
+
+
+def _local_group(
+    store: Store, rank: int, size: int, device: torch.device, timeout: float, health: Health
+) -> Group:
+    backend = make_backend(store, "data", rank, size, device, timeout, LOOPBACK)
+    return TorchGroup(backend, device, timeout, health)
+
+
+def join_local(
+    fingerprint: Callable[[dict[str, Any]], Mapping[str, str]],
+) -> tuple[dict[str, Any], Ranks]:
+    """Another rank, in the process that `start_local` has started: rank 0's config, and the ranks."""
+    job = read_job()
+    rank, size, timeout = job["rank"], job["size"], job["timeout"]
+    device, health = torch.device(job["device"]), Health()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = open_store(job["store"], rank, size, timeout)
+    prints = fingerprint(job["config"])
+    meet(store, rank, size, prints, timeout=job["start_timeout"], health=health)
+    group = _local_group(store, rank, size, device, timeout, health)
+    control = PipeReceiver(job["control"], timeout)
+    return job["config"], Ranks(rank, size, group, control, device, job["threads"], health)

@@ -1,0 +1,154 @@
+"""Where ranks meet, and the proof that they are alike before they compute anything together."""
+
+import hashlib
+import importlib
+import json
+import os
+import platform
+import socket
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from torch.distributed import FileStore, Store, TCPStore
+
+from common.distributed.health import Health
+
+PACKAGES = ("torch", "numpy", "numba", "safetensors", "tokenizers", "transformers")
+SAMPLE = 4096  # bytes of a shard that are read at each of its sampled places
+PLACES = 16
+
+
+class LocalStore:
+    """A store for the processes of this host: a file without a name, so that nothing can be left
+    behind and no port is open. Where the system has none: a file in a private folder."""
+
+    def __init__(self, size: int) -> None:
+        self.descriptor: int | None = None  # to be inherited by the other ranks
+        self._folder: tempfile.TemporaryDirectory | None = None
+        if hasattr(os, "memfd_create"):
+            self.descriptor = os.memfd_create("ranks")
+            self.path = f"/proc/self/fd/{self.descriptor}"
+        else:
+            self._folder = tempfile.TemporaryDirectory(prefix="ranks-")  # mode 0700
+            self.path = str(Path(self._folder.name) / "store")
+        self.store = FileStore(self.path, size)
+
+    def close(self) -> None:
+        """Once all ranks are connected."""
+        del self.store
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def open_store(rendezvous: str, rank: int, size: int, timeout: float) -> Store:
+    """The store at a path, or at host:port, where rank 0 listens. Raises ValueError."""
+    if "/" in rendezvous:
+        return FileStore(rendezvous, size)
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"rendezvous must be a path or host:port, not {rendezvous!r}")
+    limit = timedelta(seconds=timeout)
+    try:
+        if rank != 0:
+            return TCPStore(host, int(port), size, False, limit, wait_for_workers=False)
+        # Bound here, to this address alone: left to itself the store listens on all of them.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host.strip("[]"), int(port)), family=family) as server:
+            return TCPStore(
+                host,
+                int(port),
+                size,
+                True,
+                limit,
+                wait_for_workers=False,
+                master_listen_fd=server.detach(),
+            )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"no rendezvous at {rendezvous!r}: {reason}") from None
+
+
+def meet(
+    store: Store,
+    rank: int,
+    size: int,
+    fingerprint: Mapping[str, str],
+    *,
+    timeout: float,
+    health: Health,
+) -> None:
+    """Wait until every rank has come, and compare all fingerprints with rank 0's.
+
+    Raises ValueError, on every rank, when two differ or a rank does not come within `timeout`
+    seconds; RankError when one is known to have died.
+    """
+    store.set(f"fingerprint/{rank}", json.dumps(fingerprint))
+    deadline = time.monotonic() + timeout
+    prints = []
+    for other in range(size):
+        key = f"fingerprint/{other}"
+        while not store.check([key]):
+            health.check()
+            if time.monotonic() > deadline:
+                raise ValueError(f"rank {other} of {size} has not come within {timeout:g} s")
+            time.sleep(0.01)
+        prints.append(json.loads(store.get(key)))
+    for other, theirs in enumerate(prints):
+        if difference := first_difference(prints[0], theirs):
+            name, first, second = difference
+            raise ValueError(f"{name} differs: {first} on rank 0, {second} on rank {other}")
+
+
+def first_difference(
+    ours: Mapping[str, str], theirs: Mapping[str, str]
+) -> tuple[str, str, str] | None:
+    """The first field, by name, in which two fingerprints differ, and both values."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        first, second = ours.get(name, "nothing"), theirs.get(name, "nothing")
+        if first != second:
+            return name, first, second
+    return None
+
+
+def project_fingerprint(package: str) -> dict[str, str]:
+    """Versions of Python and of the packages that compute, and a hash over the project's own code:
+    all of `common` and of the part's package."""
+    prints = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            prints[name] = version(name)
+        except PackageNotFoundError:
+            prints[name] = "none"
+    digest = hashlib.sha256()
+    for name in ("common", package):
+        folder = Path(importlib.import_module(name).__path__[0])
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{name}/{path.relative_to(folder)}\0".encode())
+            digest.update(path.read_bytes() + b"\0")
+    prints["code"] = digest.hexdigest()[:16]
+    return prints
+
+
+def checkpoint_fingerprint(folder: Path) -> dict[str, str]:
+    """A hash over a checkpoint's small files, and over the size, header and samples of its shards:
+    a few hundred kilobytes are read, however large it is."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if path.suffix != ".safetensors":
+                digest.update(file.read(SAMPLE * PLACES))
+                continue
+            header = file.read(8)
+            digest.update(header + file.read(min(int.from_bytes(header, "little"), 1 << 24)))
+            for place in range(PLACES):
+                file.seek(max(0, (size - SAMPLE) * place // (PLACES - 1)))
+                digest.update(file.read(SAMPLE))
+    return {"checkpoint": digest.hexdigest()[:16]}

@@ -1,0 +1,1 @@
+"""A package whose ranks do what a test tells them (see `worker`)."""
