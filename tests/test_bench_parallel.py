@@ -180,8 +180,9 @@ def test_heads_of_smollm2_on_one_to_nine_ranks() -> None:
         (9, 3), (6, 2), (3, 1), (1, 1),
     ]  # fmt: skip
     assert [own.intermediate_size for own in heads.values()] == [1536, 768, 512, 171]
-    with pytest.raises(ValueError, match="tp 10 is more than the model's 9 query heads"):
-        Share.of(SMOLLM2, Layout(10))
+    for tp in (4, 6, 10, 18):
+        with pytest.raises(ValueError, match=f"tp {tp}: 9 heads with 3 of KV do not divide"):
+            Share.of(SMOLLM2, Layout(tp))
 
 
 def test_experts_are_spread_or_cut() -> None:

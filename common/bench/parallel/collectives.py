@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     sizes = sorted(set(args.sizes))
     for name, bad in (
-        ("--sizes", [size for size in sizes if size % 64] or len(sizes) < 3 and sizes),
+        ("--sizes", [size for size in sizes if size % 64] or (len(sizes) < 3 and sizes)),
         ("--ranks", [ranks for ranks in args.ranks if not 2 <= ranks <= 16]),
     ):
         if bad:

@@ -55,11 +55,11 @@ class Share:
     def of(cls, shape: ModelShape, layout: Layout) -> "Share":
         """Heads go in whole groups that share keys and values; more ranks than groups copy these.
 
-        Raises ValueError for experts that do not divide, and for more ranks than query heads.
+        Raises ValueError for heads and experts that do not divide.
         """
         groups, tp = shape.num_kv_heads, layout.tp
-        if tp > shape.num_heads:
-            raise ValueError(f"tp {tp} is more than the model's {shape.num_heads} query heads")
+        if tp > groups and (tp % groups or shape.num_heads % tp):
+            raise ValueError(f"tp {tp}: {shape.num_heads} heads with {groups} of KV do not divide")
         spread = layout.num_ranks if layout.ep and shape.num_experts else 1
         if shape.num_experts % spread:
             raise ValueError(f"{shape.num_experts} experts on {spread} ranks: it does not divide")
