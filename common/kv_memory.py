@@ -21,6 +21,7 @@ def choose_num_blocks(
     device: torch.device,
     reserved: int = 0,
     draft_model: ModelConfig | None = None,
+    num_ranks: int = 1,
 ) -> int:
     """How many blocks the cache should have: what was asked for, or what memory and need allow.
 
@@ -28,7 +29,8 @@ def choose_num_blocks(
     a CPU other programs want it, and no cache is larger than its sequences at their longest.
 
     config: an engine's. reserved: bytes of a GPU that a step needs for itself. draft_model: its keys
-    and values lie in blocks of the same numbers. Raises ValueError.
+    and values lie in blocks of the same numbers. num_ranks: processes that share this machine's
+    memory, when it is a CPU's. Raises ValueError.
     """
     if config.num_blocks is not None:
         return config.num_blocks
@@ -38,6 +40,7 @@ def choose_num_blocks(
     memory = config.kv_cache_memory
     if memory is None:
         memory = kv_cache_budget(device, config.gpu_memory_utilization, reserved)
+        memory //= num_ranks if device.type == "cpu" else 1
     if memory < block_bytes:
         raise ValueError(
             f"{memory} bytes are there for the KV cache, and a block of {config.block_size} tokens"

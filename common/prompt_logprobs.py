@@ -58,6 +58,11 @@ class PromptPiece:
     token_ids: list[int]
     num_top: int  # how many most likely tokens are asked for
 
+    def bring(self, hidden: Tensor, logits_of: Callable[[Tensor], object]) -> None:
+        """Ask for the same logits as `score`, on a rank that has only a part of them to give."""
+        for rows in hidden[self.place : self.place + len(self.token_ids)].split(ROWS):
+            logits_of(rows)
+
     def score(self, hidden: Tensor, logits_of: Callable[[Tensor], Tensor]) -> PromptScores:
         """hidden: of the whole batch, [num_tokens, hidden]; logits_of: [n, hidden] -> [n, vocab]."""
         hidden = hidden[self.place : self.place + len(self.token_ids)]

@@ -205,9 +205,9 @@ def test_a_buffer_that_is_read_is_not_written(part: int, monkeypatch: pytest.Mon
     [expected] = engine.generate([PROMPT], GREEDY, progress=False)
     gate, fill_in = threading.Semaphore(0), engine.runner.fill_in
 
-    def held(batch: Any) -> None:
+    def held(batch: Any, *what: Any) -> None:
         assert gate.acquire(timeout=60)
-        fill_in(batch)
+        fill_in(batch, *what)
 
     def fail(*_: Any) -> None:
         raise RuntimeError("late in prepare")

@@ -49,7 +49,7 @@ class TorchGroup(Group):
 
     def broadcast(self, x: Tensor, root: int = 0) -> None:
         """Sends x to each of this rank's children in a binomial tree; the root has log2(N)."""
-        self._run("broadcast", self._backend.broadcast, [_as_bytes(x)], root)
+        self._run("broadcast", self._backend.broadcast, _as_bytes(x), root)
         place = (self.rank - root) % self.size
         self.num_bytes_sent += num_children(place, self.size) * _num_bytes(x)
 

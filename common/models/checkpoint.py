@@ -6,13 +6,14 @@ from safetensors only: pickled weights can run code when loaded, and so can the 
 checkpoints bring; both are refused, and there is no option to change that.
 """
 
+import functools
 import json
 import math
 import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,15 @@ def iter_weights(
 
 
 def _random_weights(folder: Path, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """Normal weights, each from a generator seeded by its name, so that order does not matter.
+    for name, (_, draw) in random_tensors(folder, device).items():
+        yield name, draw()
+
+
+def random_tensors(
+    folder: Path, device: torch.device
+) -> dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]:
+    """{name: (shape, what draws it)}. Normal weights, each from a generator seeded by its name, so
+    that order does not matter.
 
     Norm weights scatter around 1. Tiny presets are drawn on the CPU and so are the same on every
     device; big ones on the device that will hold them, which is what makes them quick.
@@ -234,16 +243,19 @@ def _random_weights(folder: Path, device: torch.device) -> Iterator[tuple[str, t
     seed = read_json(folder / RANDOM_MARK)["seed"]
     tiny = folder.name.startswith("tiny-")
     place = torch.device("cpu") if tiny else device
-    tied = "lm_head.weight" if config.tie_word_embeddings else None
-    for name, shape in _empty_model(config).state_dict().items():
-        if name == tied:
-            continue
+
+    def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         generator = torch.Generator(place).manual_seed(zlib.crc32(name.encode()) + seed)
-        tensor = torch.empty(shape.shape, dtype=config.dtype, device=place)
+        tensor = torch.empty(shape, dtype=config.dtype, device=place)
         tensor.normal_(0.0, config.initializer_range, generator=generator)
         if name.endswith("norm.weight"):
             tensor += 1
-        yield name, tensor.to(device)
+        return tensor.to(device)
+
+    tied = "lm_head.weight" if config.tie_word_embeddings else None
+    state = _empty_model(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name != tied}
+    return {n: (shape, functools.partial(draw, n, shape)) for n, shape in shapes.items()}
 
 
 def _empty_model(config: Any) -> Any:

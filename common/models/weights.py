@@ -64,6 +64,17 @@ def model_weights(
     values is left out then; one of other values is the checkpoint's word against the config's, and
     counts.
     """
+    chosen = weight_headers(headers, is_tied)
+    name_of = {source: name for name, (source, _) in chosen.items()}
+    for name, (_, header) in chosen.items():
+        if not header.is_number:
+            yield name, NotRead(header.dtype)
+    for source, tensor in read_tensors(dict(chosen.values()), device):
+        yield name_of[source], tensor
+
+
+def weight_headers(headers: dict[str, Header], is_tied: bool) -> dict[str, tuple[str, Header]]:
+    """{name in the model: (name in its file, header)} of every weight, as `model_weights` chooses."""
     names = names_in_model(headers, PREFIX, OF_A_MODEL.match)
     names = {name: source for name, source in names.items() if not ROTARY.search(name)}
     if is_tied and HEAD in names:
@@ -71,13 +82,7 @@ def model_weights(
             names[EMBEDDING] = names.pop(HEAD)
         elif have_same_values(headers, names[EMBEDDING], names[HEAD]):
             del names[HEAD]
-    chosen = {source: headers[source] for source in names.values()}
-    name_of = {source: name for name, source in names.items()}
-    for source, header in chosen.items():
-        if not header.is_number:
-            yield name_of[source], NotRead(header.dtype)
-    for source, tensor in read_tensors(chosen, device):
-        yield name_of[source], tensor
+    return {name: (source, headers[source]) for name, source in names.items()}
 
 
 def have_same_values(headers: dict[str, Header], *names: str) -> bool:
