@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from common.device import usable_cores
+from common.distributed import shared_memory
 from common.distributed.control import NoControl
 from common.distributed.gloo import TorchGroup, make_backend, own_address
 from common.distributed.group import Group, OneRank, RankError
@@ -34,11 +35,13 @@ def connect(
     timeout: float,
     fingerprint: Mapping[str, str],
     start_timeout: float = START_SECONDS,
+    use_shared_memory: bool = True,
 ) -> Ranks:
     """Rank 0: start the other ranks, or find those that torchrun has started, and meet them.
 
     config is plain JSON, and reaches every rank. A GPU's number is rank 0's; the others take the
-    next ones. timeout: seconds that any wait may take later on. Raises ValueError, one line, when
+    next ones. timeout: seconds that any wait may take later on. CPU ranks of one host share memory,
+    or take gloo where they shall or can not. Raises ValueError, one line, when
     a rank fails to start, does not come, or is not like rank 0.
     """
     if device.type == "cuda":
@@ -48,7 +51,11 @@ def connect(
     try:
         if by_torchrun():
             return start_torchrun(config, device, size, timeout, fingerprint, start_timeout)
-        return start_local(package, config, device, size, timeout, fingerprint, start_timeout)
+        wants = shared_memory.is_available() and use_shared_memory and device.type == "cpu"
+        memory = shared_memory.make_memory(size) if wants else None
+        return start_local(
+            package, config, device, size, timeout, fingerprint, start_timeout, memory
+        )
     except (RankError, OSError) as error:
         raise ValueError(str(error)) from None
 

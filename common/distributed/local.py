@@ -18,6 +18,7 @@ from common.distributed.group import Group, OneRank
 from common.distributed.health import Health
 from common.distributed.ranks import Ranks
 from common.distributed.rendezvous import LocalStore, meet, open_store
+from common.distributed.shared_memory import SharedMemoryGroup
 
 LOOPBACK = "127.0.0.1"
 
@@ -30,7 +31,9 @@ def start_local(
     timeout: float,
     fingerprint: Mapping[str, str],
     start_timeout: float,
+    memory: int | None,
 ) -> Ranks:
+    """Rank 0. memory: see `shared_memory.make_memory`; closed here. Raises ValueError, RankError."""
     first = device.index or 0
     if device.type == "cuda" and first + size > torch.cuda.device_count():
         num_gpus = torch.cuda.device_count()
@@ -51,10 +54,11 @@ def start_local(
                 "start_timeout": start_timeout,
                 "parent": os.getpid(),
                 "store": local.path,
+                "memory": memory,
                 "control": end,
             }
         )
-        descriptors.append([end] if local.descriptor is None else [end, local.descriptor])
+        descriptors.append([x for x in (end, local.descriptor, memory) if x is not None])
     try:
         children = Children(f"{package}.worker", jobs, descriptors, threads, health)
     finally:
@@ -64,20 +68,31 @@ def start_local(
     ranks = Ranks(0, size, OneRank(), control, device, threads, health, children)
     try:
         meet(local.store, 0, size, fingerprint, timeout=start_timeout, health=health)
-        ranks.group = _local_group(local.store, 0, size, device, timeout, health)
+        ranks.group = _local_group(local.store, memory, 0, size, device, timeout, health)
     except BaseException:
         ranks.close()
         raise
     finally:
         local.close()
+        if memory is not None:
+            os.close(memory)
     return ranks
 
 
 def _local_group(
-    store: Store, rank: int, size: int, device: torch.device, timeout: float, health: Health
+    store: Store,
+    memory: int | None,
+    rank: int,
+    size: int,
+    device: torch.device,
+    timeout: float,
+    health: Health,
 ) -> Group:
-    backend = make_backend(store, "data", rank, size, device, timeout, LOOPBACK)
-    return TorchGroup(backend, device, timeout, health)
+    """Over shared memory where there is some, which is then held without the descriptor."""
+    if memory is None:
+        backend = make_backend(store, "data", rank, size, device, timeout, LOOPBACK)
+        return TorchGroup(backend, device, timeout, health)
+    return SharedMemoryGroup(memory, rank, size, timeout, health)
 
 
 def join_local(
@@ -92,6 +107,8 @@ def join_local(
     store = open_store(job["store"], rank, size, timeout)
     prints = fingerprint(job["config"])
     meet(store, rank, size, prints, timeout=job["start_timeout"], health=health)
-    group = _local_group(store, rank, size, device, timeout, health)
+    group = _local_group(store, job["memory"], rank, size, device, timeout, health)
+    if job["memory"] is not None:
+        os.close(job["memory"])
     control = PipeReceiver(job["control"], timeout)
     return job["config"], Ranks(rank, size, group, control, device, job["threads"], health)
