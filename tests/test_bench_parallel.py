@@ -27,6 +27,7 @@ from common.bench.parallel.links import (
     one_shot_all_reduce,
     ring_all_reduce,
     ring_gather,
+    shared_all_reduce,
 )
 from common.bench.parallel.machines import (
     CLUSTER,
@@ -205,6 +206,10 @@ def test_memory_of_one_rank_is_the_models() -> None:
     two = memory(SMOLLM2, Layout(tp=2), machine(), context=100, dtype_bytes=4, tied=True)
     assert two.kv_bytes_per_token == 4 * 11520 * 2 // 3  # two of three heads
     assert one.weight_bytes / 2 < two.weight_bytes < 0.54 * one.weight_bytes
+    other = memory(SMOLLM2, Layout(tp=2), machine(), context=100, dtype_bytes=4, tied=True, rank=1)
+    norms = 61 * 576 * 4  # on both ranks
+    assert two.weight_bytes + other.weight_bytes == one.weight_bytes + norms
+    assert other.kv_bytes_per_token == 4 * 11520 // 3
 
 
 def test_what_does_not_fit_holds_no_sequence() -> None:
@@ -357,9 +362,10 @@ def test_messages_of_experts() -> None:
 def test_bytes_sent_for_each_token_and_layer() -> None:
     """SmolLM2 in fp32 on two ranks: two sums of 576 numbers, and each rank gives its own once."""
     assert sent_bytes(SMOLLM2, Layout(2), 4) == 2 * 576 * 4
-    assert sent_bytes(SMOLLM2, Layout(2), 4, "one-shot") == 2 * 576 * 4
+    assert sent_bytes(SMOLLM2, Layout(2), 4, one_shot_all_reduce) == 2 * 576 * 4
     assert sent_bytes(SMOLLM2, Layout(3), 4) == pytest.approx(2 * 4 / 3 * 576 * 4)
-    assert sent_bytes(SMOLLM2, Layout(3), 4, "one-shot") == 2 * 2 * 576 * 4
+    assert sent_bytes(SMOLLM2, Layout(3), 4, one_shot_all_reduce) == 2 * 2 * 576 * 4
+    assert sent_bytes(SMOLLM2, Layout(3), 4, shared_all_reduce) == 2 * 576 * 4
     assert sent_bytes(SMOLLM2, Layout(1, 4), 4) == 0
     # One expert of two, on two ranks: half of the tokens go to the other rank and come back.
     shape = ModelShape(1, 10, 2, 2, 5, 7, 9, num_experts=2, num_experts_per_token=1)

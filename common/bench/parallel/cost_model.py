@@ -12,6 +12,7 @@ whatever the host does between two steps, except where a Device says it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,16 +209,19 @@ def dispatch_seconds(
 
 
 def sent_bytes(
-    shape: ModelShape, layout: Layout, dtype_bytes: int = 2, algorithm: str = "ring"
+    shape: ModelShape,
+    layout: Layout,
+    dtype_bytes: int = 2,
+    all_reduce: Callable[[float, int], Traffic] = ring_all_reduce,
 ) -> float:
     """What a rank gives to others for each token of its replica, in each layer.
 
-    algorithm: of sums, "ring" or "one-shot". Tokens go to each rank that has experts of theirs once.
+    all_reduce: the algorithm of sums. A token goes to each rank that has experts of its own once.
     """
     row, tp, size = shape.hidden_size * dtype_bytes, layout.tp, layout.num_ranks
-    one_sum = ring_all_reduce(row, tp) if algorithm == "ring" else Traffic(1, (tp - 1) * row)
+    one_sum = all_reduce(row, tp).num_bytes
     if not (layout.ep and shape.num_experts):
-        return 2 * one_sum.num_bytes
+        return 2 * one_sum
     copies = ranks_reached(shape.num_experts, shape.num_experts_per_token, size)
     there_and_back = 2 * all_to_all(copies * row / tp, size).num_bytes
-    return one_sum.num_bytes + there_and_back + (tp - 1) / tp * row
+    return one_sum + there_and_back + (tp - 1) / tp * row

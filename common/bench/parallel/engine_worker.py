@@ -7,6 +7,7 @@ such processes begin theirs together, as replicas. Every line is answered by one
 
 import gc
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -22,8 +23,6 @@ def start(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(engine, what it says of itself). rank_bytes: of each rank its weights and its KV cache;
     peak_mib: of each rank's process until now."""
     engine, config, answer = start_engine(job)
-    import os
-
     stats = engine.stats()
     processes = ["self", *ranks_of(os.getpid())]
     answer |= {
@@ -44,7 +43,8 @@ def ranks_of(pid: int) -> list[int]:
 def run(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     """One token each, as fast as prompts are computed, or max_tokens each, as `decode` counts.
 
-    seconds, num_tokens, outputs; sent: by collective, what rank 0 did in all of the run."""
+    seconds, num_tokens, outputs; num_computed: tokens of all forwards; sent: by collective, what
+    rank 0 did in all of the run."""
     gc.collect()  # here, and not in the midst of what is measured
     group = getattr(getattr(engine.runner, "ranks", None), "group", None)
     watch = Watch(group) if group is not None else None
@@ -57,6 +57,7 @@ def run(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
         if watch is not None:
             watch.stop()
     totals = watch.totals() if watch is not None else {}
+    answer["num_computed"] = sum(len(prompt) + job["max_tokens"] - 1 for prompt in job["prompts"])
     return answer | {"sent": {name: vars(total) for name, total in totals.items()}}
 
 

@@ -127,8 +127,11 @@ def points_of(args: argparse.Namespace) -> list[Point]:
 def variants_of(args: argparse.Namespace) -> list[Variant]:
     """Raises ValueError for more ranks than cores: their times would say nothing."""
     cores = usable_cores()
+    num_seqs = max(*args.batches, NUM_SHORT)
+    longest = max(LONG, args.prompt_len + args.output_len)
     common = {
-        "max_num_seqs": max(*args.batches, NUM_SHORT),
+        "max_num_seqs": num_seqs,
+        "num_blocks": num_seqs * -(-(args.prompt_len + args.output_len) // 16) + longest // 16,
         "max_num_batched_tokens": BUDGET,
         "prefix_cache": "off",
         **settings_of(args),
@@ -144,9 +147,7 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
     return variants
 
 
-def measure_rounds(
-    variants: list[Variant], points: list[Point], args: argparse.Namespace
-) -> None:
+def measure_rounds(variants: list[Variant], points: list[Point], args: argparse.Namespace) -> None:
     """All, round by round. A variant that fails is told and takes no further part."""
     turns = [
         (number, variant)
@@ -162,9 +163,7 @@ def measure_rounds(
                 print(f"{variant.name}: {error}")
 
 
-def measure(
-    variant: Variant, points: list[Point], number: int, args: argparse.Namespace
-) -> None:
+def measure(variant: Variant, points: list[Point], number: int, args: argparse.Namespace) -> None:
     """One round of a variant; every other round begins with the last point."""
     others = OtherWork()
     with Engines(args.part, args.model, variant, args.verbose) as engines:

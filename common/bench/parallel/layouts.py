@@ -1,4 +1,4 @@
-"""How a model is laid out over ranks: which share of it is on the fullest rank, and what fits beside.
+"""How a model is laid out over ranks: which share of it is on each rank, and what fits beside.
 
 `tp` ranks hold one replica together: heads, the columns of the feed-forward network and the
 vocabulary are divided. `dp` replicas have sequences of their own. With `ep` the experts of a mixture
@@ -6,11 +6,11 @@ are spread over all tp * dp ranks; without it each replica has them all, cut in 
 feed-forward network.
 """
 
-import math
 from dataclasses import dataclass
 
 from common.bench.costs import ModelShape
 from common.bench.parallel.machines import Machine
+from common.distributed.group import even_split
 
 USABLE_MEMORY = 0.9  # of a device, for weights and KV; the rest is activations and the libraries'
 BACKENDS = ("all_to_all", "allgather_reducescatter")
@@ -43,7 +43,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Share:
-    """What of a model is on the rank that has most. Sizes in elements, of one layer."""
+    """What of a model is on one rank. Sizes in elements, of one layer."""
 
     num_heads: int
     num_kv_heads: int
@@ -52,25 +52,28 @@ class Share:
     vocab_size: int
 
     @classmethod
-    def of(cls, shape: ModelShape, layout: Layout) -> "Share":
-        """Heads go in whole groups that share keys and values; more ranks than groups copy these.
-
-        Raises ValueError for heads and experts that do not divide.
-        """
+    def of(cls, shape: ModelShape, layout: Layout, rank: int = 0) -> "Share":
+        """rank: of a replica; the first has most. Heads go in whole groups that share keys and
+        values; more ranks than groups copy these. Raises ValueError for what does not divide."""
         groups, tp = shape.num_kv_heads, layout.tp
         if tp > groups and (tp % groups or shape.num_heads % tp):
             raise ValueError(f"tp {tp}: {shape.num_heads} heads with {groups} of KV do not divide")
         spread = layout.num_ranks if layout.ep and shape.num_experts else 1
         if shape.num_experts % spread:
             raise ValueError(f"{shape.num_experts} experts on {spread} ranks: it does not divide")
-        own_groups = math.ceil(groups / tp)
+
+        def part(total: int, size: int) -> int:
+            return len(even_split(total, size)[rank])
+
+        own_groups = part(groups, tp) if tp <= groups else 1
         whole_groups = own_groups * (shape.num_heads // groups)
+        cut = shape.intermediate_size
         return cls(
-            num_heads=whole_groups if tp <= groups else math.ceil(shape.num_heads / tp),
+            num_heads=whole_groups if tp <= groups else shape.num_heads // tp,
             num_kv_heads=own_groups,
-            intermediate_size=math.ceil(shape.intermediate_size / (tp if spread == 1 else 1)),
+            intermediate_size=cut if spread > 1 else part(cut, tp),
             num_experts=shape.num_experts // spread,
-            vocab_size=math.ceil(shape.vocab_size / tp),
+            vocab_size=part(shape.vocab_size, tp),
         )
 
     def projection_params(self, shape: ModelShape) -> int:
@@ -84,7 +87,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank that has most, and how many sequences all replicas hold together."""
+    """Bytes on a rank, and how many sequences all replicas would hold if all ranks were like it."""
 
     weight_bytes: int
     kv_bytes_per_token: int
@@ -98,12 +101,14 @@ def memory(
     context: int,
     dtype_bytes: int = 2,
     tied: bool = False,
+    rank: int = 0,
 ) -> Memory:
     """context: tokens of a sequence. tied: the output matrix is the embedding's and there once.
+    rank: the first has most.
 
     Biases and norms of queries and keys are left out: below a millionth.
     """
-    own, layers = Share.of(shape, layout), shape.num_layers
+    own, layers = Share.of(shape, layout, rank), shape.num_layers
     networks = own.network_params(shape) * max(1, own.num_experts)
     whole = (2 * layers + 1) * shape.hidden_size + shape.router_params  # on every rank
     vocabulary = (1 if tied else 2) * own.vocab_size * shape.hidden_size

@@ -11,6 +11,7 @@ Rabenseifner and Gropp, 2005):
 
     all-reduce, ring       2 (p - 1) hops    2 (p - 1) / p * n bytes
     all-reduce, one-shot   1 hop             (p - 1) * n bytes: every rank reads all others' tensors
+    the same, in memory    1 hop             n bytes: written once, where all others read it
     all-gather, ring       p - 1 hops        (p - 1) / p * n bytes, n being the whole result
     reduce-scatter, ring   p - 1 hops        (p - 1) / p * n bytes, n being the whole input
     all-to-all             1 hop             (p - 1) / p * n bytes, n being what one rank hands out
@@ -34,6 +35,10 @@ def ring_all_reduce(num_bytes: float, size: int) -> Traffic:
 
 def one_shot_all_reduce(num_bytes: float, size: int) -> Traffic:
     return Traffic(min(1, size - 1), (size - 1) * num_bytes)
+
+
+def shared_all_reduce(num_bytes: float, size: int) -> Traffic:
+    return Traffic(min(1, size - 1), num_bytes if size > 1 else 0.0)
 
 
 def ring_gather(num_bytes: float, size: int) -> Traffic:

@@ -85,6 +85,7 @@ def collectives_job(job: dict[str, Any]) -> dict[str, Any]:
         size=job["ranks"],
         timeout=TIMEOUT,
         fingerprint={},
+        use_shared_memory=job["transport"] == "shared_memory",
     )
     try:
         return {

@@ -76,7 +76,8 @@ class Engines:
     def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
         """Hand the prompts out evenly, to all engines at once, and wait for the last.
 
-        seconds: the longest; num_tokens: of all; outputs: in the prompts' order; sent: the first's.
+        seconds: the longest; num_tokens: of all; outputs: in the prompts' order; sent: the first's, as
+        is whole_s, the time of a run that decodes with its prefill.
         """
         size = len(self.children)
         parts = [prompts[number::size] for number in range(size)]
@@ -90,6 +91,8 @@ class Engines:
             "seconds": max(answer["seconds"] for answer in answers),
             "num_tokens": sum(answer["num_tokens"] for answer in answers),
             "outputs": outputs,
+            "num_computed": sum(answer["num_computed"] for answer in answers),
+            "whole_s": answers[0].get("whole_s"),
             "sent": answers[0]["sent"],
         }
 

@@ -15,6 +15,8 @@ from common.bench.ladder import remarks
 from common.bench.parallel.cost_model import sent_bytes
 from common.bench.parallel.engines import Point
 from common.bench.parallel.layouts import memory
+from common.bench.parallel.links import shared_all_reduce
+from common.bench.parallel.machines import Device
 from common.bench.parallel.prediction import (
     calibrate,
     machine_of,
@@ -120,7 +122,7 @@ def waiting(runs: dict[int, dict[str, Any]]) -> float | None:
     shares = [
         100 * sum(total["seconds"] for total in run["sent"].values()) / run["whole_s"]
         for run in runs.values()
-        if run["sent"] and "whole_s" in run
+        if run["sent"] and run["whole_s"]
     ]
     return statistics.median(shares) if shares else None
 
@@ -215,10 +217,10 @@ def ranks_result(
     limits: dict[str, Any],
 ) -> Result:
     notes = [
-        f"Model {args.model}. Weights and KV are what the ranks say of themselves; the formula is of"
-        " the rank with the largest share. Peak memory: resident, of the process until the engine is"
-        " ready, with Python, the libraries and the KV cache. Sent: by rank 0 in all-reduces of the"
-        " layers, to the tokens of all steps and the layers."
+        f"Model {args.model}. Weights and KV are what the ranks say of themselves; Peak memory:"
+        " resident, of the process until the engine is ready, with Python, the libraries and the KV"
+        " cache. Sent: by rank 0 in all-reduces of the layers, to the tokens of all steps and the"
+        " layers; by formula, as tensors are written once into memory that the ranks share."
     ]
     return make_result(
         "What each rank holds and sends",
@@ -238,31 +240,24 @@ def rank_rows(args: argparse.Namespace, variants: Sequence[Variant]) -> Iterator
             continue
         shape, dtype_bytes = ModelShape.from_config(facts["shape"]), dtype_of(variant)
         tied = bool(facts["shape"].get("tie_word_embeddings"))
-        machine = machine_of_memory()
-        formula = memory(shape, variant.layout, machine, 1, dtype_bytes, tied)
+        machine = machine_of(Device(1.0, 1.0, 1.0, 0.0), 1)
         split = variant.layout.tp > 1
+        by_formula = sent_bytes(shape, variant.layout, dtype_bytes, shared_all_reduce)
         for rank, (weights, kv) in enumerate(facts["rank_bytes"]):
             peaks = facts["peak_mib"]
+            formula = memory(shape, variant.layout, machine, 1, dtype_bytes, tied, rank)
             yield {
                 "engine": variant.name,
                 "rank": rank,
                 "weights": weights / 1e6,
                 "weights_share": 100 * weights / whole if whole else None,
-                "weights_formula": formula.weight_bytes / 1e6 if rank == 0 else None,
+                "weights_formula": formula.weight_bytes / 1e6,
                 "kv": kv / facts["kv_tokens"],
-                "kv_formula": formula.kv_bytes_per_token if rank == 0 else None,
+                "kv_formula": formula.kv_bytes_per_token,
                 "peak_mib": peaks[rank] if rank < len(peaks) else None,
                 "sent": sent(variant, shape) if split and rank == 0 else None,
-                "sent_formula": sent_bytes(shape, variant.layout, dtype_bytes)
-                if split and rank == 0
-                else None,
+                "sent_formula": by_formula if split and rank == 0 else None,
             }
-
-
-def machine_of_memory() -> Any:
-    from common.bench.parallel.machines import Device
-
-    return machine_of(Device(1.0, 1.0, 1.0, 0.0), 1)
 
 
 def sent(variant: Variant, shape: ModelShape) -> float | None:
