@@ -14,6 +14,7 @@ whatever the host does between two steps, except where a Device says it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -51,12 +52,20 @@ class Routing:
     skew: float = 0.0
     balanced: bool = False
 
-    def chances(self, shape: ModelShape, size: int) -> np.ndarray:
-        """[num_experts], in the order in which they lie on `size` ranks."""
-        chances = popularity(shape.num_experts, shape.num_experts_per_token, self.skew)
-        if self.balanced:
-            return placed(chances, size)
-        return np.random.default_rng(0).permutation(chances)
+
+@cache
+def load(
+    num_experts: int, top_k: int, size: int, num_tokens: int, routing: Routing
+) -> tuple[float, float]:
+    """(distinct experts of the rank that has most of them to read, how far the busiest rank is above
+    the mean) for the tokens of a step on experts that lie on `size` ranks."""
+    chances = popularity(num_experts, top_k, routing.skew)
+    if routing.balanced:
+        chances = placed(chances, size)
+    else:
+        chances = np.random.default_rng(0).permutation(chances)
+    touched = max(distinct_experts(part, num_tokens) for part in np.split(chances, size))
+    return touched, busiest_rank(chances, size, num_tokens)
 
 
 EVEN = Routing()
@@ -109,11 +118,10 @@ def step(
     fabric = machine.fabric
     num_sums = 2 * shape.num_layers + 1  # one more of the embedding
     if shape.num_experts:
-        chances = routing.chances(shape, layout.num_ranks if layout.ep else 1)
-        seconds["experts"] = experts_seconds(shape, layout, machine, pool, chances, dtype_bytes)
+        seconds["experts"] = experts_seconds(shape, layout, machine, pool, routing, dtype_bytes)
     if shape.num_experts and layout.ep:
         num_sums = shape.num_layers + 1
-        dispatch = dispatch_seconds(shape, layout, machine, x_bytes, pool, chances)
+        dispatch = dispatch_seconds(shape, layout, machine, x_bytes, pool, routing)
         seconds["dispatch"] = shape.num_layers * dispatch
     seconds["sums"] = num_sums * fabric.all_reduce(x_bytes, layout.tp)
     logit_bytes = sequences * shape.vocab_size * dtype_bytes
@@ -170,15 +178,15 @@ def experts_seconds(
     layout: Layout,
     machine: Machine,
     pool: int,
-    chances: np.ndarray,
+    routing: Routing,
     dtype_bytes: int,
 ) -> float:
     """Of all layers, on the rank whose experts take longest. pool: tokens, of all replicas where
     experts are spread, else of one."""
     own = Share.of(shape, layout)
-    size = layout.num_ranks if layout.ep else 1
-    touched = max(distinct_experts(part, pool) for part in np.split(chances, size))
-    pairs = busiest_rank(chances, size, pool) * pool * shape.num_experts_per_token / size
+    size, top_k = layout.num_ranks if layout.ep else 1, shape.num_experts_per_token
+    touched, busiest = load(shape.num_experts, top_k, size, pool, routing)
+    pairs = busiest * pool * top_k / size
     params = own.network_params(shape)
     router = roofline(machine, shape.hidden_size * shape.num_experts * dtype_bytes, 0)
     networks = roofline(machine, touched * params * dtype_bytes, 2 * pairs * params)
@@ -191,7 +199,7 @@ def dispatch_seconds(
     machine: Machine,
     x_bytes: float,
     pool: int,
-    chances: np.ndarray,
+    routing: Routing,
 ) -> float:
     """Of one layer: tokens to their experts, and what these make of them back. x_bytes: of the
     tokens of a replica, which all of its ranks have: each hands out its part of them. pool: the
@@ -202,8 +210,9 @@ def dispatch_seconds(
             return fabric.all_reduce(x_bytes, size)
         rows = 2 * fabric.all_gather(x_bytes * layout.dp, size)
     else:
-        copies = ranks_reached(shape.num_experts, shape.num_experts_per_token, size)
-        busiest = busiest_rank(chances, size, pool)
+        num_experts, top_k = shape.num_experts, shape.num_experts_per_token
+        copies = ranks_reached(num_experts, top_k, size)
+        _, busiest = load(num_experts, top_k, size, pool, routing)
         rows = 2 * fabric.all_to_all(busiest * copies * x_bytes / layout.tp, size)
     return rows + fabric.all_gather(x_bytes, layout.tp)
 

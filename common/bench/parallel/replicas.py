@@ -1,11 +1,13 @@
 """Variants that `parallel engines` compares: one engine, ranks of one engine, or several engines."""
 
+import contextlib
 import json
 import selectors
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -43,21 +45,23 @@ class Engines:
         self.job = {"part": part, "model": model, "settings": variant.settings}
         self.verbose = verbose
         self.children: list[subprocess.Popen[str]] = []
-        self.errors = [tempfile.TemporaryFile("w+") for _ in range(variant.layout.dp)]
+        self.num_engines = variant.layout.dp
+        self.folder = tempfile.TemporaryDirectory(prefix="engines-")
         self.facts: dict[str, Any] = {}
 
     def __enter__(self) -> "Engines":
         command = [sys.executable, "-m", "common.bench.parallel.engine_worker"]
         try:
-            for errors in self.errors:
-                child = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=None if self.verbose else errors,
-                    env=child_environment(),
-                    text=True,
-                )
+            for number in range(self.num_engines):
+                with self.errors_of(number).open("w") as errors:
+                    child = subprocess.Popen(
+                        command,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=None if self.verbose else errors,
+                        env=child_environment(),
+                        text=True,
+                    )
                 self.children.append(child)
             self.facts = self.ask([self.job] * len(self.children))[0]
         except BaseException:
@@ -99,11 +103,9 @@ class Engines:
     def ask(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Give the first engines a job each, all before the first answer is read."""
         for child, job in zip(self.children, jobs, strict=False):
-            try:
+            with contextlib.suppress(BrokenPipeError):  # its answer will be missing
                 child.stdin.write(json.dumps(job) + "\n")
                 child.stdin.flush()
-            except BrokenPipeError:
-                pass  # its answer will be missing
         return [self.answer(number) for number in range(len(jobs))]
 
     def answer(self, number: int) -> dict[str, Any]:
@@ -115,14 +117,18 @@ class Engines:
         line = child.stdout.readline()
         if not line:
             status = child.wait()
-            self.errors[number].seek(0)
-            reason = last_line(self.errors[number].read()) or f"exit status {status}"
+            reason = last_line(self.errors_of(number).read_text()) or f"exit status {status}"
             raise BenchError(f"engine {number} failed: {reason}")
         return json.loads(line)
 
+    def errors_of(self, number: int) -> Path:
+        """Where an engine's standard error goes."""
+        return Path(self.folder.name) / str(number)
+
     def close(self) -> None:
         for child in self.children:
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
         for child in self.children:
             try:
                 child.wait(30)
@@ -130,5 +136,4 @@ class Engines:
                 child.kill()
                 child.wait()
             child.stdout.close()
-        for errors in self.errors:
-            errors.close()
+        self.folder.cleanup()

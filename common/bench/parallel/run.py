@@ -7,9 +7,9 @@ layouts      the model's answer for 8 H200 and for 64 such hosts: which layout w
 
 import argparse
 
-from common.bench.parallel import collectives, engines
+from common.bench.parallel import choices, collectives, engines
 
-ACTIONS = {"collectives": collectives, "engines": engines}
+ACTIONS = {"collectives": collectives, "engines": engines, "layouts": choices}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
