@@ -3,13 +3,21 @@ tiny engines. No assertion on time."""
 
 import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.bench import BenchError
+from common.bench.__main__ import main
+from common.bench.core.results import load_result
 from common.bench.costs import ModelShape
+from common.bench.parallel import choices, collectives, engine_worker, engines, measure
 from common.bench.parallel.cost_model import Batch, Routing, sent_bytes, step
 from common.bench.parallel.experts import (
     busiest_rank,
@@ -38,6 +46,10 @@ from common.bench.parallel.machines import (
     Device,
     Machine,
 )
+from common.bench.parallel.prediction import calibrate, machine_of, measured_link, part_of
+from common.bench.parallel.replicas import Engines, Variant
+from common.bench.parallel.watched import Watch
+from common.testing.parts import PARTS
 
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152)
 SMALL_MOE = ModelShape(2, 8, 4, 2, 4, 6, 32, num_experts=8, num_experts_per_token=2)
@@ -424,3 +436,366 @@ def test_no_negative_alpha_and_no_negative_beta() -> None:
 def test_what_cannot_be_fitted(sizes: list[float], times: list[float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         fit_alpha_beta(sizes, times)
+
+
+# Which layout wins
+
+
+def test_what_messages_cost_decides() -> None:
+    """With links that cost nothing all ranks share the model; with bad ones none do."""
+    shape, device = MODELS["Qwen3-8B"], HOST.device
+    for link, tp in ((FAST, 8), (Link(1.0, 1.0, 1.0), 1)):
+        host = Machine("made up", 8, device, Fabric(8, link, link))
+        found = choices.choices(shape, host, Batch(8, 1, 1000), context=2000)
+        assert found[0].layout.tp == tp
+        totals = [choice.step.total for choice in found]
+        assert totals == sorted(totals)
+
+
+def test_only_what_has_room_wins() -> None:
+    found = choices.choices(MODELS["Llama-3.1-70B"], HOST, Batch(8, 1, 100), context=4096)
+    assert {choice.layout.tp: choice.most for choice in found}[1] == 0
+    assert choices.best(found, 8).layout.tp > 1
+    assert choices.best(found, max(choice.most for choice in found) + 1) is None
+
+
+def test_experts_may_span_a_part_of_the_machine() -> None:
+    """128 experts do not divide by 512 ranks: four groups of 128 are the widest."""
+    found = choices.choices(MODELS["Qwen3-30B-A3B"], CLUSTER, Batch(512), context=4096)
+    spans = {choice.layout.num_ranks: choice.copies for choice in found if choice.layout.ep}
+    assert max(spans) == 128 and all(span * copies == 512 for span, copies in spans.items())
+    assert not any(choice.copies > 1 for choice in found if not choice.layout.ep)
+    [wide] = [c for c in found if (c.layout.ep, c.layout.tp, c.copies) == (True, 1, 4)]
+    assert wide.name == "TP 1 × DP 128, EP 128, 4 times"
+
+
+def test_layouts_as_a_table_and_a_picture(tmp_path: Path, capsys: Any) -> None:
+    out = f"--json {tmp_path}/l.json --plot {tmp_path}/l.png"
+    assert main(f"parallel layouts --models Qwen3-8B Qwen3-30B-A3B {out}".split()) == 0
+    rows = load_result(tmp_path / "l.json")["rows"]
+    assert len(rows) == 2 * 2 * len(choices.PER_RANK)
+    for row in rows:
+        ways = [row[way] for way in ("tp1", "tp2", "tp4", "tp8", "tp16", "ep") if row[way]]
+        assert row["step_ms"] is None or row["step_ms"] == min(ways)
+    host = rows[: len(choices.PER_RANK)]
+    assert host[0]["best"] == "TP 8 × DP 1" and host[0]["sure"]
+    assert host[0]["rate"] == pytest.approx(1000 / host[0]["step_ms"])
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 8 H200 in one host | Qwen3-8B | 1 | TP 8 × DP 1 | yes |" in capsys.readouterr().out
+
+
+def test_a_prefill_is_shared_by_a_replicas_ranks() -> None:
+    found = choices.first_token(HOST, "Qwen3-8B", 2048)
+    totals = [found[tp].total for tp in (1, 2, 4, 8)]
+    assert totals == sorted(totals, reverse=True)
+    assert found[1].message_share == 0 < found[8].message_share
+
+
+# Collectives of this machine
+
+
+@pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
+def test_ranks_make_the_same_calls(transport: str) -> None:
+    """Real ranks: all operations at three sizes; what rank 0 gave is what the algorithm says."""
+    threads, sizes = torch.get_num_threads(), [256, 4096, 65536]
+    job = {
+        "job": "collectives", "transport": transport, "ranks": 2, "sizes": sizes, "repeats": 1,
+        "operations": list(measure.OPERATIONS),
+    }  # fmt: skip
+    try:
+        answer = measure.collectives_job(job)
+    finally:
+        torch.set_num_threads(threads)
+    for name, points in answer["operations"].items():
+        assert [point["num_bytes"] for point in points] == sizes
+        assert all(point["seconds"] > 0 for point in points)
+        if name == "all_reduce":  # of two ranks a ring sends as much as memory that is written once
+            assert [point["sent_bytes"] for point in points] == sizes
+        if name == "gather":
+            assert [point["sent_bytes"] for point in points] == [0, 0, 0]
+    assert list(answer["operations"]) == list(measure.OPERATIONS)
+
+
+def made_up_answer(job: dict[str, Any], verbose: bool = False) -> dict[str, Any]:
+    alpha = {"gloo": 1e-4, "shared_memory": 1e-5}[job["transport"]]
+    points = [
+        {"num_bytes": size, "seconds": alpha + size * 1e-9, "sent_bytes": size}
+        for size in job["sizes"]
+    ]
+    operations = dict.fromkeys(job["operations"], points)
+    return {"operations": operations, "wall_s": 1.0, "wall_other_cores": 1.5}
+
+
+LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops": None}
+
+
+def test_collectives_as_a_table_and_a_picture(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives, "run_job", made_up_answer)
+    monkeypatch.setattr(collectives, "run_worker", lambda job: LIMITS)
+    flags = "parallel collectives --ranks 3 2 --operations all_reduce gather"
+    assert (
+        main([*flags.split(), "--json", f"{tmp_path}/c.json", "--plot", f"{tmp_path}/c.svg"]) == 0
+    )
+    rows = load_result(tmp_path / "c.json")["rows"]
+    assert [(row["ranks"], row["transport"]) for row in rows[::2]] == [
+        (2, "gloo"), (2, "shared memory"), (3, "gloo"), (3, "shared memory"),
+    ]  # fmt: skip
+    assert rows[0]["operation"] == "all-reduce"
+    assert rows[0]["alpha_us"] == pytest.approx(100) and rows[0]["gbps"] == pytest.approx(1.0)
+    assert rows[2]["alpha_us"] == pytest.approx(10) and rows[2]["error"] < 1e-6
+    assert rows[2]["small_us"] == pytest.approx(10 + 2.048) and rows[2]["sent"] == 1
+    output = capsys.readouterr().out
+    assert "gloo, 3 ranks: other processes kept 1.5" in output
+    assert "<svg" in (tmp_path / "c.svg").read_text()
+    link = measured_link(rows, "shared memory", 3)
+    assert link.seconds(ring_all_reduce(3000, 3)) == pytest.approx(1e-5 + 3000e-9)
+    with pytest.raises(ValueError, match="no all-reduce of 5 ranks by gloo"):
+        measured_link(rows, "gloo", 5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("", "the following arguments are required: ACTION"),
+        ("nothing", "invalid choice: 'nothing'"),
+        ("collectives --ranks 1", "--ranks 1: must be between 2 and 16"),
+        ("collectives --sizes 64 128", "--sizes 64 128: must be three or more multiples of 64"),
+        ("collectives --sizes 64 100 128", "--sizes 100: must be three or more multiples of 64"),
+        ("collectives --transports mpi", "invalid choice: 'mpi'"),
+        ("collectives --plot x.gif", "--plot must name a .png or an .svg, not 'x.gif'"),
+        ("layouts --models GPT-4", "invalid choice: 'GPT-4'"),
+        ("engines --part 98", "there is no part 98 here"),
+        ("engines --part 8 --sizes 1", "--sizes 1: must be between 2 and this machine's"),
+        ("engines --part 8 --output-len 1", "--output-len 1: the first token is not counted"),
+        ("engines --part 8 --collectives /nowhere.json", "/nowhere.json: No such file"),
+    ],
+)
+def test_bad_flags_give_one_line(flags: str, says: str, capsys: Any) -> None:
+    try:
+        status = main(["parallel", *flags.split()])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.count("\n") == 1 and "error: " in error and says in error
+
+
+# Engines
+
+
+def test_a_watched_group_is_what_it_was() -> None:
+    class Group:
+        num_bytes_sent = 0
+
+        def all_reduce(self, x: int) -> int:
+            self.num_bytes_sent += 10 * x
+            return x + 1
+
+        broadcast = gather = all_gather = reduce_scatter = all_to_all = all_reduce
+
+    group, times = Group(), itertools.count()
+    watch = Watch(group, lambda: float(next(times)))
+    assert [group.all_reduce(1), group.all_reduce(2), group.gather(5)] == [2, 3, 6]
+    totals = watch.totals()
+    assert (totals["all_reduce"].count, totals["all_reduce"].num_bytes) == (2, 30)
+    assert totals["all_reduce"].seconds == 2 and totals["gather"].num_bytes == 50
+    assert [call.name for call in watch.calls] == ["all_reduce", "all_reduce", "gather"]
+    watch.stop()
+    group.all_reduce(1)
+    assert len(watch.calls) == 3 and group.num_bytes_sent == 90
+
+
+def test_a_machine_is_found_again() -> None:
+    """Calibrated on times that the model has made, it predicts the model's other times."""
+    truth = Device(1e12, read_bytes_per_s=2.3e10, flops_per_s=1.4e11, kernel_s=0.0, step_s=0.003)
+    host = machine_of(truth, 1)
+    works = [[Batch(size, 1, 150)] for size in (1, 4, 16, 32)] + [[Batch(1, 256)] * 2]
+
+    def seconds(work: list[Batch]) -> float:
+        return sum(step(SMOLLM2, Layout(), host, batch, 4).total for batch in work)
+
+    found = calibrate(SMOLLM2, [(work, seconds(work)) for work in works])
+    assert found.read_bytes_per_s == pytest.approx(truth.read_bytes_per_s, rel=0.05)
+    assert found.flops_per_s == pytest.approx(truth.flops_per_s, rel=0.05)
+    assert found.step_s == pytest.approx(truth.step_s, rel=0.1)
+    half = part_of(found, 2)
+    assert half.read_bytes_per_s == found.read_bytes_per_s / 2 and half.step_s == found.step_s
+    with pytest.raises(ValueError, match="3 measurements: to calibrate takes four"):
+        calibrate(SMOLLM2, [([Batch(1)], 1.0)] * 3)
+
+
+SMOLLM2_CONFIG = {
+    "num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+class MadeUpEngines:
+    """Speaks as `Engines` does. Times come from the cost model, so its predictions must be right."""
+
+    truth = Device(1e12, read_bytes_per_s=2e10, flops_per_s=1e11, kernel_s=0.0, step_s=0.002)
+
+    def __init__(self, part: int, model: str, variant: Variant, verbose: bool) -> None:
+        if "breaks" in variant.settings and variant.layout.tp > 1:
+            raise BenchError("bad luck")
+        self.variant, layout = variant, variant.layout
+        ranks = [
+            memory(SMOLLM2, Layout(layout.tp), HOST, 1, 4, True, rank) for rank in range(layout.tp)
+        ]
+        self.facts = {
+            "dtype": "float32", "device": "cpu", "shape": SMOLLM2_CONFIG, "max_num_seqs": 32,
+            "rank_bytes": [[own.weight_bytes, 100 * own.kv_bytes_per_token] for own in ranks],
+            "kv_tokens": 100, "peak_mib": [500.0] * layout.tp,
+        }  # fmt: skip
+        link = Link(1e-5, 0.0, 1e9)
+        device = part_of(self.truth, layout.num_ranks)
+        self.machine = Machine("true", layout.num_ranks, device, Fabric(8, link, link))
+
+    def __enter__(self) -> "MadeUpEngines":
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        """Nothing is held."""
+
+    def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+        layout, count = self.variant.layout, len(prompts)
+        point = engines.Point("", count, len(prompts[0]), max_tokens)
+        work = point.steps(count)
+        if not point.decodes and layout.dp > 1 and count > 1:
+            work = [
+                replace(batch, num_sequences=layout.dp * batch.num_sequences)
+                for batch in point.steps(count // layout.dp)
+            ]
+        took = sum(step(SMOLLM2, layout, self.machine, batch, 4).total for batch in work)
+        computed = sum(len(prompt) + max_tokens - 1 for prompt in prompts)
+        sent = {"all_reduce": {"count": 1, "seconds": 0.0, "num_bytes": 61 * 576 * 4 * computed}}
+        return {
+            "seconds": took * (max_tokens - 1 or 1),
+            "whole_s": 2 * took * max_tokens,
+            "num_tokens": count * (max_tokens - 1) or sum(map(len, prompts)),
+            "num_computed": computed,
+            "outputs": [[len(prompt)] * max_tokens for prompt in prompts],
+            "sent": sent if layout.tp > 1 else {},
+        }
+
+
+def run_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str) -> int:
+    monkeypatch.setattr(collectives, "run_job", made_up_answer)
+    for module in (collectives, engines):
+        monkeypatch.setattr(module, "run_worker", lambda job: LIMITS)
+    monkeypatch.setattr(engines, "Engines", MadeUpEngines)
+    monkeypatch.setattr(engines, "usable_cores", lambda: 4)
+    monkeypatch.setattr(engines, "part_package", lambda part: f"part{part:02d}")
+    assert main(f"parallel collectives --json {tmp_path}/c.json --quick-limits".split()) == 0
+    return main([*["parallel", "engines", "--pairs", "5", "--vocab-size", "500"], *flags.split()])
+
+
+def test_engines_as_tables_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = f"--json {tmp_path}/e.json --memory-json {tmp_path}/m.json --plot {tmp_path}/e.png"
+    assert run_made_up(monkeypatch, tmp_path, f"--collectives {tmp_path}/c.json {out}") == 0
+    rows = load_result(tmp_path / "e.json")["rows"]
+    assert len(rows) == 6 * 3
+    for row in rows:
+        assert row["predicted_ms"] == pytest.approx(row["time_ms"], rel=0.03), row
+        assert abs(row["error"]) < 3
+        assert (row["ratio"] is None) == (row["engine"] == "one engine")
+        assert (row["same"] is None) == (row["engine"] == "one engine")
+        if row["ratio"] is not None:
+            assert row["same"] == 100 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    by_name = {(row["point"], row["engine"]): row for row in rows}
+    # Two replicas read all weights twice, so at batch 4 they are slower; ranks share the weights.
+    four = {name: by_name["decode, batch 4", name]["ratio"] for name in ("TP 2", "DP 2")}
+    assert four["DP 2"] < 0.7 < 0.8 < four["TP 2"] < 1
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+    ranks = load_result(tmp_path / "m.json")["rows"]
+    assert [(row["engine"], row["rank"]) for row in ranks] == [
+        ("one engine", 0), ("TP 2", 0), ("TP 2", 1),
+    ]  # fmt: skip
+    for row in ranks:
+        assert row["weights"] == row["weights_formula"] and row["kv"] == row["kv_formula"]
+    assert ranks[1]["sent"] == pytest.approx(ranks[1]["sent_formula"]) == 2 * 576 * 4
+    assert "| decode, batch 4 | DP 2 |" in capsys.readouterr().out
+
+
+def test_a_variant_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    flags = f"--batches 1 2 --no-prefill --set breaks=1 --json {tmp_path}/e.json"
+    assert run_made_up(monkeypatch, tmp_path, flags) == 1
+    result = load_result(tmp_path / "e.json")
+    assert {row["engine"] for row in result["rows"]} == {"one engine", "DP 2"}
+    assert all(row["predicted_ms"] is None for row in result["rows"])
+    assert "TP 2 failed: bad luck" in result["notes"]
+
+
+@pytest.mark.skipif(max(PARTS) < 9, reason="part 09 is not there")
+def test_real_ranks_hold_and_send_what_the_formulas_say() -> None:
+    """Two ranks of a tiny model, in processes, beside an engine in this one."""
+    job = {"part": 9, "model": "random:tiny-llama", "settings": {"threads": 1, "num_blocks": 64}}
+    prompts = [[(7 * i + j) % 400 + 2 for j in range(9)] for i in range(3)]
+    engine, _ = engine_worker.start(job)
+    try:
+        here = engine_worker.run(engine, {"prompts": prompts, "max_tokens": 6})
+        first = engine_worker.run(engine, {"prompts": prompts, "max_tokens": 1})
+    finally:
+        engine.shutdown()
+    assert all(not total["num_bytes"] for total in here["sent"].values())
+    assert [output[:1] for output in here["outputs"]] == first["outputs"]
+    layout = Layout(2)
+    variant = Variant("", layout, job["settings"] | {"tensor_parallel_size": 2})
+    with Engines(9, job["model"], variant) as processes:
+        facts = processes.facts
+        there = processes.run(prompts, 6)
+    assert there["outputs"] == here["outputs"]
+    assert there["num_tokens"] == here["num_tokens"] == 3 * 5
+    assert len(facts["peak_mib"]) == len(facts["rank_bytes"]) == 2
+    shape = ModelShape.from_config(facts["shape"])
+    for rank, (weights, kv) in enumerate(facts["rank_bytes"]):
+        formula = memory(shape, layout, HOST, 1, 4, tied=False, rank=rank)
+        assert weights == formula.weight_bytes
+        assert kv == facts["kv_tokens"] * formula.kv_bytes_per_token
+    assert there["num_computed"] == 3 * (9 + 5)
+    per_layer = sent_bytes(shape, layout, 4, shared_all_reduce)
+    of_a_token = shape.num_layers * per_layer + 64 * 4  # and the embedding's sum
+    assert there["sent"]["all_reduce"]["num_bytes"] == there["num_computed"] * of_a_token
+
+
+def test_replicas_get_even_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are dealt out in turns, and come back in their order; the longest time counts."""
+    asked: list[list[dict[str, Any]]] = []
+
+    def ask(self: Engines, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        asked.append(jobs)
+        return [
+            {
+                "seconds": float(number),
+                "num_tokens": len(job["prompts"]),
+                "num_computed": 10 * len(job["prompts"]),
+                "outputs": job["prompts"],
+                "sent": {},
+            }
+            for number, job in enumerate(jobs)
+        ]
+
+    monkeypatch.setattr(Engines, "ask", ask)
+    two = Engines(9, "", Variant("", Layout(1, 2), {}))
+    two.children = [None, None]
+    answer = two.run([[1], [2], [3]], 4)
+    assert [job["prompts"] for job in asked[0]] == [[[1], [3]], [[2]]]
+    assert answer["outputs"] == [[1], [2], [3]] and answer["seconds"] == 1.0
+    assert answer["num_tokens"] == 3 and answer["num_computed"] == 30
+    assert len(two.run([[1]], 4)["outputs"]) == 1 and len(asked[1]) == 1  # the other is idle
+
+
+def test_an_engine_that_cannot_start_is_told() -> None:
+    variant = Variant("", Layout(), {"threads": 1})
+    with (
+        pytest.raises(BenchError, match=r"engine 0 failed: .*nothing"),
+        Engines(max(PARTS), "random:nothing", variant),
+    ):
+        pass

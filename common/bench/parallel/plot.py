@@ -29,6 +29,8 @@ def plot_collectives(result: Result, path: Path) -> None:
         panel.set_ylabel("microseconds")
     for panel in grid[-1]:
         panel.set_xlabel("bytes")
+        ticks = rows[0]["sizes"][::2]
+        panel.set_xticks(ticks, [bytes_text(size) for size in ticks], fontsize=8)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
     text = caption(result).partition(" Thin lines")[0]
     figure.supxlabel(f"{text} Lines: alpha + beta · bytes.", fontsize=8, color="#666666")
@@ -130,6 +132,14 @@ def draw_winners(panel: Any, rows: Sequence[dict[str, Any]], models: Sequence[st
     panel.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
     panel.set_yticks(range(len(models)), models)
     panel.grid(False)
+
+
+def bytes_text(number: int) -> str:
+    """1048576 -> 1 Mi."""
+    for size, name in ((1 << 20, " Mi"), (1 << 10, " Ki")):
+        if number >= size:
+            return f"{number / size:.3g}{name}"
+    return str(number)
 
 
 def short(number: float) -> str:
