@@ -26,6 +26,7 @@ class Ranks:
     threads: int
     health: Health = field(default_factory=Health)
     children: Children | None = None
+    further_groups: list[Group] = field(default_factory=list)  # with ranks of other engines
 
     def problem(self) -> str | None:
         """One line on the first rank that has died or did not answer; None while all is well."""
@@ -37,4 +38,5 @@ class Ranks:
             self.children.close()
             self.health.report("the ranks are closed")
         self.control.close()
-        self.group.close()
+        for group in (self.group, *self.further_groups):
+            group.close()

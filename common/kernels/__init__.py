@@ -10,6 +10,7 @@ one signature for every mix of prefill, decode, chunks and drafts: lengths diffe
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -121,6 +122,33 @@ class Ops(ABC):
         So a table that is tied to the output's weight is held once. token_ids: [num_tokens] int64.
         """
         return weight[0][token_ids]
+
+    @abstractmethod
+    def prepare_experts(self, gate_up: Iterable[torch.Tensor], down: Iterable[torch.Tensor]) -> Any:
+        """A weights object for `experts`, made once at load.
+
+        gate_up: of each expert [2 * size, hidden], gate first; down: [hidden, size]. Both are gone
+        through once and side by side, so that they may be read as they are asked for. The object
+        keeps the only copy.
+        """
+
+    @abstractmethod
+    def experts(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, prepared: Any
+    ) -> torch.Tensor:
+        """The weighted sum of what each token's experts make of it.
+
+        x: [num_tokens, hidden]. expert_ids: [num_tokens, k] int64, which of `prepared`; below 0: an
+        expert that is not here, which adds nothing. weights: [num_tokens, k] float32. Expert e of
+        `prepared` makes down_e @ (silu(gate) * up) of a token, gate and up being the halves of
+        gate_up_e @ x. Returns [num_tokens, hidden].
+        """
+
+    @abstractmethod
+    def replace_expert(
+        self, prepared: Any, index: int, gate_up: torch.Tensor, down: torch.Tensor
+    ) -> None:
+        """Overwrite one expert's weights in place. gate_up, down: as in `prepare_experts`."""
 
     @abstractmethod
     def attention(

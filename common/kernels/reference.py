@@ -4,6 +4,7 @@ Each computes in float32 (or float64, when given that) and rounds once, at its e
 implementations are tested against this one in float64.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -79,6 +80,24 @@ class ReferenceOps(Ops):
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
         return F.linear(x, *weight)
+
+    def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
+        pairs = list(zip(gate_up, down, strict=True))
+        return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+
+    def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
+        gate_ups, downs = prepared
+        out = torch.zeros_like(wide(x))
+        for expert in expert_ids[expert_ids >= 0].unique().tolist():
+            tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
+            hidden = self.silu_and_mul(F.linear(x[tokens], gate_ups[expert]))
+            result = wide(F.linear(hidden, downs[expert]))
+            out.index_add_(0, tokens, result * weights[tokens, places].unsqueeze(1))
+        return out.to(x.dtype)
+
+    def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
+        for tensors, given in zip(prepared, (gate_up, down), strict=True):
+            tensors[index].copy_(given)
 
     def attention(
         self,

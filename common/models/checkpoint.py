@@ -22,6 +22,7 @@ import torch
 from common.models.config_json import check_config, check_sizes
 from common.models.embedded import HUB_NAME, INSTALL, cache_dir, embedded_model
 from common.models.errors import ModelError
+from common.models.expert_names import fused_experts, split_experts, split_shapes
 from common.models.presets import PRESETS
 from common.models.weight_files import (
     MAX_JSON_BYTES,
@@ -253,12 +254,13 @@ def random_tensors(
         return tensor.to(device)
 
     tied = "lm_head.weight" if config.tie_word_embeddings else None
-    state = _empty_model(config).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name != tied}
-    return {n: (shape, functools.partial(draw, n, shape)) for n, shape in shapes.items()}
+    shapes = split_shapes(empty_model(config).state_dict())
+    return {
+        n: (shape, functools.partial(draw, n, shape)) for n, shape in shapes.items() if n != tied
+    }
 
 
-def _empty_model(config: Any) -> Any:
+def empty_model(config: Any) -> Any:
     """transformers' model of a config, without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
@@ -286,8 +288,8 @@ def load_transformers_model(
     logging.set_verbosity_error()  # no table of missing weights: they are an error below
     try:
         if is_random(folder):
-            empty, unused = _empty_model(config), []
-            state = dict(iter_weights(folder, device))
+            empty, unused = empty_model(config), []
+            state = fused_experts(dict(iter_weights(folder, device)), empty.state_dict())
         else:
             headers = read_headers(folder)
             empty, unused = _fitting_model(folder, headers, config)
@@ -322,8 +324,9 @@ def _fitting_model(folder: Path, headers: dict[str, Header], config: Any) -> tup
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if num_layers > len(headers):
         raise ModelError(f"{folder} lacks weights: {len(headers)} of them for {num_layers} layers")
-    empty = _empty_model(config)
-    needed = {name: list(tensor.shape) for name, tensor in empty.state_dict().items()}
+    empty = empty_model(config)
+    needed = {name: list(shape) for name, shape in split_shapes(empty.state_dict()).items()}
+    headers = split_experts(headers)
     names = names_in_model(headers, empty.base_model_prefix, needed.__contains__)
     for name in filter(names.__contains__, needed):
         header = headers[names[name]]

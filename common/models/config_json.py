@@ -20,6 +20,11 @@ LARGEST = {
     "num_key_value_heads": 1 << 12,
     "head_dim": 1 << 9,
     "num_labels": 1 << 16,
+    "num_experts": 1 << 16,
+    "num_local_experts": 1 << 16,
+    "num_experts_per_tok": 1 << 16,
+    "moe_intermediate_size": 1 << 24,
+    "decoder_sparse_step": 1 << 12,
 }
 
 
@@ -54,6 +59,10 @@ def check_config(config: Any, where: str) -> None:
     window = getattr(config, "sliding_window", None)
     is_right = window is None or (is_whole(window) and 1 <= window < 1 << 31)
     expect(is_right, where, "sliding_window", window, "null or a whole number from 1 to 2^31 - 1")
+    chosen, experts = getattr(config, "num_experts_per_tok", None), number_of_experts(config)
+    if is_whole(chosen) and is_whole(experts):
+        expected = f"a number up to that of experts, {experts}"
+        expect(1 <= chosen <= experts, where, "num_experts_per_tok", chosen, expected)
     rope = getattr(config, "rope_parameters", None)
     if rope and "rope_theta" in rope:
         check_rope(rope, where)
@@ -61,6 +70,12 @@ def check_config(config: Any, where: str) -> None:
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
             is_even = head_dim > 0 and head_dim % 2 == 0
             expect(is_even, where, "head_dim", head_dim, "an even number: elements turn in pairs")
+
+
+def number_of_experts(config: Any) -> Any:
+    """Whatever the family calls it; None in a dense model."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next(filter(None, (getattr(config, name, None) for name in names)), None)
 
 
 def check_rope(rope: dict[str, Any], where: str) -> None:

@@ -29,6 +29,8 @@ class Header:
     path: Path
     dtype: str  # as safetensors names it
     shape: tuple[int, ...]
+    source: str = ""  # its name in the file, where that is another
+    index: tuple[int | slice, ...] = ()  # of this one in a larger tensor: one expert's of a layer's
 
     @property
     def is_number(self) -> bool:
@@ -167,6 +169,7 @@ def read_tensors(
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in names[path]:
-                    yield name, file.get_tensor(name)
+                    source, index = headers[name].source or name, headers[name].index
+                    yield name, file.get_slice(source)[index] if index else file.get_tensor(source)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read: {error}") from error

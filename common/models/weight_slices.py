@@ -62,6 +62,18 @@ def _cut(draw: Callable[[], torch.Tensor]) -> Callable[[Part], torch.Tensor]:
     return lambda part: draw()[part].clone() if part else draw()
 
 
+def part_of(index: tuple[int | slice, ...], part: Part) -> tuple[int | slice, ...]:
+    """The index of a part of what an index gives, whose slices have no end or a step of 1."""
+    places = [place for place in index if isinstance(place, slice)]
+    number = max(len(part), len(places))
+    inner = [*part, *[slice(None)] * (number - len(part))]
+    for i, place in enumerate(places):
+        begin = place.start or 0
+        end = place.stop if inner[i].stop is None else begin + inner[i].stop
+        inner[i] = slice(begin + (inner[i].start or 0), end)
+    return (*[place for place in index if isinstance(place, int)], *inner)
+
+
 class _Files:
     """The safetensors files of a model, each opened when it is first read."""
 
@@ -77,8 +89,9 @@ class _Files:
                 if header.path not in self.open:
                     file = safe_open(header.path, framework="pt", device=self.device)
                     self.open[header.path] = file.__enter__()
-                file = self.open[header.path]
-                return file.get_slice(name)[part] if part else file.get_tensor(name)
+                file, source = self.open[header.path], header.source or name
+                index = part_of(header.index, part)
+                return file.get_slice(source)[index] if index else file.get_tensor(source)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{header.path} cannot be read: {error}") from error
 

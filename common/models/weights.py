@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from common.models.errors import ModelError
+from common.models.expert_names import split_experts
 from common.models.weight_files import Header, read_tensors
 
 PREFIX = "model"
@@ -75,6 +76,7 @@ def model_weights(
 
 def weight_headers(headers: dict[str, Header], is_tied: bool) -> dict[str, tuple[str, Header]]:
     """{name in the model: (name in its file, header)} of every weight, as `model_weights` chooses."""
+    headers = split_experts(headers)
     names = names_in_model(headers, PREFIX, OF_A_MODEL.match)
     names = {name: source for name, source in names.items() if not ROTARY.search(name)}
     if is_tied and HEAD in names:

@@ -26,13 +26,20 @@ import common
 from common.device import usable_cores
 
 # Every module that defines kernels, so that KERNELS has them all.
-from common.kernels.cpu import attention, elementwise, exchange, linear, sampler  # noqa: F401
+from common.kernels.cpu import (  # noqa: F401
+    attention,
+    elementwise,
+    exchange,
+    experts,
+    linear,
+    sampler,
+)
 from common.kernels.cpu.cache import cache_folder, mark_complete
 from common.kernels.cpu.jit import KERNELS
 
 # Names of what numba puts around the body of a parallel loop, and of the body.
 WRAPPERS = ("__numba_parfor_gufunc", "<numba.np.ufunc.wrappers", "parallelgufuncwrapper", "work")
-DEAREST = ("attention", "sample", "linear")  # half of the time goes into the first
+DEAREST = ("attention", "sample", "experts", "linear")  # half of the time goes into the first
 
 
 def missing() -> list[str]:

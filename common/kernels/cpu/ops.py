@@ -10,7 +10,9 @@ An object serves one thread at a time; the number of threads is set for the thre
 import math
 import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numba
@@ -22,6 +24,7 @@ from common.kernels import AttentionMetadata, Ops
 from common.kernels.cpu import elementwise
 from common.kernels.cpu.attention import attention
 from common.kernels.cpu.compile import compile_missing
+from common.kernels.cpu.experts import PanelExperts, experts
 from common.kernels.cpu.linear import linear
 from common.kernels.cpu.sampler import sample, smallest_kept
 from common.kernels.cpu.vector import LANES, PANEL
@@ -33,6 +36,7 @@ FLOAT = torch.float32
 PARALLEL_NORM = 100_000
 PARALLEL_SILU = 12_000
 PARALLEL_ROTARY = 30_000
+PARALLEL_EXPERTS = 20_000
 
 _compile_lock = threading.Lock()
 _num_threads_of: dict[int, int] = {}  # thread id: what numba was last told there
@@ -224,6 +228,49 @@ class CpuOps(Ops):
             return self.reference.embedding(token_ids, weight)
         return weight.panels[token_ids // PANEL, :, token_ids % PANEL]
 
+    def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
+        pairs = zip(gate_up, down, strict=True)
+        first = next(pairs)
+        pairs = chain([first], pairs)
+        if first[0].dtype is not FLOAT:
+            return self.reference.prepare_experts(*zip(*pairs, strict=True))
+        return PanelExperts.pack(pairs, self.memory)
+
+    def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
+        if not isinstance(prepared, PanelExperts):
+            return self.reference.experts(x, expert_ids, weights, prepared)
+        x, expert_ids = plain(x, FLOAT), plain(expert_ids, torch.int64)
+        weights, shape = plain(weights, FLOAT), expert_ids.shape
+        num_tokens, hidden = x.shape
+        if hidden != prepared.hidden or weights.shape != shape or shape[:-1] != (num_tokens,):
+            raise ValueError(f"experts: x {x.shape}, ids {shape}, weights {weights.shape}")
+        out = torch.empty(num_tokens, hidden)
+        is_known = experts(
+            x.data_ptr(),
+            expert_ids.data_ptr(),
+            weights.data_ptr(),
+            prepared.addresses.data_ptr(),
+            prepared.zeros.data_ptr(),
+            out.data_ptr(),
+            num_tokens,
+            shape[1],
+            len(prepared.downs),
+            hidden,
+            prepared.size,
+            self.threads_for(shape.numel() * hidden * prepared.size >= PARALLEL_EXPERTS),
+        )
+        if not is_known:
+            raise ValueError(
+                f"experts: {len(prepared.downs)} of them, ids up to {expert_ids.max()}"
+            )
+        return out
+
+    def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
+        if isinstance(prepared, PanelExperts):
+            prepared.replace(index, gate_up, down)
+        else:
+            self.reference.replace_expert(prepared, index, gate_up, down)
+
     def attention(
         self,
         query: Tensor,
@@ -347,3 +394,5 @@ class CpuOps(Ops):
         column = torch.zeros(1)
         self.sample(x, column, token, column, column, token, token)
         self.smallest_kept(x, token, column, column)
+        prepared = self.prepare_experts([x.repeat(2, 1)], [x.T[:, :1]])
+        self.experts(x, token[None], column[None], prepared)

@@ -67,12 +67,18 @@ class PanelWeight:
         if bias is not None:
             padded_bias[:out_features] = bias
         panels = memory.take(num_panels, in_features, PANEL)
-        whole = out_features // PANEL
-        by_panel = weight[: whole * PANEL].reshape(whole, PANEL, in_features)
-        panels[:whole] = by_panel.transpose(1, 2)
-        if whole < num_panels:
-            panels[whole] = 0
-            panels[whole, :, : out_features - whole * PANEL] = weight[whole * PANEL :].T
+        fill_panels(panels, weight)
         addresses = panels.data_ptr(), padded_bias.data_ptr()
         is_large = weight.numel() >= PARALLEL_LINEAR
         return cls(panels, padded_bias, out_features, in_features, *addresses, is_large)
+
+
+def fill_panels(panels: Tensor, weight: Tensor) -> None:
+    """Write [out_features, in_features] into its panels, zeros where the last one is wider."""
+    out_features, in_features = weight.shape
+    whole = out_features // PANEL
+    by_panel = weight[: whole * PANEL].reshape(whole, PANEL, in_features)
+    panels[:whole] = by_panel.transpose(1, 2)
+    if whole < len(panels):
+        panels[whole] = 0
+        panels[whole, :, : out_features - whole * PANEL] = weight[whole * PANEL :].T

@@ -1,0 +1,51 @@
+"""Engines that compute together: each has ranks of its own, and all of them are one group as well."""
+
+from collections.abc import Mapping
+
+import torch
+
+from common.distributed.gloo import TorchGroup, make_backend, own_address
+from common.distributed.group import Group, OneRank
+from common.distributed.local import LOOPBACK
+from common.distributed.ranks import Ranks
+from common.distributed.rendezvous import meet, open_store
+
+
+def join_engines(
+    ranks: Ranks,
+    rendezvous: str,
+    engine: int,
+    num_engines: int,
+    *,
+    timeout: float,
+    fingerprint: Mapping[str, str],
+    start_timeout: float,
+) -> tuple[Group, Group]:
+    """(all ranks of all engines, the engines' first ranks), for each rank of each engine to call.
+
+    rendezvous: the path of a file that no earlier engines have used, for those of one host; or
+    host:port, where rank 0 of engine 0 listens. Each engine has equally many ranks, and its ranks
+    follow one another in the large group. That is on the ranks' device, the other on the CPU; a rank
+    that is not its engine's first is alone in the other. Both end with `ranks`. Raises ValueError
+    when a rank does not come within `start_timeout` seconds or is not like the first.
+    """
+    if num_engines == 1:
+        return ranks.group, OneRank()
+    rank, size = engine * ranks.size + ranks.rank, num_engines * ranks.size
+    host = LOOPBACK if "/" in rendezvous else own_address(rendezvous.rpartition(":")[0])
+    health = ranks.health
+    store = open_store(rendezvous, rank, size, start_timeout)
+    prints = {**fingerprint, "data_parallel_size": str(num_engines), "ranks": str(size)}
+    meet(store, rank, size, prints, timeout=start_timeout, health=health)
+
+    def connect(name: str, place: int, number: int, device: torch.device) -> Group:
+        backend = make_backend(store, name, place, number, device, timeout, host)
+        group = TorchGroup(backend, device, timeout, health)
+        ranks.further_groups.append(group)
+        return group
+
+    everyone = connect("experts", rank, size, ranks.device)
+    leads = ranks.rank == 0
+    return everyone, (
+        connect("leaders", engine, num_engines, torch.device("cpu")) if leads else OneRank()
+    )

@@ -1,0 +1,114 @@
+"""Engines in step: those that share their experts run every forward at the same time.
+
+Each engine has requests and a scheduler of its own, and its attention needs no other engine. But in
+every layer tokens go to experts wherever they are, so all ranks of all engines must be there. Before
+a forward the engines' first ranks tell each other how many tokens they have. Where one has some,
+all run; an engine without tokens runs an idle forward, in which its experts serve the others'.
+
+The queue of the device is where forwards are in order, so this is a queue around it, with a thread
+that takes part in the exchange while its engine has nothing to do. The scheduler does not know.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+
+import torch
+
+from common.distributed.group import Group
+
+from .device_queue import DeviceQueue, Work
+from .sampler import Sampled
+
+Counts = list[int]  # tokens of each engine in a forward
+PAUSE = 0.002  # seconds from one exchange to the next while no engine has anything to run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A forward that waits for its turn. kind: 0, or a higher number for what drafts."""
+
+    run: Callable[[Counts], Sampled]
+    num_tokens: int
+    kind: int
+    launched: Future[Work] = field(default_factory=Future)
+
+
+class Lockstep:
+    """A device queue that runs a forward when all engines run one."""
+
+    def __init__(
+        self, queue: DeviceQueue, leaders: Group, run_idle: Callable[[int, Counts], Sampled]
+    ) -> None:
+        """leaders: the engines' first ranks. run_idle: serve the others in a forward of a kind."""
+        self.queue, self.leaders, self.run_idle = queue, leaders, run_idle
+        self.jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self.error: Exception | None = None
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to exchange. Until then all engines run the same forwards, and need no word."""
+        if self.leaders.size > 1:
+            self.thread = threading.Thread(target=self._run, name="lockstep", daemon=True)
+            self.thread.start()
+
+    def submit(self, run: Callable[[Counts], Sampled], num_tokens: int, kind: int = 0) -> Work:
+        """Give the device what `run` does, after all before it, as soon as all engines are there.
+        Raises RankError when one is lost."""
+        if self.thread is None:
+            return self.queue.submit(partial(run, [num_tokens] * self.leaders.size))
+        job = Job(run, num_tokens, kind)
+        self.jobs.put(job)
+        return job.launched.result()
+
+    def close(self) -> None:
+        self.jobs.put(None)
+
+    def _run(self) -> None:
+        try:
+            self._keep_step()
+        except Exception as error:
+            self.error = error
+            for job in iter(self.jobs.get, None):
+                job.launched.set_exception(error)
+
+    def _keep_step(self) -> None:
+        job, idle, waits = None, None, True
+        while True:
+            if job is None:
+                with contextlib.suppress(Empty):
+                    job = self.jobs.get(waits, PAUSE)
+                    if job is None:
+                        return
+            try:
+                kind, counts = self._exchange(job)
+            except Exception:
+                self.jobs.put(job)  # to fail with those that come
+                raise
+            if job is not None and job.kind == kind:
+                self._launch(job, counts)
+                job, waits = None, True  # its engine will soon have another
+                continue
+            waits = not any(counts)
+            if not waits:
+                if idle is not None:
+                    idle.result()  # raises what went wrong in it
+                idle = self.queue.submit(partial(self.run_idle, kind, counts))
+
+    def _exchange(self, job: Job | None) -> tuple[int, Counts]:
+        """What kind of forward comes, and each engine's tokens in it; 0 where it has another kind
+        or nothing. Drafts go first, since they are few between two forwards of the model."""
+        ours = torch.tensor([[job.kind, job.num_tokens] if job else [0, 0]])
+        said = self.leaders.all_gather(ours, [1] * self.leaders.size).tolist()
+        kind = max(kind for kind, _ in said)
+        return kind, [num_tokens if of == kind else 0 for of, num_tokens in said]
+
+    def _launch(self, job: Job, counts: Counts) -> None:
+        try:
+            job.launched.set_result(self.queue.submit(partial(job.run, counts)))
+        except Exception as error:  # a GPU's launch may fail; others are told by what they miss
+            job.launched.set_exception(error)
