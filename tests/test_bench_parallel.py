@@ -381,7 +381,14 @@ def test_bytes_sent_for_each_token_and_layer() -> None:
     assert sent_bytes(SMOLLM2, Layout(1, 4), 4) == 0
     # One expert of two, on two ranks: half of the tokens go to the other rank and come back.
     shape = ModelShape(1, 10, 2, 2, 5, 7, 9, num_experts=2, num_experts_per_token=1)
-    assert sent_bytes(shape, Layout(1, 2, ep=True), 1) == pytest.approx(2 * 0.5 * 10)
+    assert sent_bytes(shape, Layout(1, 2, ep=True), 1) == pytest.approx(0.5 * (10 + 8 + 10))
+    # The other way each rank gives its tokens to the other, and a part of the other's sum.
+    gathered = Layout(1, 2, True, "allgather_reducescatter")
+    assert sent_bytes(shape, gathered, 1) == pytest.approx(10 + 8 + 10)
+    # With two ranks a replica they share what they send, sum what attention made, and gather.
+    both = sent_bytes(MODELS["Qwen3-30B-A3B"], Layout(2, 1, ep=True))
+    copies = ranks_reached(128, 8, 2)
+    assert both == pytest.approx(4096 + copies / 2 * 0.5 * (2 * 4096 + 64) + 0.5 * 4096)
 
 
 def test_what_a_machine_cannot_have() -> None:

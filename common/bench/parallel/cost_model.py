@@ -27,7 +27,7 @@ from common.bench.parallel.experts import (
     ranks_reached,
 )
 from common.bench.parallel.layouts import Layout, Share
-from common.bench.parallel.links import Traffic, all_to_all, ring_all_reduce
+from common.bench.parallel.links import Traffic, all_to_all, ring_all_reduce, ring_gather
 from common.bench.parallel.machines import Machine
 
 KERNELS_A_LAYER = 9  # 4 products, attention, rotary embedding with the cache, 2 norms, activation
@@ -225,12 +225,19 @@ def sent_bytes(
 ) -> float:
     """What a rank gives to others for each token of its replica, in each layer.
 
-    all_reduce: the algorithm of sums. A token goes to each rank that has experts of its own once.
+    all_reduce: the algorithm of sums. To the ranks of its experts a token goes once, with the numbers
+    and weights of all of them (4 bytes each), and comes back once; how many ranks these are is a
+    mean. The other backend gathers and scatters the tokens of all replicas around a ring.
     """
     row, tp, size = shape.hidden_size * dtype_bytes, layout.tp, layout.num_ranks
     one_sum = all_reduce(row, tp).num_bytes
     if not (layout.ep and shape.num_experts):
         return 2 * one_sum
-    copies = ranks_reached(shape.num_experts, shape.num_experts_per_token, size)
-    there_and_back = 2 * all_to_all(copies * row / tp, size).num_bytes
-    return one_sum + there_and_back + (tp - 1) / tp * row
+    top_k = shape.num_experts_per_token
+    both_ways = 2 * row + 8 * top_k
+    if layout.backend == "all_to_all":
+        copies = ranks_reached(shape.num_experts, top_k, size)
+        sent = all_to_all(copies * both_ways / tp, size).num_bytes
+    else:
+        sent = ring_gather(layout.dp * both_ways, size).num_bytes
+    return one_sum + sent + ring_gather(row, tp).num_bytes
