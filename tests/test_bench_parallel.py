@@ -3,7 +3,6 @@ tiny engines. No assertion on time."""
 
 import itertools
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ from common.bench.parallel.machines import (
     Device,
     Machine,
 )
+from common.bench.parallel.points import Point
 from common.bench.parallel.prediction import calibrate, machine_of, measured_link, part_of
 from common.bench.parallel.replicas import Engines, Variant
 from common.bench.parallel.watched import Watch
@@ -640,6 +640,16 @@ SMOLLM2_CONFIG = {
 }  # fmt: skip
 
 
+def test_the_steps_of_a_prefill() -> None:
+    """At most 256 tokens a step: a long prompt in pieces, of short ones several together."""
+    long, short = Point("", 1, 600, 1), Point("", 8, 128, 1)
+    assert long.steps() == [Batch(1, 256, 0), Batch(1, 256, 256), Batch(1, 88, 512)]
+    assert long.steps(dp=2) == long.steps()  # one replica has it, the other nothing
+    assert short.steps() == [Batch(2, 128)] * 4
+    assert short.steps(dp=2) == [Batch(4, 128)] * 2
+    assert Point("", 4, 128, 48).steps(dp=2) == [Batch(4, 1, 152)]
+
+
 class MadeUpEngines:
     """Speaks as `Engines` does. Times come from the cost model, so its predictions must be right."""
 
@@ -669,13 +679,8 @@ class MadeUpEngines:
 
     def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
         layout, count = self.variant.layout, len(prompts)
-        point = engines.Point("", count, len(prompts[0]), max_tokens)
-        work = point.steps(count)
-        if not point.decodes and layout.dp > 1 and count > 1:
-            work = [
-                replace(batch, num_sequences=layout.dp * batch.num_sequences)
-                for batch in point.steps(count // layout.dp)
-            ]
+        point = Point("", count, len(prompts[0]), max_tokens)
+        work = point.steps(layout.dp)
         took = sum(step(SMOLLM2, layout, self.machine, batch, 4).total for batch in work)
         computed = sum(len(prompt) + max_tokens - 1 for prompt in prompts)
         sent = {"all_reduce": {"count": 1, "seconds": 0.0, "num_bytes": 61 * 576 * 4 * computed}}

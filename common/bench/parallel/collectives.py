@@ -9,6 +9,7 @@ given to others in one call, to these bytes.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,6 @@ def run(args: argparse.Namespace) -> int:
 
 def run_job(job: dict[str, Any], verbose: bool = False) -> dict[str, Any]:
     """The job of `common.bench.parallel.measure` in a fresh process."""
-    import sys
-
     command = [sys.executable, "-m", "common.bench.parallel.measure"]
     return run_json(command, job, child_environment(), job["job"], verbose=verbose)
 

@@ -12,9 +12,7 @@ predicts the others.
 """
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.bench import BenchError
 from common.bench.core.arguments import (
@@ -30,41 +28,13 @@ from common.bench.core.noise import OtherWork
 from common.bench.core.processes import part_package, run_worker
 from common.bench.core.results import load_result, save_result
 from common.bench.core.workload import random_prompts
-from common.bench.parallel.cost_model import Batch
 from common.bench.parallel.layouts import Layout
+from common.bench.parallel.points import BUDGET, LONG, NUM_SHORT, SHORT, Point
 from common.bench.parallel.replicas import Engines, Variant
+from common.bench.parallel.rows import engines_result, ranks_result
 from common.bench.prefix.plot import check_plot
 
 BATCH_SIZES = (1, 4, 16, 32)
-BUDGET = 256  # tokens of a step, the parts' default on a CPU
-LONG, SHORT, NUM_SHORT = 512, 128, 8  # prompts of the two prefills
-
-
-@dataclass(frozen=True)
-class Point:
-    """Some prompts, and how many tokens each is answered with: one is a prefill."""
-
-    name: str
-    num_prompts: int
-    prompt_len: int
-    output_len: int
-
-    @property
-    def decodes(self) -> bool:
-        return self.output_len > 1
-
-    def seconds_of(self, run: dict[str, Any]) -> float:
-        """Of a step that decodes, or of the whole prefill."""
-        return run["seconds"] / (self.output_len - 1 if self.decodes else 1)
-
-    def steps(self, num_prompts: int) -> list[Batch]:
-        """What the cost model is asked about; num_prompts: in all replicas."""
-        if self.decodes:
-            return [Batch(num_prompts, 1, self.prompt_len + self.output_len // 2)]
-        if self.prompt_len <= BUDGET:
-            together = BUDGET // self.prompt_len
-            return [Batch(together, self.prompt_len)] * max(1, num_prompts // together)
-        return [Batch(1, BUDGET, past) for past in range(0, self.prompt_len, BUDGET)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from common.bench.parallel.rows import engines_result, ranks_result
-
     part_package(args.part)
     if args.plot:
         check_plot(args.plot)

@@ -13,10 +13,10 @@ from common.bench.core.results import Result, column, make_result
 from common.bench.costs import DTYPE_BYTES, ModelShape
 from common.bench.ladder import remarks
 from common.bench.parallel.cost_model import sent_bytes
-from common.bench.parallel.engines import Point
 from common.bench.parallel.layouts import memory
 from common.bench.parallel.links import shared_all_reduce
 from common.bench.parallel.machines import Device
+from common.bench.parallel.points import Point
 from common.bench.parallel.prediction import (
     calibrate,
     machine_of,
@@ -161,7 +161,7 @@ def predicted(
     shape, dtype_bytes = ModelShape.from_config(first.facts["shape"]), dtype_of(first)
     measured = [
         (
-            point.steps(point.num_prompts),
+            point.steps(),
             statistics.median(point.seconds_of(run) for run in first.runs[point.name].values()),
         )
         for point in points
@@ -181,9 +181,7 @@ def predicted(
             link = measured_link(links, args.transport, layout.tp)
             machine = machine_of(device, layout.num_ranks, link)
         for point in points:
-            work = point.steps(point.num_prompts)
-            if not point.decodes and layout.dp > 1 and point.num_prompts >= layout.dp:
-                work = replicated(point, layout.dp)
+            work = point.steps(layout.dp)
             found[variant.name, point.name] = seconds_of(shape, layout, machine, work, dtype_bytes)
     rates = (
         f"{whole.read_bytes_per_s / 1e9:.1f} GB/s, {whole.flops_per_s / 1e9:.0f} GFLOP/s and"
@@ -194,16 +192,6 @@ def predicted(
         f" part of these rates, and {args.transport} as measured. Off by: predicted to measured."
     )
     return found, [note]
-
-
-def replicated(point: Point, dp: int) -> list[Any]:
-    """The steps of one of dp replicas, as batches of all of them together."""
-    from dataclasses import replace
-
-    return [
-        replace(batch, num_sequences=dp * batch.num_sequences)
-        for batch in point.steps(point.num_prompts // dp)
-    ]
 
 
 def dtype_of(variant: Variant) -> int:
