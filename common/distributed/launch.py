@@ -34,11 +34,13 @@ def connect(
     timeout: float,
     fingerprint: Mapping[str, str],
     start_timeout: float = START_SECONDS,
+    use_shared_memory: bool = True,
 ) -> Ranks:
     """Rank 0: start the other ranks, or find those that torchrun has started, and meet them.
 
     config is plain JSON, and reaches every rank. A GPU's number is rank 0's; the others take the
-    next ones. timeout: seconds that any wait may take later on. Raises ValueError, one line, when
+    next ones. timeout: seconds that any wait may take later on. CPU ranks of one host share memory,
+    or take gloo where they shall or can not. Raises ValueError, one line, when
     a rank fails to start, does not come, or is not like rank 0.
     """
     if device.type == "cuda":
@@ -48,7 +50,16 @@ def connect(
     try:
         if by_torchrun():
             return start_torchrun(config, device, size, timeout, fingerprint, start_timeout)
-        return start_local(package, config, device, size, timeout, fingerprint, start_timeout)
+        return start_local(
+            package,
+            config,
+            device,
+            size=size,
+            timeout=timeout,
+            fingerprint=fingerprint,
+            start_timeout=start_timeout,
+            use_shared_memory=use_shared_memory,
+        )
     except (RankError, OSError) as error:
         raise ValueError(str(error)) from None
 

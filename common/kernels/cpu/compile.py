@@ -26,7 +26,7 @@ import common
 from common.device import usable_cores
 
 # Every module that defines kernels, so that KERNELS has them all.
-from common.kernels.cpu import attention, elementwise, linear, sampler  # noqa: F401
+from common.kernels.cpu import attention, elementwise, exchange, linear, sampler  # noqa: F401
 from common.kernels.cpu.cache import cache_folder, mark_complete
 from common.kernels.cpu.jit import KERNELS
 

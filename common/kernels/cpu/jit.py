@@ -10,6 +10,7 @@ for 270 times when another Python thread is busy.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 # How often an idle worker of GNU's OpenMP looks for work before it sleeps: some 70 microseconds, so
@@ -30,16 +31,28 @@ KERNELS: dict[str, Any] = {}  # name: numba's dispatcher, in the order of defini
 
 
 def kernel(
-    function: Callable | None = None, *, exact: bool = False, floats: tuple[str, ...] = ()
+    function: Callable | None = None,
+    *,
+    exact: bool = False,
+    floats: tuple[str, ...] = (),
+    parallel: bool = True,
+    nogil: bool = False,
 ) -> Callable:
     """Compile a function that Python calls; it may hold parallel loops, and is cached on disk.
 
     exact: keep to IEEE arithmetic (infinities, NaN, order of operations).
     floats: the parameters that are floats; all others are integers.
+    parallel: whether it holds parallel loops. nogil: whether it lets go of the interpreter's lock,
+    since it may sleep.
     """
     if function is None:
-        return lambda function: kernel(function, exact=exact, floats=floats)
-    options = {"parallel": True, "fastmath": not exact, "error_model": "numpy"}
+        return partial(kernel, exact=exact, floats=floats, parallel=parallel, nogil=nogil)
+    options = {
+        "parallel": parallel,
+        "nogil": nogil,
+        "fastmath": not exact,
+        "error_model": "numpy",
+    }
     dispatcher = numba.njit(function, **options)
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     assert set(floats) <= set(names), f"{function.__name__}: {floats} of {names}"
@@ -74,6 +87,7 @@ def _pointer(element: types.Type) -> Callable:
     return pointer
 
 
+_byte_pointer = _pointer(types.uint8)
 _float32_pointer = _pointer(types.float32)
 _int32_pointer = _pointer(types.int32)
 _int64_pointer = _pointer(types.int64)
@@ -88,6 +102,11 @@ def float32_array(address, shape):
 @helper
 def int32_array(address, shape):
     return carray(_int32_pointer(address), shape)
+
+
+@helper
+def byte_array(address, shape):
+    return carray(_byte_pointer(address), shape)
 
 
 @helper

@@ -11,7 +11,7 @@ import torch
 
 from common.distributed import Group, Ranks, run_worker
 
-SUM, ALL, SLEEP, COLLECT = 1, 2, 3, 4  # orders: sum 4 numbers; every operation; sleep; every sum
+SUM, REPEAT, SLEEP = 1, 2, 3  # orders
 
 
 def serve(config: dict[str, Any], ranks: Ranks) -> None:
@@ -26,9 +26,21 @@ def obey(numbers: list[int], group: Group) -> Any:
     order, *rest = numbers
     if order == SUM:
         return group.all_reduce(torch.full((4,), float(group.rank + 1)))
+    if order == REPEAT:
+        return repeat(*rest, group)
     if order == SLEEP:
         time.sleep(rest[0] / 1000)
     return None
+
+
+def repeat(count: int, times: int, group: Group) -> float:
+    """Sum so many float32 so often; seconds for one."""
+    x = torch.zeros(count)
+    group.all_reduce(x)
+    begin = time.perf_counter()
+    for _ in range(times):
+        group.all_reduce(x)
+    return (time.perf_counter() - begin) / times
 
 
 def fingerprint(config: dict[str, Any]) -> dict[str, str]:
