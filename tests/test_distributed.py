@@ -54,7 +54,9 @@ BACKENDS = ("shared memory", "gloo")
 
 def start(size: int = 2, timeout: float = 5.0, **more: Any) -> Ranks:
     config, prints = more.pop("config", {}), more.pop("fingerprint", {})
-    return connect(PACKAGE, config, CPU, size=size, timeout=timeout, fingerprint=prints, **more)
+    ranks = connect(PACKAGE, config, CPU, size=size, timeout=timeout, fingerprint=prints, **more)
+    ranks.loaded()
+    return ranks
 
 
 # Groups of threads in this process: what collectives compute, without the cost of processes.

@@ -129,6 +129,10 @@ class TorchGroup(Group):
             message = f"another rank is gone: {name} failed on rank {self.rank} ({reason})"
             raise self._health.report_after_grace(message) from error
 
+    def limit_waits(self, seconds: float) -> None:
+        self._timeout = seconds
+        self._backend._set_default_timeout(timedelta(seconds=seconds))
+
     def abort(self) -> None:
         """End what waits, in any thread: kernels of NCCL that no rank will answer."""
         with contextlib.suppress(RuntimeError):

@@ -20,7 +20,7 @@ from common.distributed.control import SocketReceiver, SocketSender
 from common.distributed.gloo import TorchGroup, make_backend
 from common.distributed.group import Group, OneRank
 from common.distributed.health import Health
-from common.distributed.ranks import Ranks
+from common.distributed.ranks import LOAD_SECONDS, Ranks
 from common.distributed.rendezvous import LocalStore, meet, open_store
 
 LOOPBACK = "127.0.0.1"
@@ -71,12 +71,14 @@ def start_local(
             inherited.append([x for x in descriptors if x is not None])
         children = Children(f"{package}.worker", jobs, inherited, threads, health)
         control = SocketSender([ours for ours, _ in pairs], timeout, health)
-        ranks = Ranks(0, size, OneRank(), control, device, threads, health, children)
+        ranks = Ranks(0, size, OneRank(), control, device, threads, health, children, timeout)
         try:
             if memory is not None:
                 shared_memory.load_kernels()
             meet(local.store, 0, size, fingerprint, timeout=start_timeout, health=health)
-            ranks.group = _local_group(local.store, memory, 0, size, device, timeout, health)
+            patience = max(timeout, LOAD_SECONDS)
+            ranks.group = _local_group(local.store, memory, 0, size, device, patience, health)
+            control.expect_signs()
         except BaseException:
             ranks.close()
             raise
@@ -113,8 +115,11 @@ def join_local(
     if job["memory"] is not None:
         shared_memory.load_kernels()
     meet(store, rank, size, prints, timeout=job["start_timeout"], health=health)
-    group = _local_group(store, job["memory"], rank, size, device, timeout, health)
+    patience = max(timeout, LOAD_SECONDS)
+    group = _local_group(store, job["memory"], rank, size, device, patience, health)
     if job["memory"] is not None:
         os.close(job["memory"])
     control = SocketReceiver(socket.socket(fileno=job["control"]), timeout)
-    return job["config"], Ranks(rank, size, group, control, device, job["threads"], health)
+    threads = job["threads"]
+    ranks = Ranks(rank, size, group, control, device, threads, health, timeout=timeout)
+    return job["config"], ranks

@@ -9,6 +9,8 @@ from common.distributed.control import Control
 from common.distributed.group import Group
 from common.distributed.health import Health
 
+LOAD_SECONDS = 1800.0  # that ranks which live may need longer than others to load
+
 
 @dataclass
 class Ranks:
@@ -27,6 +29,13 @@ class Ranks:
     health: Health = field(default_factory=Health)
     children: Children | None = None
     further_groups: list[Group] = field(default_factory=list)  # with ranks of other engines
+    timeout: float | None = None  # seconds that a wait may take once all have loaded
+
+    def loaded(self) -> None:
+        """All ranks are ready to work: until now one could wait long for another that was reading
+        its weights, or compiling."""
+        if self.timeout is not None:
+            self.group.limit_waits(self.timeout)
 
     def problem(self) -> str | None:
         """One line on the first rank that has died or did not answer; None while all is well."""
