@@ -9,7 +9,7 @@ from torch.distributed import Store
 from common.distributed.control import CLOSED, Receiver, Sender
 from common.distributed.gloo import SLICE, wait_for
 from common.distributed.group import RankError
-from common.distributed.health import Health
+from common.distributed.health import Health, reason_of
 
 FRAME = 64  # int64s that gloo sends at once
 
@@ -36,7 +36,7 @@ class GlooSender(Sender):
             try:
                 self._pending.append(self._backend.broadcast(frame, 0))
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = reason_of(error)
                 raise self.health.report_after_grace(f"another rank is gone ({reason})") from None
 
     def _give_sign(self) -> None:
@@ -86,7 +86,7 @@ class GlooReceiver(Receiver):
         except RankError:
             raise
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
             raise self.health.report(f"rank 0 is gone ({reason})") from None
         return frame.tolist()
 
