@@ -26,6 +26,17 @@ class EngineConfig:
     dtype: str = option("auto", "auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)
     kernels: str = option("auto", "auto, reference, cpu, triton or flash")
     threads: int | None = option(None, "CPU threads (all usable cores)", 1, 1024)
+    # ranks
+    tensor_parallel_size: int = option(
+        1,
+        "ranks that share the model: processes, each with a GPU or some of the cores",
+        1,
+        1024,
+        aliases=("--tp",),
+    )
+    rank_timeout: float = option(
+        30.0, "seconds within which a rank that has died or hangs is noticed", 1.0, 3600.0
+    )
     # memory
     block_size: int | None = option(
         None, "tokens in a block of the KV cache (16; flash: 256)", 1, 4096

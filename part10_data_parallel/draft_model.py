@@ -99,7 +99,7 @@ class ModelProposer:
     @torch.inference_mode()
     def run(self, batch: Batch, rejecting: list[tuple[int, list[torch.Tensor]]]) -> Sampled:
         """Run one round of drafting, on the device."""
-        self.runner.fill_in(batch)
+        self.runner.fill_in(batch, self.runner.drafter)
         logits, _ = self.runner.forward(batch, self.runner.drafter)
         if not batch.draft_lengths:  # no token is drawn
             return Sampled(batch.rows, SampledLogprobs([]))

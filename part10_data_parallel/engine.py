@@ -24,7 +24,7 @@ from common.trace import Trace, phase
 
 from .config import EngineConfig
 from .device_queue import Work
-from .model_runner import Batch, ModelRunner
+from .model_runner import Batch, load_runner
 from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence, Status
@@ -47,7 +47,7 @@ class LLMEngine:
         """Load the model. Raises ValueError when it cannot be had."""
         folder = resolve(config.model)
         self.tokenizer = Tokenizer.load(folder)
-        self.runner = ModelRunner(config, folder)
+        self.runner = load_runner(config, folder)
         self.eos_token_ids = eos_token_ids(folder, load_config(folder))
         self.sampling_defaults = sampling_defaults(folder, config.generation_config)
         self.config = self.runner.config  # with what depends on the device
@@ -209,6 +209,8 @@ class LLMEngine:
             "weight_bytes": self.runner.num_weight_bytes,
             "kv_cache_bytes": self.kv.num_bytes,
             "buffer_bytes": self.runner.num_buffer_bytes,
+            "rank_bytes": [held.tolist() for held in self.runner.rank_bytes],
+            "num_bytes_sent": self.runner.ranks.group.num_bytes_sent,
             "block_size": self.kv.block_size,
             "num_blocks": self.kv.num_blocks,
             "num_used_blocks": self.kv.num_blocks - self.scheduler.cache.num_free,
@@ -239,6 +241,11 @@ class LLMEngine:
         while self.in_flight:
             self.in_flight.popleft().work.wait()
 
+    def problem(self) -> str | None:
+        """Which rank is lost, or None while all live."""
+        return self.runner.ranks.problem()
+
     def shutdown(self) -> None:
-        """Drop every request. The engine is not to be used after."""
+        """Drop every request, and end the other ranks. The engine is not to be used after."""
         self.drop_requests()
+        self.runner.ranks.close()

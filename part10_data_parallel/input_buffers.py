@@ -98,6 +98,10 @@ class InputBuffers:
             piece = self.hosts[self.turn].piece(lengths)
             self.device.piece(lengths).copy_(piece, non_blocking=True)
 
+    def packed(self, shape: BatchShape) -> torch.Tensor:
+        """The batch that was written last, where the device reads it: all its fields in one piece."""
+        return (self.device or self.hosts[self.turn]).piece(shape.lengths())
+
     def read_by(self, work: Work) -> None:
         """The batch that was written last is read by this work."""
         self.readers[self.turn] = work

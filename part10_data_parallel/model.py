@@ -3,6 +3,10 @@
 Written over a flat batch: the tokens of all sequences lie one after another, and only attention
 needs to know where one ends. `AttentionMetadata` says so, and where the keys and values lie. The
 operations are `common.kernels`'; weights are objects that only `ops.linear` looks into.
+
+Every rank runs this code on its part of the weights; `tensor_parallel.py` says which. Ranks meet in
+one sum after attention and one after the MLP, in one for the embedding, and where rank 0 gathers the
+logits.
 """
 
 import math
@@ -11,9 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from common.distributed.group import Group, OneRank
 from common.kernels import AttentionMetadata, Ops
 from common.models.architecture import ModelConfig
-from common.models.weights import collect, report_unused, take_tensor
+from common.models.weight_slices import WeightSource
+from common.models.weights import report_unused
+
+from .tensor_parallel import Features, Shard, elements
 
 
 def rotary_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
@@ -36,30 +44,44 @@ def rotary_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
 
 
 class Weights:
-    """A checkpoint's tensors by name; each is taken once."""
+    """A checkpoint's tensors by name; of each a rank reads its own part, once."""
 
-    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
-        self.tensors = collect(tensors, dtype)
+    def __init__(self, source: WeightSource, dtype: torch.dtype, shard: Shard) -> None:
+        self.source, self.dtype, self.shard = source, dtype, shard
+        self.unused = source.names
         self.num_bytes = 0  # of those taken
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """The tensor of that name. Raises ModelError unless it is there, and of that shape."""
-        tensor = take_tensor(self.tensors, name, shape)
+    def take(self, name: str, *sizes: int | Features) -> torch.Tensor:
+        """The tensor of that name, or the rank's part of it. Raises ModelError unless it is there,
+        and of that shape."""
+        shape = tuple(size if isinstance(size, int) else size.total for size in sizes)
+        own = [range(size) if isinstance(size, int) else size.own for size in sizes]
+        part = tuple(slice(part.start, part.stop) for part in own)
+        is_whole = all(len(part) == size for part, size in zip(own, shape, strict=True))
+        tensor = self.source.read(name, shape, () if is_whole else part).to(self.dtype)
+        self.unused.discard(name)
         self.num_bytes += tensor.nbytes
         return tensor
 
     def linear(
-        self, ops: Ops, prefix: str, in_features: int, has_bias: bool = False, **out_features: int
+        self,
+        ops: Ops,
+        prefix: str,
+        in_features: int | Features,
+        has_bias: bool = False,
+        **out_features: int | Features,
     ) -> Any:
         """A weight object for `ops.linear` from projections that share their input.
 
-        out_features: of each projection by its name; they come one after another in the output.
+        out_features: of each projection by its name; they come one after another in the output. A
+        weight that is split by its inputs gives a part of a sum, to which rank 0 adds the bias.
         """
         sizes = {f"{prefix}{name}": size for name, size in out_features.items()}.items()
         parts = [self.take(f"{name}.weight", size, in_features) for name, size in sizes]
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
         biases = [self.take(f"{name}.bias", size) for name, size in sizes if has_bias]
-        return ops.prepare_weight(weight, torch.cat(biases) if has_bias else None)
+        adds_bias = has_bias and (isinstance(in_features, int) or self.shard.rank == 0)
+        return ops.prepare_weight(weight, torch.cat(biases) if adds_bias else None)
 
 
 class Context(NamedTuple):
@@ -72,11 +94,14 @@ class Context(NamedTuple):
 
 
 class Attention:
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
-        self.ops, self.layer = ops, layer
+    def __init__(
+        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
+    ) -> None:
+        self.ops, self.layer, self.group = ops, layer, group
         prefix = f"model.layers.{layer}.self_attn."
         hidden, head_dim = config.hidden_size, config.head_dim
-        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        q_size = elements(weights.shard.heads, head_dim, config.num_heads)
+        kv_size = elements(weights.shard.kv_heads, head_dim, config.num_kv_heads)
         sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = weights.linear(ops, prefix, hidden, config.has_qkv_bias, **sizes)
         self.out = weights.linear(ops, prefix, q_size, config.has_out_bias, o_proj=hidden)
@@ -101,31 +126,36 @@ class Attention:
             **self.norms,
         )
         out = self.ops.attention(query, cache, self.layer, metadata, self.scale, self.window)
-        return self.ops.linear(out, self.out)
+        return self.group.all_reduce(self.ops.linear(out, self.out))
 
 
 class MLP:
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
-        self.ops = ops
+    def __init__(
+        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
+    ) -> None:
+        self.ops, self.group = ops, group
         prefix = f"model.layers.{layer}.mlp."
-        hidden, size, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
+        hidden, has_bias = config.hidden_size, config.has_mlp_bias
+        size = Features(config.intermediate_size, weights.shard.intermediate)
         self.gate_up = weights.linear(ops, prefix, hidden, has_bias, gate_proj=size, up_proj=size)
         self.down = weights.linear(ops, prefix, size, has_bias, down_proj=hidden)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = self.ops.linear(x, self.gate_up)
-        return self.ops.linear(self.ops.silu_and_mul(gate_up), self.down)
+        return self.group.all_reduce(self.ops.linear(self.ops.silu_and_mul(gate_up), self.down))
 
 
 class DecoderLayer:
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+    def __init__(
+        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
+    ) -> None:
         self.ops, self.eps = ops, config.rms_norm_eps
         prefix = f"model.layers.{layer}"
         hidden = config.hidden_size
         self.input_norm = weights.take(f"{prefix}.input_layernorm.weight", hidden)
         self.post_attention_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", hidden)
-        self.attention = Attention(config, ops, layer, weights)
-        self.mlp = MLP(config, ops, layer, weights)
+        self.attention = Attention(config, ops, layer, weights, group)
+        self.mlp = MLP(config, ops, layer, weights, group)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, context: Context) -> torch.Tensor:
         """x: what the layer before adds to the residual, which is updated in place."""
@@ -136,30 +166,35 @@ class DecoderLayer:
 
 
 class CausalLM:
-    """The whole model, on one device."""
+    """The whole model, or one rank's part of it, on one device."""
 
     def __init__(
         self,
         config: ModelConfig,
         ops: Ops,
-        tensors: Iterable[tuple[str, torch.Tensor]],
+        source: WeightSource,
         dtype: torch.dtype,
         device: torch.device,
+        group: Group | None = None,
     ) -> None:
-        """Take the weights of a checkpoint. Raises ModelError when they are not this model's."""
-        self.config, self.ops = config, ops
-        weights = Weights(tensors, dtype)
-        vocab, hidden = config.vocab_size, config.hidden_size
+        """Take the weights of a checkpoint. Raises ModelError when they are not this model's, and
+        ValueError when they cannot be divided among so many ranks."""
+        self.config, self.ops, self.group = config, ops, group or OneRank()
+        self.shard = Shard.of(config, self.group.rank, self.group.size)
+        self.local = self.shard.local(config)  # as the KV cache and the kernels see it
+        weights = Weights(source, dtype, self.shard)
+        vocab = Features(config.vocab_size, self.shard.vocabulary)
+        hidden = config.hidden_size
         self.embedding = weights.linear(ops, "model.", hidden, embed_tokens=vocab)
         self.norm = weights.take("model.norm.weight", hidden)
-        if config.tie_word_embeddings and "lm_head.weight" not in weights.tensors:
+        if config.tie_word_embeddings and "lm_head.weight" not in source.names:
             self.lm_head = self.embedding
         else:
             self.lm_head = weights.linear(ops, "", hidden, lm_head=vocab)
         layers = range(config.num_layers)
-        self.layers = [DecoderLayer(config, ops, layer, weights) for layer in layers]
+        self.layers = [DecoderLayer(config, ops, n, weights, self.group) for n in layers]
         self.num_bytes = weights.num_bytes
-        report_unused(weights.tensors)
+        report_unused(weights.unused)
         self.rotary = rotary_table(config, device)
 
     def forward(
@@ -174,13 +209,26 @@ class CausalLM:
 
         layers: which to run, all by default; the others are stepped over.
         """
-        residual = self.ops.embedding(token_ids, self.embedding)
+        residual = self.embed(token_ids)
         x = torch.zeros_like(residual)
         context = Context(positions, self.rotary, kv_cache, metadata)
         for layer in self.layers if layers is None else [self.layers[i] for i in layers]:
             x = layer(x, residual, context)
         return self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> [n, vocab]."""
-        return self.ops.linear(hidden, self.lm_head)
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[n] -> [n, hidden]: each rank looks up its tokens, and has zeros for the others'."""
+        if self.shard.size == 1:
+            return self.ops.embedding(token_ids, self.embedding)
+        places = token_ids - self.shard.vocabulary.start
+        is_other = (places < 0) | (places >= len(self.shard.vocabulary))
+        rows = self.ops.embedding(places.masked_fill(is_other, 0), self.embedding)
+        return self.group.all_reduce(rows.masked_fill_(is_other.unsqueeze(1), 0))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[n, hidden] -> [n, vocab] on rank 0, which gathers them; None on the others."""
+        shapes = [(len(hidden), len(vocabulary)) for vocabulary in self.shard.vocabularies]
+        parts = self.group.gather(self.ops.linear(hidden, self.lm_head), shapes)
+        if parts is None:
+            return None
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]

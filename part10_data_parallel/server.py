@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from sse_starlette import EventSourceResponse
 
+from common.distributed import launched_rank
 from common.http import page
 from common.http.app import Admission, Frontend, unless_disconnected
 from common.http.errors import ApiError
@@ -17,6 +18,7 @@ from common.http.run import ServerConfig, serve
 from common.options import parse
 from common.sampling import MAX_N
 
+from . import worker
 from .async_engine import AsyncEngine
 from .config import EngineConfig
 from .engine import LLMEngine
@@ -65,6 +67,8 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
 
 def main() -> None:
     engine_config, server_config = parse([EngineConfig, ServerConfig], description=__doc__)
+    if launched_rank() > 0:  # torchrun has started it, beside rank 0
+        worker.main()
     serve(lambda: create_app(LLMEngine(engine_config), server_config), server_config)
 
 

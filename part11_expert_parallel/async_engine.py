@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from common.completions import Delta, OutputProcessor, RequestOutput
+from common.distributed.group import RankError
 from common.metrics import EngineMetrics
 from common.requests import Request
 
@@ -69,7 +70,7 @@ class AsyncEngine:
 
     def problem(self) -> str | None:
         """What is wrong with the engine, or None while it lives."""
-        return "the engine has stopped" if self.stopped else None
+        return "the engine has stopped" if self.stopped else self.engine.problem()
 
     async def generate(
         self, requests: list[Request]
@@ -162,7 +163,7 @@ class AsyncEngine:
         """One step; an exception ends the requests it ran, not the engine."""
         try:
             return self.engine.step()
-        except torch.AcceleratorError:  # the GPU is lost to this process: /health must say so
+        except (torch.AcceleratorError, RankError):  # the GPU is lost, or another rank
             raise
         except Exception:
             logger.exception("a step failed")

@@ -13,6 +13,7 @@ noise of its own.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -92,14 +93,16 @@ class ModelProposer:
         to it where drafts stay by rejection.
         """
         rejecting = [(i, rows) for i, (s, rows) in enumerate(probs.items()) if self.will_reject(s)]
-        work = self.runner.queue.submit(lambda: self.run(batch, rejecting))
+        work = self.runner.queue.submit(
+            partial(self.run, batch, rejecting), batch.shape.num_tokens, 1
+        )
         self.runner.inputs.launched(work)
         return work
 
     @torch.inference_mode()
     def run(self, batch: Batch, rejecting: list[tuple[int, list[torch.Tensor]]]) -> Sampled:
         """Run one round of drafting, on the device."""
-        self.runner.fill_in(batch)
+        self.runner.fill_in(batch, self.runner.drafter)
         logits, _ = self.runner.forward(batch, self.runner.drafter)
         if not batch.draft_lengths:  # no token is drawn
             return Sampled(batch.rows, SampledLogprobs([]))

@@ -24,8 +24,6 @@ from common.kernels import Ops
 
 from .expert_placement import ExpertPlacement
 
-BACKENDS = ("allgather_reducescatter", "all_to_all")
-
 # What a rank's own experts add: (x [n, hidden], slots [n, k], weights [n, k]) -> [n, hidden]
 RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -108,12 +106,17 @@ class ExpertParallel:
         self.ops, self.interval = ops, interval
         self.counts: list[int] = []  # tokens of each rank of `group`, in this step
         self.num_steps = self.num_moves = 0
-        # How a layer replaces one of this rank's experts: (index, expert) -> None.
-        self.replace: dict[int, Callable[[int, int], None]] = {}
+        self.replace: dict[int, Callable[[int, int], None]] = {}  # by layer
         # How often this engine's tokens have chosen each expert; and until it was placed last.
         self.load = torch.zeros(placement.copies.shape, dtype=torch.int64, device=group.device)
         self.seen = self.load.clone()
         self.recent = np.zeros(self.load.shape)  # all engines' tokens, the older the less
+
+    def own_experts(self, layer: int, replace: Callable[[int, int], None]) -> list[int]:
+        """The experts that this rank is to load, in order. replace: puts another one, its second
+        argument, in the place of one of these, by its index."""
+        self.replace[layer] = replace
+        return self.placement.on_rank(layer, self.group.rank)
 
     def start_step(self, num_tokens: Sequence[int]) -> None:
         """num_tokens: of each engine, in the forward that begins. Every rank counts the same steps,

@@ -58,6 +58,8 @@ class Batch:
     num_draft_tokens: torch.Tensor | None = None
     rejecting: list[int] = field(default_factory=list)  # sequences whose drafts stay by rejection
     draft_probs: torch.Tensor | None = None  # [drafts of these, vocab]: what they were drawn from
+    shape: BatchShape | None = None
+    packed: torch.Tensor | None = None  # all tensors of this shape in one piece, for other ranks
 
 
 class InputBatch:
@@ -174,6 +176,31 @@ class InputBatch:
             has_penalties=any(arrays[name].any() for name in PENALTIES),
             draft_lengths=draft_lengths.tolist(),
             num_draft_tokens=tensors["num_draft_tokens"][: len(draft_lengths)],
+            shape=shape,
+            packed=self.buffers.packed(shape),
+        )
+
+    def received(self, shape: BatchShape, bounds: list[int]) -> Batch:
+        """A batch that another rank has laid out; its numbers come when the device gets there.
+
+        bounds: the numbers of its metadata. Of its sampling nothing is known.
+        """
+        _, tensors = self.buffers.next(shape)
+        names = "cu_seqlens_q", "seq_lens", "slot_mapping"
+        begins, lengths, slots = (tensors[name] for name in names)
+        tables = self.tables.of_batch[: shape.num_seqs]
+        return Batch(
+            tensors["token_ids"],
+            tensors["positions"],
+            AttentionMetadata(begins, lengths, tables, slots, *bounds),
+            table_rows=tensors["table_rows"],
+            table_changes=tensors["table_changes"].view(2, -1),
+            logits_indices=tensors["logits_indices"],
+            rows=tensors["rows"],
+            sampling=self.sampling_batch([], {"rows": np.zeros(0, np.int64)}, tensors),
+            has_penalties=False,
+            shape=shape,
+            packed=self.buffers.packed(shape),
         )
 
     def write_tokens(

@@ -8,26 +8,33 @@ device, from what its row has drawn last.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.device import release_openmp_workers, resolve_device, to_device, usable_cores
+from common.device import release_openmp_workers, resolve_device, to_device
+from common.distributed import RankError, Ranks
 from common.kernels import select_ops
 from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
 from common.models.architecture import ModelConfig
-from common.models.checkpoint import context_length, iter_weights, load_config, resolve_draft_model
+from common.models.checkpoint import context_length, load_config, resolve_draft_model
+from common.models.weight_slices import open_weights
 from common.prompt_logprobs import PromptScores
 from common.requests import Request
 from common.sampling import NO_TOKEN, SamplingParams
 
 from .config import EngineConfig
 from .device_queue import Work, device_queue
+from .expert_parallel import ExpertParallel
+from .expert_placement import ExpertPlacement
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
+from .lockstep import Counts, Lockstep
 from .model import CausalLM
+from .ranks import header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
@@ -44,37 +51,44 @@ class Runnable:
 
 
 class ModelRunner:
-    """The model, its KV cache, and the way in and out of them."""
+    """One rank's part of the model, its KV cache, and the way in and out of them."""
 
-    def __init__(self, config: EngineConfig, folder: Path) -> None:
-        """Load the model and allocate the cache. Raises ValueError."""
-        self.device, self.dtype = resolve_device(config.device, config.dtype)
-        threads = config.threads or usable_cores()
+    def __init__(self, config: EngineConfig, folder: Path, ranks: Ranks) -> None:
+        """Load the model and allocate the cache, side by side with the other ranks. Raises
+        ValueError, and RankError when one of them is lost."""
+        self.ranks, self.is_ready = ranks, False
+        self.device, self.dtype = resolve_device(str(ranks.device), config.dtype)
+        threads = config.threads or ranks.threads
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
+        self.everyone, leaders = meet_engines(ranks, config)
         max_model_len = context_length(load_config(folder), config.max_model_len)
         self.model = self.load_model(folder, max_model_len)
-        shape = self.model.config
+        shape = self.model.local
         self.num_weight_bytes = self.model.num_bytes
         smaller, draft_shape = None, None
         if config.speculative == "draft":
             folder = resolve_draft_model(config.draft_model, max_model_len, shape.vocab_size)
             smaller = self.load_model(folder, max_model_len)
-            draft_shape = smaller.config
+            draft_shape = smaller.local
             self.num_weight_bytes += smaller.num_bytes
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
-        self.queue = device_queue(self.device)
+        queue, num_engines = device_queue(self.device), config.data_parallel_size
+        self.queue = Lockstep(queue, leaders, num_engines, self.run_idle)
         # What follows belongs to the device: only work in the queue touches it.
-        rows, vocab = config.max_num_seqs, shape.vocab_size
+        rows, vocab = config.max_num_seqs if ranks.rank == 0 else 0, shape.vocab_size
         # A row more than sequences: a batch's padding has the last one.
         self.last_token_ids = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
         # How often tokens were generated; kept where a sequence has penalties.
         self.counts = torch.zeros(rows, vocab, dtype=torch.int32, device=self.device)
         reserved = self.profile(shape)
         num_blocks = choose_num_blocks(
-            config, shape, self.dtype, self.device, reserved, draft_shape
+            config, shape, self.dtype, self.device, reserved, draft_shape, ranks.size
         )
+        num_blocks = self.everyone.minimum(
+            num_blocks
+        )  # the scheduler deals out blocks of all ranks
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
@@ -86,13 +100,30 @@ class ModelRunner:
             self.drafter = Runnable(self.model, self.kv.data, layers)
         self.warm_up()
         release_openmp_workers()  # from now on the queue's thread does the work
+        held = torch.tensor([self.num_weight_bytes, self.kv.num_bytes], device=self.device)
+        self.rank_bytes = ranks.group.gather(held, [held.shape] * ranks.size)
+        self.is_ready = True  # from now on other ranks are told what comes
+        self.queue.start()
+        ranks.at_close.append(self.queue.close)
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
         """Load a model's weights. Raises ValueError."""
         shape = ModelConfig.from_transformers(load_config(folder), max_model_len, moe=True)
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
-        tensors = iter_weights(folder, self.device)
-        return CausalLM(shape, self.ops, tensors, self.dtype, self.device)
+        weights = open_weights(folder, self.device)
+        group, experts = self.ranks.group, self.expert_parallel(shape)
+        return CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
+
+    def expert_parallel(self, shape: ModelConfig) -> ExpertParallel | None:
+        """This rank's part in a model's experts, where they are spread. Raises ValueError."""
+        config, size = self.config, self.everyone.size
+        if not (config.enable_expert_parallel and shape.num_experts):
+            return None
+        numbers = shape.num_layers, shape.num_experts, config.num_redundant_experts, size
+        placement = ExpertPlacement(*numbers, self.device, config.data_parallel_rank)
+        interval = config.eplb_interval if config.eplb else None
+        group, backend = self.ranks.group, config.ep_backend
+        return ExpertParallel(self.everyone, group, placement, backend, self.ops, interval)
 
     def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
@@ -135,7 +166,7 @@ class ModelRunner:
         longest, decoded = self.max_model_len, 1 + (self.config.num_speculative_tokens or 0)
         most = min(longest, self.config.max_num_batched_tokens)
         for runs in filter(None, (self.target, self.drafter)):
-            shape = runs.model.config
+            shape = runs.model.local
             group = shape.num_heads // shape.num_kv_heads
             for lengths in self.ops.warm_up_lengths(group, most, longest, decoded):
                 for params in (SamplingParams(temperature=0.0), SamplingParams(top_k=2, top_p=0.9)):
@@ -150,39 +181,75 @@ class ModelRunner:
         """What a step's input takes, and the counts of tokens."""
         return self.inputs.num_bytes + self.last_token_ids.nbytes + self.counts.nbytes
 
-    def launch(self, batch: Batch, what: Runnable | None = None) -> Work:
-        """Give the device the batch; its tokens can be read from what this returns."""
-        work = self.queue.submit(lambda: self.run(batch, what))
+    def launch(
+        self, batch: Batch, what: Runnable | None = None, counts: Counts | None = None
+    ) -> Work:
+        """Give the device the batch; its tokens can be read from what this returns. counts: each
+        engine's tokens, where rank 0 has said so."""
+        is_draft = what is not None and what is self.drafter
+        run = partial(self.run, batch, what)
+        work = self.queue.submit(run, batch.shape.num_tokens, int(is_draft), counts)
         self.inputs.launched(work)
         return work
 
     @torch.inference_mode()
     def run(self, batch: Batch, what: Runnable | None = None) -> Sampled:
-        """All that the device does in a step. what: the model unless given."""
-        self.fill_in(batch)
+        """All that the device does in a step. what: the model unless given. Rank 0 alone samples."""
+        self.fill_in(batch, what)
         logits, scores = self.forward(batch, what)
+        if logits is None:
+            return Sampled(batch.rows[:0], SampledLogprobs([]))
         return replace(self.sample(batch, logits), prompts=scores)
 
-    def fill_in(self, batch: Batch) -> None:
+    def fill_in(self, batch: Batch, what: Runnable | None = None) -> None:
         """Put what the device keeps from step to step into the batch: block tables, and the tokens
         that were not known to the host. And count what the sequences that join have generated."""
+        if self.ranks.rank == 0:
+            if batch.joining is not None:
+                batch.joining.write_to(self.counts)
+            drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
+            batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
+        self.share(batch, what)
         self.inputs.tables.update(batch.table_changes, batch.table_rows)
-        if batch.joining is not None:
-            batch.joining.write_to(self.counts)
-        drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
-        batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
+
+    def share(self, batch: Batch, what: Runnable | None = None) -> None:
+        """Rank 0's batch becomes every rank's."""
+        if self.ranks.size > 1:
+            with together(self.ranks, self.everyone):
+                if self.ranks.rank == 0 and self.is_ready:
+                    is_draft = what is not None and what is self.drafter
+                    self.ranks.control.send([*self.queue.counts, *header_of(batch, is_draft)])
+                self.ranks.group.broadcast(batch.packed)
 
     def forward(
         self, batch: Batch, what: Runnable | None = None
-    ) -> tuple[torch.Tensor, list[PromptScores]]:
-        """Logits after each sampled sequence's last token and its drafts, [num_sampled, vocab]; and
-        the scores of prompts that ask for them. what: the model unless given."""
-        runs = what or self.target
-        hidden = runs.model.forward(
-            batch.token_ids, batch.positions, runs.kv_data, batch.metadata, runs.layers
-        )
-        scores = [piece.score(hidden, runs.model.logits) for piece in batch.prompts]
-        return runs.model.logits(hidden[batch.logits_indices]), scores
+    ) -> tuple[torch.Tensor | None, list[PromptScores]]:
+        """Logits after each sampled sequence's last token and its drafts, [num_sampled, vocab], on
+        rank 0; and the scores of prompts that ask for them. what: the model unless given."""
+        runs, scores = what or self.target, []
+        with together(self.ranks, self.everyone):
+            runs.model.start_step(self.queue.counts)
+            hidden = runs.model.forward(
+                batch.token_ids, batch.positions, runs.kv_data, batch.metadata, runs.layers
+            )
+            for piece in batch.prompts:
+                if self.ranks.rank == 0:
+                    scores.append(piece.score(hidden, runs.model.logits))
+                else:
+                    piece.bring(hidden, runs.model.logits)
+            return runs.model.logits(hidden[batch.logits_indices]), scores
+
+    @torch.inference_mode()
+    def run_idle(self, kind: int) -> Sampled:
+        """Serve the other engines' tokens in a forward in which this engine has none.
+        kind: 1 where drafts are made."""
+        runs = self.drafter if kind else self.target
+        with together(self.ranks, self.everyone):
+            if self.ranks.rank == 0:
+                self.ranks.control.send([*self.queue.counts, kind])
+            runs.model.start_step(self.queue.counts)
+            runs.model.serve(runs.layers)
+        return Sampled(self.last_token_ids[:0], SampledLogprobs([]))
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> Sampled:
         """The next tokens of each sampled sequence, and log probabilities if asked for."""
@@ -238,6 +305,18 @@ class ModelRunner:
             sampling.positions[first, 0],
             sampling.choices[first, 0],
         )
+
+
+def load_runner(config: EngineConfig, folder: Path) -> ModelRunner:
+    """The runner of rank 0, with the other ranks at its side. Raises ValueError."""
+    ranks = start_ranks(config, folder)
+    try:
+        return ModelRunner(config, folder, ranks)
+    except BaseException as error:
+        ranks.close()
+        if isinstance(error, RankError):
+            raise ValueError(str(error)) from None
+        raise
 
 
 def layers_that_draft(count: int | None, num_layers: int) -> list[int]:

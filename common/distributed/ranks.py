@@ -1,5 +1,6 @@
 """The ranks of one engine, as one of them sees the others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,7 @@ class Ranks:
     threads: int
     health: Health = field(default_factory=Health)
     children: Children | None = None
-    further_groups: list[Group] = field(default_factory=list)  # with ranks of other engines
+    at_close: list[Callable[[], None]] = field(default_factory=list)  # the last first
 
     def problem(self) -> str | None:
         """One line on the first rank that has died or did not answer; None while all is well."""
@@ -34,9 +35,10 @@ class Ranks:
 
     def close(self) -> None:
         """End the ranks that were started here, and let go of everything. Raises nothing."""
+        while self.at_close:
+            self.at_close.pop()()
         if self.children is not None:
             self.children.close()
             self.health.report("the ranks are closed")
         self.control.close()
-        for group in (self.group, *self.further_groups):
-            group.close()
+        self.group.close()

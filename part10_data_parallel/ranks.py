@@ -1,0 +1,103 @@
+"""How the ranks run every step together.
+
+Rank 0 has the engine: requests, scheduler, block pool, sampling. Before a forward it tells the other
+ranks in a few plain numbers what comes, and broadcasts the batch's packed input, in which by then all
+tokens are known. They run the same forward on their part of the model, and wait for the next. They
+know no request and no sequence, and no Python object is sent.
+
+What each rank does at the start, it does in the same order: loading, profiling, warm-up. So these
+forwards meet without a word.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from common.device import resolve_device
+from common.distributed import (
+    RankError,
+    Ranks,
+    checkpoint_fingerprint,
+    connect,
+    project_fingerprint,
+)
+from common.models.architecture import ModelConfig
+from common.models.checkpoint import context_length, load_config, resolve
+from common.prompt_logprobs import PromptPiece
+
+from .config import EngineConfig
+from .input_batch import Batch, InputBatch
+from .input_buffers import BatchShape
+from .tensor_parallel import Shard
+
+if TYPE_CHECKING:
+    from .model_runner import ModelRunner
+
+
+def start_ranks(config: EngineConfig, folder: Path) -> Ranks:
+    """This process as rank 0, and the other ranks, connected. Raises ValueError."""
+    size, loaded = config.tensor_parallel_size, load_config(folder)
+    shape = ModelConfig.from_transformers(loaded, context_length(loaded, config.max_model_len))
+    Shard.of(shape, 0, size)  # an error now, and not in every rank
+    device, _ = resolve_device(config.device, config.dtype)
+    values = asdict(config)
+    prints = fingerprint(values) if size > 1 else {}
+    timeout = config.rank_timeout
+    return connect(__package__, values, device, size=size, timeout=timeout, fingerprint=prints)
+
+
+def fingerprint(config: dict[str, Any]) -> dict[str, str]:
+    """What must be the same on all ranks: code, packages and weights. Raises ValueError."""
+    prints = project_fingerprint(__package__) | checkpoint_fingerprint(resolve(config["model"]))
+    if config["draft_model"] is not None:
+        [draft] = checkpoint_fingerprint(resolve(config["draft_model"])).values()
+        prints["checkpoint of draft_model"] = draft
+    return prints
+
+
+def header_of(batch: Batch, what: int) -> list[int]:
+    """What the other ranks must know before a batch's numbers come: sizes, bounds, what runs, and
+    which places of prompts are scored."""
+    shape, metadata = batch.shape, batch.metadata
+    bounds = metadata.max_query_len, metadata.max_seq_len, metadata.max_decode_query_len
+    scored = [number for piece in batch.prompts for number in (piece.place, len(piece.token_ids))]
+    sizes = shape.num_tokens, shape.num_seqs, shape.num_sampled, shape.num_changes
+    return [what, *sizes, *bounds, metadata.num_leading_decodes, *scored]
+
+
+def batch_of(header: list[int], inputs: InputBatch) -> Batch:
+    """A batch whose numbers will come into the buffers. Of its sampling nothing is known."""
+    batch = inputs.received(BatchShape(*header[1:5]), header[5:9])
+    places = zip(header[9::2], header[10::2], strict=True)
+    batch.prompts.extend(PromptPiece(0, place, 0, [0] * count, 0) for place, count in places)
+    return batch
+
+
+def follow(runner: "ModelRunner") -> None:
+    """Run what rank 0 runs, until it says that there is no more. Raises RankError."""
+    while header := runner.ranks.control.receive():
+        what = runner.drafter if header[0] else runner.target
+        runner.launch(batch_of(header, runner.inputs), what)
+
+
+@contextlib.contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """What fails in a forward on one rank has failed on all: the others wait for its part."""
+    try:
+        yield
+    except Exception as error:
+        if ranks.size == 1:
+            raise
+        if ranks.rank > 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        if isinstance(error, (RankError, torch.AcceleratorError)):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RankError(f"a forward failed on rank 0 of {ranks.size}: {reason}") from error
