@@ -118,6 +118,11 @@ class ExpertParallel:
         self.replace[layer] = replace
         return self.placement.on_rank(layer, self.group.rank)
 
+    def forget(self) -> None:
+        """Count from here on: what came before was no client's."""
+        self.num_steps = 0
+        self.load.zero_()
+
     def start_step(self, num_tokens: Sequence[int]) -> None:
         """num_tokens: of each engine, in the forward that begins. Every rank counts the same steps,
         and a layer's turn comes at the same one."""

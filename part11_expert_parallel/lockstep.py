@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from common.distributed.group import Group, RankError
+from common.distributed.health import Health
 
 from .device_queue import DeviceQueue, Work
 from .sampler import Sampled
@@ -49,14 +50,14 @@ class Lockstep:
         leaders: Group,
         num_engines: int,
         run_idle: Callable[[int], Sampled],
+        health: Health,
     ) -> None:
         """leaders: the engines' first ranks; another rank follows its own first one, and is alone.
-        run_idle: serve the others in a forward of a kind."""
+        run_idle: serve the others in a forward of a kind. health: is told what ends the lockstep."""
         self.queue, self.leaders, self.num_engines = queue, leaders, num_engines
-        self.run_idle = run_idle
+        self.run_idle, self.health = run_idle, health
         self.counts: Counts = [0] * num_engines  # in the forward that the device is at
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self.error: Exception | None = None
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -99,9 +100,9 @@ class Lockstep:
         try:
             self._keep_step()
         except Exception as error:
-            self.error = error
+            lost = self.health.report(str(error))
             for job in iter(self.jobs.get, None):
-                job.launched.set_exception(error)
+                job.launched.set_exception(lost)
 
     def _keep_step(self) -> None:
         job, idle, waits = None, None, True
@@ -110,12 +111,14 @@ class Lockstep:
                 with contextlib.suppress(Empty):
                     job = self.jobs.get(waits, PAUSE)
                     if job is None:
-                        self._exchange(Job(lambda: None, 0, CLOSES))
+                        with contextlib.suppress(RankError):  # another may do the same
+                            self._exchange(Job(lambda: None, 0, CLOSES))
                         return
             try:
                 kind, counts = self._exchange(job)
             except Exception:
-                self.jobs.put(job)  # to fail with those that come
+                if job is not None:
+                    self.jobs.put(job)  # to fail with those that come
                 raise
             if job is not None and job.kind == kind:
                 self._answer(job, counts)
@@ -133,7 +136,7 @@ class Lockstep:
         ours = torch.tensor([[job.kind, job.num_tokens] if job else [0, 0]])
         said = self.leaders.all_gather(ours, [1] * self.leaders.size).tolist()
         for engine, (kind, _) in enumerate(said):
-            if kind == CLOSES:
+            if kind == CLOSES and engine != self.leaders.rank:
                 raise RankError(f"engine {engine} of {self.num_engines} has shut down")
         kind = max(kind for kind, _ in said)
         return kind, [num_tokens if of == kind else 0 for of, num_tokens in said]

@@ -75,7 +75,7 @@ class ModelRunner:
             self.num_weight_bytes += smaller.num_bytes
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
         queue, num_engines = device_queue(self.device), config.data_parallel_size
-        self.queue = Lockstep(queue, leaders, num_engines, self.run_idle)
+        self.queue = Lockstep(queue, leaders, num_engines, self.run_idle, ranks.health)
         # What follows belongs to the device: only work in the queue touches it.
         rows, vocab = config.max_num_seqs if ranks.rank == 0 else 0, shape.vocab_size
         # A row more than sequences: a batch's padding has the last one.
@@ -99,6 +99,9 @@ class ModelRunner:
             layers = layers_that_draft(config.draft_layers, shape.num_layers)
             self.drafter = Runnable(self.model, self.kv.data, layers)
         self.warm_up()
+        for model in filter(None, (self.model, smaller)):
+            if model.experts is not None:
+                model.experts.forget()
         release_openmp_workers()  # from now on the queue's thread does the work
         held = torch.tensor([self.num_weight_bytes, self.kv.num_bytes], device=self.device)
         self.rank_bytes = ranks.group.gather(held, [held.shape] * ranks.size)
