@@ -217,6 +217,7 @@ class LLMEngine:
             "num_prefix_cache_queries": self.scheduler.num_cache_queries,
             "num_prefix_cache_hits": self.scheduler.num_cache_hits,
             **self.speculator.stats(),
+            **self.runner.expert_stats(),
         }
 
     def check_integrity(self) -> None:

@@ -10,6 +10,7 @@ device, from what its row has drawn last.
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,6 +184,10 @@ class ModelRunner:
     def num_buffer_bytes(self) -> int:
         """What a step's input takes, and the counts of tokens."""
         return self.inputs.num_bytes + self.last_token_ids.nbytes + self.counts.nbytes
+
+    def expert_stats(self) -> dict[str, Any]:
+        """Which experts were chosen how often, where they are spread."""
+        return self.model.experts.stats() if self.model.experts is not None else {}
 
     def launch(
         self, batch: Batch, what: Runnable | None = None, counts: Counts | None = None
