@@ -46,8 +46,10 @@ def rotary_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
 class Weights:
     """A checkpoint's tensors by name; of each a rank reads its own part, once."""
 
-    def __init__(self, source: WeightSource, dtype: torch.dtype, shard: Shard) -> None:
-        self.source, self.dtype, self.shard = source, dtype, shard
+    def __init__(
+        self, source: WeightSource, dtype: torch.dtype, shard: Shard, group: Group
+    ) -> None:
+        self.source, self.dtype, self.shard, self.group = source, dtype, shard, group
         self.unused = source.names
         self.num_bytes = 0  # of those taken
 
@@ -94,10 +96,8 @@ class Context(NamedTuple):
 
 
 class Attention:
-    def __init__(
-        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
-    ) -> None:
-        self.ops, self.layer, self.group = ops, layer, group
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops, self.layer, self.group = ops, layer, weights.group
         prefix = f"model.layers.{layer}.self_attn."
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size = elements(weights.shard.heads, head_dim, config.num_heads)
@@ -130,10 +130,8 @@ class Attention:
 
 
 class MLP:
-    def __init__(
-        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
-    ) -> None:
-        self.ops, self.group = ops, group
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops, self.group = ops, weights.group
         prefix = f"model.layers.{layer}.mlp."
         hidden, has_bias = config.hidden_size, config.has_mlp_bias
         size = Features(config.intermediate_size, weights.shard.intermediate)
@@ -146,16 +144,14 @@ class MLP:
 
 
 class DecoderLayer:
-    def __init__(
-        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
-    ) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
         self.ops, self.eps = ops, config.rms_norm_eps
         prefix = f"model.layers.{layer}"
         hidden = config.hidden_size
         self.input_norm = weights.take(f"{prefix}.input_layernorm.weight", hidden)
         self.post_attention_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", hidden)
-        self.attention = Attention(config, ops, layer, weights, group)
-        self.mlp = MLP(config, ops, layer, weights, group)
+        self.attention = Attention(config, ops, layer, weights)
+        self.mlp = MLP(config, ops, layer, weights)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, context: Context) -> torch.Tensor:
         """x: what the layer before adds to the residual, which is updated in place."""
@@ -182,7 +178,7 @@ class CausalLM:
         self.config, self.ops, self.group = config, ops, group or OneRank()
         self.shard = Shard.of(config, self.group.rank, self.group.size)
         self.local = self.shard.local(config)  # as the KV cache and the kernels see it
-        weights = Weights(source, dtype, self.shard)
+        weights = Weights(source, dtype, self.shard, self.group)
         vocab = Features(config.vocab_size, self.shard.vocabulary)
         hidden = config.hidden_size
         self.embedding = weights.linear(ops, "model.", hidden, embed_tokens=vocab)
@@ -192,7 +188,7 @@ class CausalLM:
         else:
             self.lm_head = weights.linear(ops, "", hidden, lm_head=vocab)
         layers = range(config.num_layers)
-        self.layers = [DecoderLayer(config, ops, n, weights, self.group) for n in layers]
+        self.layers = [DecoderLayer(config, ops, layer, weights) for layer in layers]
         self.num_bytes = weights.num_bytes
         report_unused(weights.unused)
         self.rotary = rotary_table(config, device)

@@ -52,9 +52,11 @@ class Weights:
         source: WeightSource,
         dtype: torch.dtype,
         shard: Shard,
-        experts: ExpertParallel | None = None,
+        group: Group,
+        experts: ExpertParallel | None,
     ) -> None:
-        self.source, self.dtype, self.shard, self.experts = source, dtype, shard, experts
+        self.source, self.dtype, self.shard, self.group = source, dtype, shard, group
+        self.experts = experts
         self.unused = source.names
         self.num_bytes = 0  # of those taken
 
@@ -101,10 +103,8 @@ class Context(NamedTuple):
 
 
 class Attention:
-    def __init__(
-        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
-    ) -> None:
-        self.ops, self.layer, self.group = ops, layer, group
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops, self.layer, self.group = ops, layer, weights.group
         prefix = f"model.layers.{layer}.self_attn."
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size = elements(weights.shard.heads, head_dim, config.num_heads)
@@ -137,10 +137,8 @@ class Attention:
 
 
 class MLP:
-    def __init__(
-        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
-    ) -> None:
-        self.ops, self.group = ops, group
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops, self.group = ops, weights.group
         prefix = f"model.layers.{layer}.mlp."
         hidden, has_bias = config.hidden_size, config.has_mlp_bias
         size = Features(config.intermediate_size, weights.shard.intermediate)
@@ -155,16 +153,14 @@ class MLP:
 class Experts:
     """A rank's part of a layer's experts: some of their features, or some experts whole."""
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
-    ) -> None:
-        self.ops, self.layer, self.weights, self.group = ops, layer, weights, group
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
+        self.ops, self.layer, self.weights, self.group = ops, layer, weights, weights.group
         self.hidden, size = config.hidden_size, config.moe_intermediate_size
         everything = range(config.num_experts)
         self.parallel = weights.experts
         if self.parallel is None:
             numbers = list(everything)
-            self.size = Features(size, even_split(size, group.size)[group.rank])
+            self.size = Features(size, even_split(size, self.group.size)[self.group.rank])
         else:
             numbers = self.parallel.own_experts(layer, self.replace)
             self.size = Features(size, range(size))
@@ -199,9 +195,7 @@ class Experts:
 class MoE:
     """A mixture of experts in the place of the MLP: each token runs the few that the router chooses."""
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
-    ) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
         self.ops, self.top_k = ops, config.num_experts_per_tok
         self.is_normed = config.norm_topk_prob
         name, shape = (
@@ -210,7 +204,7 @@ class MoE:
         )
         # In float32 whatever the model's format: a rounded score may choose another expert.
         self.router = ops.prepare_weight(weights.take(name, *shape).float())
-        self.experts = Experts(config, ops, layer, weights, group)
+        self.experts = Experts(config, ops, layer, weights)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, hidden]."""
@@ -226,17 +220,15 @@ class MoE:
 
 
 class DecoderLayer:
-    def __init__(
-        self, config: ModelConfig, ops: Ops, layer: int, weights: Weights, group: Group
-    ) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
         self.ops, self.eps = ops, config.rms_norm_eps
         prefix = f"model.layers.{layer}"
         hidden = config.hidden_size
         self.input_norm = weights.take(f"{prefix}.input_layernorm.weight", hidden)
         self.post_attention_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", hidden)
-        self.attention = Attention(config, ops, layer, weights, group)
+        self.attention = Attention(config, ops, layer, weights)
         feed_forward = MoE if layer in config.sparse_layers else MLP
-        self.mlp = feed_forward(config, ops, layer, weights, group)
+        self.mlp = feed_forward(config, ops, layer, weights)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, context: Context) -> torch.Tensor:
         """x: what the layer before adds to the residual, which is updated in place."""
@@ -265,7 +257,7 @@ class CausalLM:
         self.dtype = dtype
         self.shard = Shard.of(config, self.group.rank, self.group.size)
         self.local = self.shard.local(config)  # as the KV cache and the kernels see it
-        weights = Weights(source, dtype, self.shard, experts)
+        weights = Weights(source, dtype, self.shard, self.group, experts)
         self.experts = experts
         vocab = Features(config.vocab_size, self.shard.vocabulary)
         hidden = config.hidden_size
@@ -276,7 +268,7 @@ class CausalLM:
         else:
             self.lm_head = weights.linear(ops, "", hidden, lm_head=vocab)
         layers = range(config.num_layers)
-        self.layers = [DecoderLayer(config, ops, n, weights, self.group) for n in layers]
+        self.layers = [DecoderLayer(config, ops, layer, weights) for layer in layers]
         self.num_bytes = weights.num_bytes
         report_unused(weights.unused)
         self.rotary = rotary_table(config, device)

@@ -9,7 +9,7 @@ import torch
 
 from common.device import DTYPES, resolve_device, usable_cores
 from common.http.run import ServerConfig
-from common.models.checkpoint import _empty_model, iter_weights, load_config, resolve
+from common.models.checkpoint import empty_model, iter_weights, load_config, resolve
 from common.models.presets import PRESETS
 from common.options import option, parse, validate, value_type
 from common.testing.parts import distinct_files, module_of
@@ -400,11 +400,11 @@ class TestPresets:
                 assert config.dtype == getattr(torch, value)
             else:
                 assert getattr(config, key) == value, key
-        assert type(_empty_model(config)).__name__ == PRESETS[name]["architectures"][0]
+        assert type(empty_model(config)).__name__ == PRESETS[name]["architectures"][0]
 
     @pytest.mark.parametrize("name", [name for name in PRESETS if name not in TINY])
     def test_published_sizes(self, name: str) -> None:
-        model = _empty_model(load_config(resolve(f"random:{name}")))
+        model = empty_model(load_config(resolve(f"random:{name}")))
         assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
     @pytest.mark.parametrize("name", TINY)

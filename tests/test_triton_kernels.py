@@ -29,6 +29,7 @@ OPERATIONS = (
     "rotary_and_store",
     "linear",
     "attention",
+    "experts",
     "sample",
 )
 KERNELS = {
@@ -37,6 +38,9 @@ KERNELS = {
     "rotary_and_store_kernel",
     "attention_kernel",
     "combine_kernel",
+    "sort_by_expert_kernel",
+    "experts_kernel",
+    "sum_of_experts_kernel",
     "extremes_kernel",  # the sampler's first
 }
 
@@ -95,6 +99,10 @@ def check_compiled(architecture: str, dtype: str, *head_dims: int) -> None:
     assert all(kernel["shared"] <= kernel["allowed"] for kernel in kernels)
     if architecture.startswith("H"):  # no registers are spilled; elsewhere, few
         assert all(kernel["stack"] == 0 for kernel in kernels)
+    products = [kernel for kernel in kernels if kernel["kernel"] == "experts_kernel"]
+    aligned = [kernel for kernel in products if kernel["constants"]["SIZE"] in (1024, 512)]
+    assert len(aligned) == 6  # three tiles, two products
+    assert all(kernel["num_async_copies"] > 0 for kernel in aligned)
     attentions = [kernel for kernel in kernels if kernel["kernel"] == "attention_kernel"]
     # Keys and values of the next tiles are on their way while a tile is computed.
     assert all(kernel["num_async_copies"] > 0 for kernel in attentions)
@@ -102,6 +110,9 @@ def check_compiled(architecture: str, dtype: str, *head_dims: int) -> None:
     for kernel in attentions:
         if not kernel["constants"]["DECODE"]:
             assert (kernel["num_warpgroup_products"] > 0) == is_hopper
+    for kernel in aligned:
+        is_large = kernel["constants"]["ROWS"] > 16
+        assert (kernel["num_warpgroup_products"] > 0) == (is_hopper and is_large)
 
 
 @needs_triton
@@ -238,6 +249,23 @@ class Wrong(ReferenceOps):
             query = query.flip(1)
         return super().attend(query, keys, values, scale, sliding_window)
 
+    def experts(self, x, expert_ids, weights, prepared):
+        if self.fault == "gate and up":
+            prepared = (prepared[0].roll(prepared[0].shape[1] // 2, dims=1), prepared[1])
+        if self.fault == "weights":
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        if self.fault == "absent experts":
+            expert_ids = expert_ids.clamp(min=0)
+        if self.fault == "expert's number":
+            expert_ids = torch.where(expert_ids > 0, expert_ids - 1, expert_ids)
+        return super().experts(x, expert_ids, weights, prepared)
+
+    def replace_expert(self, prepared, index, gate_up, down):
+        if self.fault == "all replaced":
+            index = slice(None)
+        if self.fault != "none replaced":
+            super().replace_expert(prepared, index, gate_up, down)
+
     def sample(self, logits, temperature, top_k, top_p, min_p, seeds, positions, choices=None):
         if self.fault == "seeds":
             seeds = seeds & 0xFFFFFFFF
@@ -267,6 +295,12 @@ def tensor_of(value: int) -> Tensor:
         ("attention", "window"),
         ("attention", "first token"),
         ("attention", "groups"),
+        ("experts", "gate and up"),
+        ("experts", "weights"),
+        ("experts", "absent experts"),
+        ("experts", "expert's number"),
+        ("experts", "all replaced"),
+        ("experts", "none replaced"),
         ("sample", "seeds"),
         ("sample", "top_k"),
         ("sample", "top_p"),

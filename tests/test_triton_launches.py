@@ -19,10 +19,12 @@ if find_spec("triton") is None:
 from common.kernels import Ops
 from common.testing.kernels.launches import (
     MODELS,
+    MOE_MODELS,
     Lengths,
     Model,
     layer_variants,
     metadata_of,
+    prepare_experts,
     recorded,
     run_layer,
 )
@@ -96,6 +98,31 @@ def test_other_operations_need_no_warm_up() -> None:
     assert ReferenceOps().warm_up_lengths(2, 100, 1000, 1) == []
 
 
+@pytest.mark.parametrize("model", MOE_MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@settings(max_examples=40)
+@given(num_tokens=st.integers(0, 10_000), k=st.integers(1, 8))
+def test_experts_are_compiled_when_they_are_loaded(
+    ops: Ops, model: Model, dtype: torch.dtype, num_tokens: int, k: int
+) -> None:
+    """All that any number of tokens launches; and the grid is for the worst that they can choose."""
+    with recorded() as known:
+        prepared = prepare_experts(ops, model, dtype)
+    x = torch.empty(num_tokens, model.hidden, dtype=dtype, device="meta")
+    ids = torch.empty(num_tokens, k, dtype=torch.int64, device="meta")
+    with recorded() as launches:
+        ops.experts(x, ids, ids.float(), prepared)
+    assert {launch.variant for launch in launches} <= {launch.variant for launch in known}
+    names = [launch.kernel for launch in launches]
+    one = ["sort_by_expert_kernel", "experts_kernel", "experts_kernel", "sum_of_experts_kernel"]
+    assert names == (one if num_tokens else [])
+    for launch in launches:
+        if launch.kernel == "experts_kernel":
+            rows, count = launch.constants[5], num_tokens * k
+            worst = min(model.num_experts, count)  # one full tile less a row, and others of one row
+            assert launch.grid[0] >= worst + (count - worst) // rows
+
+
 README = Path(__file__).parent.parent / "common/kernels/triton/README.md"
 SAMPLER = {"extremes", "gather", "marks", "noisy", "threshold", "winner"}
 
@@ -119,7 +146,7 @@ def test_readme_lists_what_is_compiled() -> None:
     tables = listed()
     assert list(tables) == [(name, format_name) for name, format_name, _ in DEFAULT]
     for name, format_name, only in DEFAULT[:-1]:  # the last are tiles, which nobody launches
-        [model] = [model for model in MODELS if model.name == name]
+        [model] = [model for model in (*MODELS, *MOE_MODELS) if model.name == name]
         with recorded() as launches:
             run_layers(model, FORMATS[format_name])
         variants = {launch.variant for launch in launches if only in launch.kernel}

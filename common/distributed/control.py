@@ -2,26 +2,26 @@
 
 A message is its length as an int64, then as many int64s. Length 0: rank 0 has closed the group.
 Length -1: a heartbeat. Nothing here is unpickled, and nothing received is more than a number.
+
+The other ranks give signs of life too, from a thread: a rank that computes for minutes is alive, one
+that is stopped is noticed even when nothing is to be computed. Silence is counted in heartbeats of
+the rank that listens, so that a pause of the whole machine is nobody's silence.
 """
 
 import array
-import os
+import contextlib
 import select
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from typing import Any
 
-import torch
-
-from common.distributed.gloo import wait_for
 from common.distributed.group import RankError
 from common.distributed.health import Health
 
 CLOSED = array.array("q", [0]).tobytes()
 HEARTBEAT = array.array("q", [-1]).tobytes()
 SLICE = 0.1  # seconds of a wait between two looks at whether a rank has died
-FRAME = 64  # int64s that gloo sends at once
 
 
 class Control(ABC):
@@ -53,10 +53,12 @@ class NoControl(Control):
 
 
 class Sender(Control):
-    """Rank 0's side: a thread gives the signs of life."""
+    """Rank 0's side: a thread gives the signs of life, and listens for the others'."""
 
-    def __init__(self, timeout: float, health: Health) -> None:
+    def __init__(self, size: int, timeout: float, health: Health) -> None:
         self.timeout, self.health = timeout, health
+        self._size = size
+        self._silence: dict[int, float] = {}  # seconds, of the ranks that have been heard once
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -76,9 +78,18 @@ class Sender(Control):
             self._end()
 
     def _beat(self) -> None:
-        while not self._closed.wait(min(1.0, self.timeout / 4)):
+        period = min(1.0, self.timeout / 4)
+        while not self._closed.wait(period):
             with self._lock:
                 self._put_if_idle(HEARTBEAT)
+            for rank in range(1, self._size):
+                if self._heard(rank):
+                    self._silence[rank] = 0.0
+                elif rank in self._silence:
+                    self._silence[rank] += period
+            for rank, silence in self._silence.items():
+                if silence > self.timeout:
+                    self.health.report(f"rank {rank} gives no sign of life for {self.timeout:g} s")
 
     @abstractmethod
     def _put(self, message: bytes) -> None:
@@ -89,29 +100,55 @@ class Sender(Control):
         """Leaves out ranks that have not taken earlier messages; raises nothing."""
 
     @abstractmethod
+    def _heard(self, rank: int) -> bool:
+        """Whether a rank has given a sign of life since the last question."""
+
+    @abstractmethod
     def _end(self) -> None:
         """Let go of what is held."""
 
 
-class PipeSender(Sender):
-    """Rank 0 writes into one pipe for every other rank of its host."""
+class Receiver(Control):
+    """Another rank's side: a thread gives signs of life."""
 
-    def __init__(self, ends: list[int], timeout: float, health: Health) -> None:
-        """ends: file descriptors to write to, of rank 1, 2, …; closed by `close`."""
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="sign of life", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(min(1.0, self.timeout / 4)):
+            self._give_sign()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    @abstractmethod
+    def _give_sign(self) -> None:
+        """Raises nothing."""
+
+
+class SocketSender(Sender):
+    """Rank 0 writes into one local socket, without a name, for every other rank of its host."""
+
+    def __init__(self, ends: list[socket.socket], timeout: float, health: Health) -> None:
+        """ends: of rank 1, 2, …; closed by `close`."""
         self._ends = ends
         for end in ends:
-            os.set_blocking(end, False)
-        super().__init__(timeout, health)
+            end.setblocking(False)
+        super().__init__(len(ends) + 1, timeout, health)
 
     def _put(self, message: bytes) -> None:
         for rank, end in enumerate(self._ends, 1):
             self._write(rank, end, message)
 
-    def _write(self, rank: int, end: int, message: bytes) -> None:
+    def _write(self, rank: int, end: socket.socket, message: bytes) -> None:
         deadline = time.monotonic() + self.timeout
         while message:
             try:
-                message = message[os.write(end, message) :]
+                message = message[end.send(message) :]
             except BlockingIOError:
                 self.health.check()
                 if time.monotonic() > deadline:
@@ -125,25 +162,30 @@ class PipeSender(Sender):
 
     def _put_if_idle(self, message: bytes) -> None:
         for end in self._ends:
-            try:
-                os.write(end, message)  # a pipe takes 8 bytes whole or not at all
-            except OSError:
-                continue  # full, or the rank is gone: both are noticed elsewhere
+            with contextlib.suppress(OSError):  # full, or the rank is gone: both show elsewhere
+                end.send(message)  # 8 bytes are taken whole or not at all
+
+    def _heard(self, rank: int) -> bool:
+        try:
+            return bool(self._ends[rank - 1].recv(4096))
+        except OSError:
+            return False
 
     def _end(self) -> None:
         for end in self._ends:
-            os.close(end)
-        self._ends = []
+            end.close()
 
 
-class PipeReceiver(Control):
-    """Another rank's end of the pipe."""
+class SocketReceiver(Receiver):
+    """Another rank's end of the socket."""
 
-    def __init__(self, end: int, timeout: float) -> None:
-        self.end, self.timeout = end, timeout
+    def __init__(self, end: socket.socket, timeout: float) -> None:
+        self._end = end
+        self._end.setblocking(False)
         self._poll = select.poll()
         self._poll.register(end, select.POLLIN)
         self._unread = b""
+        super().__init__(timeout)
 
     def receive(self) -> list[int]:
         while (length := self._read(1)[0]) < 0:
@@ -154,81 +196,20 @@ class PipeReceiver(Control):
         while len(self._unread) < 8 * count:
             if not self._poll.poll(1000 * self.timeout):
                 raise RankError(f"rank 0 has given no sign of life for {self.timeout:g} s")
-            received = os.read(self.end, 1 << 16)
+            try:
+                received = self._end.recv(1 << 16)
+            except OSError:
+                received = b""
             if not received:
                 raise RankError("rank 0 is gone")
             self._unread += received
         taken, self._unread = self._unread[: 8 * count], self._unread[8 * count :]
         return array.array("q", taken)
 
-    def close(self) -> None:
-        os.close(self.end)
-
-
-class GlooSender(Sender):
-    """Rank 0 broadcasts with gloo: for ranks on several hosts.
-
-    A broadcast is done when every rank has taken it; `send` does not wait for that.
-    """
-
-    def __init__(self, backend: Any, timeout: float, health: Health) -> None:
-        self._backend = backend
-        self._pending: list[Any] = []  # broadcasts that some rank has not taken
-        super().__init__(timeout, health)
-
-    def _put(self, message: bytes) -> None:
-        self._pending = [work for work in self._pending if not work.is_completed()]
-        numbers = torch.frombuffer(bytearray(message), dtype=torch.int64)
-        for part in numbers.split(FRAME):
-            frame = torch.zeros(FRAME, dtype=torch.int64)
-            frame[: len(part)] = part
-            try:
-                self._pending.append(self._backend.broadcast([frame], 0))
-            except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise self.health.report_after_grace(f"another rank is gone ({reason})") from None
-
-    def _put_if_idle(self, message: bytes) -> None:
-        if self.health.problem is None and all(work.is_completed() for work in self._pending):
-            try:
-                self._put(message)
-            except RankError:
-                return  # the next wait raises it
-
-    def _end(self) -> None:
-        for work in self._pending[-1:]:
-            try:
-                wait_for(work, "rank 0 waited to close", min(2.0, self.timeout), Health())
-            except RuntimeError:
-                break
-        self._backend.abort()
-
-
-class GlooReceiver(Control):
-    """Another rank's side of the broadcasts."""
-
-    def __init__(self, backend: Any, timeout: float, health: Health) -> None:
-        self._backend, self.timeout, self.health = backend, timeout, health
-
-    def receive(self) -> list[int]:
-        while (frame := self._frame())[0] < 0:
-            pass
-        length, numbers = frame[0], frame[1:]
-        while len(numbers) < length:
-            numbers += self._frame()
-        return numbers[:length]
-
-    def _frame(self) -> list[int]:
-        frame = torch.empty(FRAME, dtype=torch.int64)
-        try:
-            work = self._backend.broadcast([frame], 0)
-            wait_for(work, "no sign of life from rank 0", self.timeout, self.health)
-        except RankError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise self.health.report(f"rank 0 is gone ({reason})") from None
-        return frame.tolist()
+    def _give_sign(self) -> None:
+        with contextlib.suppress(OSError):
+            self._end.send(b"\0")
 
     def close(self) -> None:
-        self._backend.abort()
+        super().close()
+        self._end.close()

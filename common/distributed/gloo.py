@@ -36,6 +36,8 @@ class TorchGroup(Group):
         self.rank, self.size = backend.rank(), backend.size()
         self._backend, self._device = backend, device
         self._timeout, self._health = timeout, health
+        if device.type == "cuda":  # the host waits for the device, not for us
+            health.when_lost(self.abort)
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 from common.distributed.group import RankError
 
@@ -17,11 +18,19 @@ class Health:
     def __init__(self) -> None:
         self.problem: str | None = None
         self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
+
+    def when_lost(self, callback: Callable[[], None]) -> None:
+        """Call this, in a thread of its own, when the first problem is reported."""
+        self._callbacks.append(callback)
 
     def report(self, problem: str) -> RankError:
         """Keep a problem, unless there is one already. Returns the first as an error to raise."""
         with self._lock:
+            is_first = self.problem is None
             self.problem = self.problem or problem
+        for callback in self._callbacks if is_first else ():
+            threading.Thread(target=callback, name="rank lost", daemon=True).start()
         return RankError(self.problem)
 
     def report_after_grace(self, problem: str) -> RankError:

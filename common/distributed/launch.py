@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import torch
 
 from common.device import usable_cores
-from common.distributed import shared_memory
 from common.distributed.control import NoControl
 from common.distributed.gloo import TorchGroup, make_backend, own_address
 from common.distributed.group import Group, OneRank, RankError
@@ -51,10 +50,15 @@ def connect(
     try:
         if by_torchrun():
             return start_torchrun(config, device, size, timeout, fingerprint, start_timeout)
-        wants = shared_memory.is_available() and use_shared_memory and device.type == "cpu"
-        memory = shared_memory.make_memory(size) if wants else None
         return start_local(
-            package, config, device, size, timeout, fingerprint, start_timeout, memory
+            package,
+            config,
+            device,
+            size=size,
+            timeout=timeout,
+            fingerprint=fingerprint,
+            start_timeout=start_timeout,
+            use_shared_memory=use_shared_memory,
         )
     except (RankError, OSError) as error:
         raise ValueError(str(error)) from None

@@ -1,9 +1,12 @@
 """The ranks of an engine on one host: rank 0 starts the others as its children.
 
-They meet in a store that is a file without a name, and hear rank 0 through pipes: no port is open.
+They meet in a store that is a file without a name, and hear rank 0 through sockets that have none
+either. CPU ranks share memory: then no port is open. (NCCL and gloo listen.)
 """
 
+import contextlib
 import os
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,14 +14,14 @@ import torch
 from torch.distributed import Store
 
 from common.device import usable_cores
+from common.distributed import shared_memory
 from common.distributed.children import Children, read_job
-from common.distributed.control import PipeReceiver, PipeSender
+from common.distributed.control import SocketReceiver, SocketSender
 from common.distributed.gloo import TorchGroup, make_backend
 from common.distributed.group import Group, OneRank
 from common.distributed.health import Health
 from common.distributed.ranks import Ranks
 from common.distributed.rendezvous import LocalStore, meet, open_store
-from common.distributed.shared_memory import SharedMemoryGroup
 
 LOOPBACK = "127.0.0.1"
 
@@ -27,55 +30,56 @@ def start_local(
     package: str,
     config: Mapping[str, Any],
     device: torch.device,
+    *,
     size: int,
     timeout: float,
     fingerprint: Mapping[str, str],
     start_timeout: float,
-    memory: int | None,
+    use_shared_memory: bool,
 ) -> Ranks:
-    """Rank 0. memory: see `shared_memory.make_memory`; closed here. Raises ValueError, RankError."""
+    """Rank 0. Raises ValueError, RankError, OSError."""
     first = device.index or 0
     if device.type == "cuda" and first + size > torch.cuda.device_count():
         num_gpus = torch.cuda.device_count()
         raise ValueError(f"{size} ranks from {device} on, but torch sees {num_gpus} GPUs")
     health, threads = Health(), max(1, usable_cores() // size)
-    local = LocalStore(size)
-    pipes = [os.pipe() for _ in range(1, size)]
-    jobs, descriptors = [], []
-    for rank, (end, _) in enumerate(pipes, 1):
-        jobs.append(
-            {
-                "config": config,
-                "rank": rank,
-                "size": size,
-                "device": "cpu" if device.type == "cpu" else f"cuda:{first + rank}",
-                "threads": threads,
-                "timeout": timeout,
-                "start_timeout": start_timeout,
-                "parent": os.getpid(),
-                "store": local.path,
-                "memory": memory,
-                "control": end,
-            }
-        )
-        descriptors.append([x for x in (end, local.descriptor, memory) if x is not None])
-    try:
-        children = Children(f"{package}.worker", jobs, descriptors, threads, health)
-    finally:
-        for end, _ in pipes:
-            os.close(end)
-    control = PipeSender([end for _, end in pipes], timeout, health)
-    ranks = Ranks(0, size, OneRank(), control, device, threads, health, children)
-    try:
-        meet(local.store, 0, size, fingerprint, timeout=start_timeout, health=health)
-        ranks.group = _local_group(local.store, memory, 0, size, device, timeout, health)
-    except BaseException:
-        ranks.close()
-        raise
-    finally:
-        local.close()
-        if memory is not None:
-            os.close(memory)
+    with contextlib.ExitStack() as held:  # what only the start needs
+        local = LocalStore(size)
+        held.callback(local.close)
+        memory = None
+        if use_shared_memory and shared_memory.is_available() and device.type == "cpu":
+            memory = shared_memory.make_memory(size)
+            held.callback(os.close, memory)
+        pairs = [socket.socketpair() for _ in range(1, size)]
+        for _, theirs in pairs:
+            held.callback(theirs.close)
+        job = {
+            "config": config,
+            "size": size,
+            "threads": threads,
+            "timeout": timeout,
+            "start_timeout": start_timeout,
+            "parent": os.getpid(),
+            "store": local.path,
+            "memory": memory,
+        }
+        jobs, inherited = [], []
+        for rank, (_, theirs) in enumerate(pairs, 1):
+            own = "cpu" if device.type == "cpu" else f"cuda:{first + rank}"
+            jobs.append({**job, "rank": rank, "device": own, "control": theirs.fileno()})
+            descriptors = (theirs.fileno(), local.descriptor, memory)
+            inherited.append([x for x in descriptors if x is not None])
+        children = Children(f"{package}.worker", jobs, inherited, threads, health)
+        control = SocketSender([ours for ours, _ in pairs], timeout, health)
+        ranks = Ranks(0, size, OneRank(), control, device, threads, health, children)
+        try:
+            if memory is not None:
+                shared_memory.load_kernels()
+            meet(local.store, 0, size, fingerprint, timeout=start_timeout, health=health)
+            ranks.group = _local_group(local.store, memory, 0, size, device, timeout, health)
+        except BaseException:
+            ranks.close()
+            raise
     return ranks
 
 
@@ -92,7 +96,7 @@ def _local_group(
     if memory is None:
         backend = make_backend(store, "data", rank, size, device, timeout, LOOPBACK)
         return TorchGroup(backend, device, timeout, health)
-    return SharedMemoryGroup(memory, rank, size, timeout, health)
+    return shared_memory.SharedMemoryGroup(memory, rank, size, timeout, health)
 
 
 def join_local(
@@ -106,9 +110,11 @@ def join_local(
         torch.cuda.set_device(device)
     store = open_store(job["store"], rank, size, timeout)
     prints = fingerprint(job["config"])
+    if job["memory"] is not None:
+        shared_memory.load_kernels()
     meet(store, rank, size, prints, timeout=job["start_timeout"], health=health)
     group = _local_group(store, job["memory"], rank, size, device, timeout, health)
     if job["memory"] is not None:
         os.close(job["memory"])
-    control = PipeReceiver(job["control"], timeout)
+    control = SocketReceiver(socket.socket(fileno=job["control"]), timeout)
     return job["config"], Ranks(rank, size, group, control, device, job["threads"], health)

@@ -22,7 +22,7 @@ from common.distributed.health import Health
 from common.kernels.cpu import exchange as kernels
 from common.kernels.cpu.compile import compile_kernel
 
-SLOT = 1 << 18  # bytes: the parts of a large sum follow each other in the cores' caches
+SLOT = 1 << 20  # bytes: smaller ones wait more often, which costs most when cores are scarce
 SPINS = 400  # looks at a flag with the interpreter's lock held, some 10 µs: others are about as far
 LONG_SPINS = 2000  # without the lock, before sleeping
 LONGEST_SLEEP = 0.02  # seconds: then look at whether a rank has died
@@ -47,6 +47,13 @@ def make_memory(size: int) -> int:
     return descriptor
 
 
+def load_kernels() -> None:
+    """From the cache; where it has none they are compiled, for some seconds. Better done before
+    ranks wait for each other."""
+    for name in ("put", "sum", "all_reduce", "wait"):
+        compile_kernel(f"exchange_{name}")
+
+
 class SharedMemoryGroup(Group):
     """Sums float32 (and 16-bit formats in float32) in the order of the ranks, so that every rank
     gets the same bits. Threads of one rank may take turns, but must keep the ranks' common order.
@@ -67,8 +74,7 @@ class SharedMemoryGroup(Group):
         crowded = size > usable_cores()  # the awaited rank may need this very core
         self._spins, self._long_spins = (1, 0) if crowded else (SPINS, LONG_SPINS)
         self._limit = np.array([0, int(LONGEST_SLEEP * 1e9)], dtype=np.int64)  # a timespec
-        for name in ("put", "sum", "all_reduce", "wait"):
-            compile_kernel(f"exchange_{name}")
+        load_kernels()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Writes x once."""
@@ -182,6 +188,8 @@ class SharedMemoryGroup(Group):
     def close(self) -> None:
         """Waits for a thread that is inside; it has to be told by `health` before."""
         with self._lock:
+            if self._memory is None:
+                return
             self._memory = None
             del self._bytes
             self._map.close()

@@ -14,7 +14,7 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from common.device import usable_cores
-from common.distributed.control import GlooReceiver, GlooSender
+from common.distributed.control_gloo import GlooReceiver, GlooSender
 from common.distributed.gloo import TorchGroup, make_backend, own_address
 from common.distributed.health import Health
 from common.distributed.ranks import Ranks
@@ -88,7 +88,8 @@ def _meet_all(store: Store, rank: int, job: dict, fingerprint: Mapping[str, str]
     )
     sides = GlooSender if rank == 0 else GlooReceiver
     threads = max(1, usable_cores() // num_local)
-    return Ranks(rank, size, group, sides(orders, timeout, health), device, threads, health)
+    control = sides(orders, store, timeout, health)
+    return Ranks(rank, size, group, control, device, threads, health)
 
 
 def _torchrun_store(timeout: float) -> Store:

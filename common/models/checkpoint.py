@@ -254,13 +254,13 @@ def random_tensors(
         return tensor.to(device)
 
     tied = "lm_head.weight" if config.tie_word_embeddings else None
-    shapes = split_shapes(_empty_model(config).state_dict())
+    shapes = split_shapes(empty_model(config).state_dict())
     return {
         n: (shape, functools.partial(draw, n, shape)) for n, shape in shapes.items() if n != tied
     }
 
 
-def _empty_model(config: Any) -> Any:
+def empty_model(config: Any) -> Any:
     """transformers' model of a config, without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
@@ -288,7 +288,7 @@ def load_transformers_model(
     logging.set_verbosity_error()  # no table of missing weights: they are an error below
     try:
         if is_random(folder):
-            empty, unused = _empty_model(config), []
+            empty, unused = empty_model(config), []
             state = fused_experts(dict(iter_weights(folder, device)), empty.state_dict())
         else:
             headers = read_headers(folder)
@@ -324,7 +324,7 @@ def _fitting_model(folder: Path, headers: dict[str, Header], config: Any) -> tup
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if num_layers > len(headers):
         raise ModelError(f"{folder} lacks weights: {len(headers)} of them for {num_layers} layers")
-    empty = _empty_model(config)
+    empty = empty_model(config)
     needed = {name: list(shape) for name, shape in split_shapes(empty.state_dict()).items()}
     headers = split_experts(headers)
     names = names_in_model(headers, empty.base_model_prefix, needed.__contains__)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.kernels import AttentionMetadata, Ops
 from common.kernels.reference import ReferenceOps
-from common.kernels.triton import attention, elementwise
+from common.kernels.triton import attention, elementwise, experts
 from common.kernels.triton.sampler import sample, smallest_kept
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -175,13 +175,35 @@ class TritonOps(Ops):
         return F.linear(x, *weight)
 
     def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
-        return self.reference.prepare_experts(gate_up, down)
+        """Compiles what `experts` will launch, too: it depends on these shapes alone."""
+        prepared = experts.StackedExperts(*self.reference.prepare_experts(gate_up, down))
+        if prepared.down.dtype in DTYPES and experts.EXPERTS.is_compiled:
+            x = prepared.down.new_zeros(1, prepared.down.shape[1])
+            ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
+            device = experts.Device.of(x.device)
+            for tile in experts.TILES.values():
+                tile = experts.fitting(tile, x.dtype, device)
+                experts.experts(x, ids.to(x.device), weights.to(x.device), prepared, tile)
+        return prepared
 
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
-        return self.reference.experts(x, expert_ids, weights, prepared)
+        if x.dtype not in DTYPES:
+            tensors = (prepared.gate_up, prepared.down)
+            return self.reference.experts(x, expert_ids, weights, tensors)
+        num_experts, hidden, _ = prepared.down.shape
+        assert x.shape[1:] == (hidden,) and x.dtype is prepared.down.dtype, (x.shape, x.dtype)
+        shape = expert_ids.shape
+        assert weights.shape == shape and shape[:-1] == x.shape[:1], (shape, weights.shape)
+        if shape.numel() == 0:
+            return torch.zeros_like(x)
+        expert_ids, weights = plain(expert_ids, torch.int64), plain(weights, torch.float32)
+        device = experts.Device.of(x.device)
+        tile = experts.tile_for(shape.numel(), num_experts, x.dtype, device)
+        return experts.experts(x.contiguous(), expert_ids, weights, prepared, tile)
 
     def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
-        self.reference.replace_expert(prepared, index, gate_up, down)
+        tensors = (prepared.gate_up, prepared.down)
+        self.reference.replace_expert(tensors, index, gate_up, down)
 
     def attention(
         self,

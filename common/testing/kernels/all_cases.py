@@ -13,6 +13,7 @@ import torch
 from common.kernels import Ops
 from common.testing.kernels.attention_cases import attention_cases
 from common.testing.kernels.case import Case, CaseResult, Target
+from common.testing.kernels.expert_cases import expert_cases
 from common.testing.kernels.gpu_cases import gpu_cases
 from common.testing.kernels.sampler_cases import sampler_cases
 from common.testing.kernels.small_cases import small_cases
@@ -57,6 +58,7 @@ def check(case: Case, target: Target) -> CaseResult | None:
 def all_cases(target: Target) -> Iterator[Case]:
     yield from small_cases()
     yield from attention_cases(target.dtype)
+    yield from expert_cases(target.dtype)
     if target.dtype == torch.float32:  # logits are float32, or become it first of all
         yield from sampler_cases()
     if target.device.type == "cuda" and target.ops.name != "reference":

@@ -9,6 +9,7 @@ from torch import Tensor
 from common.kernels import AttentionMetadata
 from common.testing.kernels.attention_cases import LONG, MIXED, Spec, make_attention
 from common.testing.kernels.case import EPS, Case, Target, error_of, wide
+from common.testing.kernels.expert_cases import SPECS, make_choices, make_experts
 from common.testing.kernels.sampler_cases import columns, drawn
 
 FAR_BYTES = 6 << 30  # that must be free
@@ -19,6 +20,7 @@ def gpu_cases() -> Iterator[Case]:
     for name, lengths in (("decode", LONG), ("mixed", MIXED)):
         yield Case("attention", f"CUDA graph, {name}", lambda t, s=lengths: graph_error(t, s))
     yield Case("sample", "CUDA graph", sample_graph_error, 0)
+    yield Case("experts", "CUDA graph", experts_graph_error)
     yield Case("rotary_and_store", "CUDA graph", rotary_graph_error)
 
 
@@ -93,6 +95,19 @@ def graph_error(t: Target, lengths: tuple[tuple[int, int], ...]) -> float | None
     graph.replay()
     replayed = result.clone()
     return error_of(replayed, wide(call()), t.dtype)
+
+
+def experts_graph_error(t: Target) -> float:
+    """Captured on one choice of experts, replayed on one of another load."""
+    spec = SPECS["prompt"]
+    prepared = t.ops.prepare_experts(*make_experts(t, spec))
+    x, (ids, weights) = t.randn(spec.num_tokens, spec.hidden), make_choices(t, spec)
+    graph, result = captured(lambda: t.ops.experts(x, ids, weights, prepared))
+    x.copy_(t.randn(*x.shape, seed=9))
+    ids[:70] = 1  # so that one expert has most, and by each choice of a token
+    graph.replay()
+    replayed = result.clone()
+    return error_of(replayed, wide(t.ops.experts(x, ids, weights, prepared)), t.dtype)
 
 
 def sample_graph_error(t: Target) -> float | None:

@@ -75,6 +75,8 @@ class Model:
     vocab: int
     has_head_norms: bool = False
     window: int | None = None
+    num_experts: int = 0  # then `intermediate` is an expert's
+    num_experts_per_tok: int = 0
 
     @property
     def group(self) -> int:
@@ -87,6 +89,10 @@ MODELS = (
     Model("Qwen2.5-0.5B", 896, 4864, 14, 2, 64, 151936),
     Model("Qwen2.5-7B", 3584, 18944, 28, 4, 128, 152064),
     Model("Mistral-7B-v0.1", 4096, 14336, 32, 8, 128, 32000, window=4096),
+)
+MOE_MODELS = (
+    Model("Qwen3-30B-A3B", 2048, 768, 32, 4, 128, 151936, True, None, 128, 8),
+    Model("Mixtral-8x7B-v0.1", 4096, 14336, 32, 8, 128, 32000, False, None, 8, 2),
 )
 
 
@@ -133,8 +139,23 @@ def run_layer(ops: Ops, model: Model, dtype: torch.dtype, metadata: AttentionMet
     arguments = (qkv, rotary, places, cache, 1, metadata.slot_mapping)
     query = ops.rotary_and_store(*arguments, *head_norms, 1e-6)
     ops.attention(query, cache, 1, metadata, head_dim**-0.5, model.window)
-    ops.silu_and_mul(zeros(num_tokens, 2 * model.intermediate))
+    if model.num_experts:
+        run_experts(ops, model, zeros(num_tokens, model.hidden))
+    else:
+        ops.silu_and_mul(zeros(num_tokens, 2 * model.intermediate))
     ops.rms_norm(x[: len(metadata.seq_lens)], weight, 1e-6)
+
+
+def run_experts(ops: Ops, model: Model, x: torch.Tensor) -> None:
+    """The load of a layer, which compiles what any batch will launch, and a batch."""
+    ids = torch.zeros(len(x), model.num_experts_per_tok, dtype=torch.int64, device=x.device)
+    ops.experts(x, ids, ids.float(), prepare_experts(ops, model, x.dtype))
+
+
+def prepare_experts(ops: Ops, model: Model, dtype: torch.dtype) -> Any:
+    shapes = (2 * model.intermediate, model.hidden), (model.hidden, model.intermediate)
+    gate_up, down = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+    return ops.prepare_experts([gate_up] * model.num_experts, [down] * model.num_experts)
 
 
 def layer_variants(

@@ -85,6 +85,9 @@ def launch_all(dtype: torch.dtype, head_dims: list[int]) -> None:
     ops.silu_and_mul(x)
     logits = drawn(5003).to(dtype)
     ops.sample(logits, *columns(*logits.shape))
+    # All tiles, of sizes that are none of their multiples and of sizes that are.
+    for hidden, size in ((1024, 512), (72, 40)):
+        ops.prepare_experts([t.randn(2 * size, hidden)] * 3, [t.randn(hidden, size)] * 3)
     for size in head_dims:
         cache, norm = t.randn(4, 2, 2, 16, 2, size), t.randn(size)
         table = torch.ones(9, size)

@@ -17,7 +17,7 @@ import torch
 from common.kernels.triton import attention
 from common.kernels.triton.ops import TritonOps
 from common.testing.kernels.fake_gpu import FakeDriver, fake_gpu
-from common.testing.kernels.launches import MODELS, Model, metadata_of, run_layer
+from common.testing.kernels.launches import MODELS, MOE_MODELS, Model, metadata_of, run_layer
 from common.testing.kernels.triton_compile import Compiled, compiled_kernels
 
 DECODE_QUERIES = 5  # one token and four drafts
@@ -30,6 +30,9 @@ DEFAULT = [
     ("Qwen2.5-0.5B", "bf16", "attention"),
     ("Qwen2.5-7B", "bf16", "attention"),
     ("Mistral-7B-v0.1", "bf16", "attention"),
+    ("Qwen3-30B-A3B", "bf16", "expert"),
+    ("Qwen3-30B-A3B", "fp32", "expert"),
+    ("Mixtral-8x7B-v0.1", "bf16", "expert"),
     ("tiles", "bf16", "attention"),
 ]
 HEAD = ("kernel", "variant", "warps x stages", "registers", "shared bytes", "stack bytes")
@@ -57,6 +60,9 @@ def described(kernel: str, constants: dict[str, Any]) -> str:
         return f"{kind}{', split' if constants['SPLIT'] else ''}, {tile}"
     if kernel == "norm_kernel":
         return "alone" if "residual" in constants else "after a sum"
+    if kernel == "experts_kernel":
+        kind = "gate and up" if constants["IS_FIRST"] else "down"
+        return f"{kind}, {constants['ROWS']} tokens x {constants['COLUMNS']} columns"
     return ""
 
 
@@ -109,7 +115,7 @@ def main() -> None:
     if name == "tiles":
         found = list(tile_rows(format_name))
     else:
-        [model] = [model for model in MODELS if model.name == name]
+        [model] = [model for model in (*MODELS, *MOE_MODELS) if model.name == name]
         found = list(rows(model, format_name, only))
     print(f"\n**{name}, {format_name}**\n")
     print(f"| {' | '.join(HEAD)} |")
