@@ -36,6 +36,7 @@ from common.models.checkpoint import context_length, load_config, resolve
 from common.prompt_logprobs import PromptPiece
 
 from .config import EngineConfig
+from .expert_placement import check_division
 from .input_batch import Batch, InputBatch
 from .input_buffers import BatchShape
 from .tensor_parallel import Shard
@@ -50,11 +51,25 @@ def start_ranks(config: EngineConfig, folder: Path) -> Ranks:
     max_model_len = context_length(loaded, config.max_model_len)
     shape = ModelConfig.from_transformers(loaded, max_model_len, moe=True)
     Shard.of(shape, 0, size)  # an error now, and not in every rank
+    check_experts(config, shape)
     device, _ = resolve_device(config.device, config.dtype)
     values = asdict(config)
     prints = fingerprint(values) if size > 1 else {}
     timeout = config.rank_timeout
     return connect(__package__, values, device, size=size, timeout=timeout, fingerprint=prints)
+
+
+def check_experts(config: EngineConfig, shape: ModelConfig) -> None:
+    """Raises ValueError where a model's experts cannot be divided so."""
+    size = config.tensor_parallel_size
+    if config.enable_expert_parallel:
+        if not shape.num_experts:
+            raise ValueError(f"enable_expert_parallel is on: {config.model} has no experts")
+        num_ranks = size * config.data_parallel_size
+        check_division(shape.num_experts, config.num_redundant_experts, num_ranks)
+    elif 0 < shape.moe_intermediate_size < size:
+        number = shape.moe_intermediate_size
+        raise ValueError(f"tensor_parallel_size is {size}: moe_intermediate_size is {number}")
 
 
 def meet_engines(ranks: Ranks, config: EngineConfig) -> tuple[Group, Group]:
