@@ -64,6 +64,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench prefix --workloads eviction --variants 7:off 7:hash 7:radix --pairs 15 --json part07_prefix_caching/results/prefix_eviction.json
 	$(BIN)/python -m common.bench prefix --costs --json part07_prefix_caching/results/prefix_costs.json
 	$(BIN)/python -m common.bench speculative --variants 7 8 8:ngram --pairs 3 --json part08_spec_decode/results/speculative.json --plot part08_spec_decode/results/speculative.png
+	$(BIN)/python -m common.bench parallel collectives --json part09_tensor_parallel/results/collectives.json --plot part09_tensor_parallel/results/collectives.png
+	$(BIN)/python -m common.bench parallel engines --collectives part09_tensor_parallel/results/collectives.json --json part09_tensor_parallel/results/engines.json --memory-json part09_tensor_parallel/results/ranks.json --plot part09_tensor_parallel/results/engines.png
+	$(BIN)/python -m common.bench parallel layouts --json part09_tensor_parallel/results/layouts.json --plot part09_tensor_parallel/results/layouts.png
 	$(BIN)/python -m common.bench report --all --write
 
 notebooks: $(VENV)/.dev

@@ -94,6 +94,7 @@ class ModelRunner:
         release_openmp_workers()  # from now on the queue's thread does the work
         held = torch.tensor([self.num_weight_bytes, self.kv.num_bytes], device=self.device)
         self.rank_bytes = ranks.group.gather(held, [held.shape] * ranks.size)
+        ranks.loaded()
         self.is_ready = True  # from now on other ranks are told what comes
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:

@@ -249,4 +249,5 @@ class LLMEngine:
     def shutdown(self) -> None:
         """Drop every request, and end the other ranks. The engine is not to be used after."""
         self.drop_requests()
+        self.runner.queue.close()
         self.runner.ranks.close()

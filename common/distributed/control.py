@@ -37,6 +37,9 @@ class Control(ABC):
         gives signs of life. Raises RankError when it is gone or silent for the timeout."""
         raise AssertionError("rank 0 receives nothing")
 
+    def expect_signs(self) -> None:  # noqa: B027
+        """All ranks are there: from now on rank 0 misses the signs of life of each."""
+
     @abstractmethod
     def close(self) -> None:
         """Rank 0: tell the others that there will be no more. Raises nothing."""
@@ -58,7 +61,7 @@ class Sender(Control):
     def __init__(self, size: int, timeout: float, health: Health) -> None:
         self.timeout, self.health = timeout, health
         self._size = size
-        self._silence: dict[int, float] = {}  # seconds, of the ranks that have been heard once
+        self._silence: dict[int, float] = {}  # seconds, of the ranks that are there
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -69,6 +72,9 @@ class Sender(Control):
         with self._lock:
             self.health.check()
             self._put(array.array("q", [len(numbers), *numbers]).tobytes())
+
+    def expect_signs(self) -> None:
+        self._silence = dict.fromkeys(range(1, self._size), 0.0)
 
     def close(self) -> None:
         self._closed.set()

@@ -34,14 +34,14 @@ def join_engines(
         return ranks.group, OneRank()
     rank, size = engine * ranks.size + ranks.rank, num_engines * ranks.size
     host = LOOPBACK if "/" in rendezvous else own_address(rendezvous.rpartition(":")[0])
-    health = ranks.health
+    health, ranks.timeout = ranks.health, timeout
     store = open_store(rendezvous, rank, size, start_timeout)
     meet(store, rank, size, fingerprint, timeout=start_timeout, health=health)
 
     def connect(name: str, place: int, number: int, device: torch.device) -> Group:
-        backend = make_backend(store, name, place, number, device, timeout, host)
-        group = TorchGroup(backend, device, timeout, health)
-        ranks.at_close.append(group.close)
+        backend = make_backend(store, name, place, number, device, start_timeout, host)
+        group = TorchGroup(backend, device, start_timeout, health)
+        ranks.further_groups.append(group)
         return group
 
     everyone = connect("experts", rank, size, ranks.device)

@@ -129,6 +129,10 @@ class TorchGroup(Group):
             message = f"another rank is gone: {name} failed on rank {self.rank} ({reason})"
             raise self._health.report_after_grace(message) from error
 
+    def limit_waits(self, seconds: float) -> None:
+        self._timeout = seconds
+        self._backend._set_default_timeout(timedelta(seconds=seconds))
+
     def abort(self) -> None:
         """End what waits, in any thread: kernels of NCCL that no rank will answer."""
         with contextlib.suppress(RuntimeError):
@@ -160,7 +164,7 @@ def make_backend(
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         return ProcessGroupNCCL(store, rank, size, options)
     options = ProcessGroupGloo._Options()
-    options._timeout = limit
+    options._timeout = limit + timedelta(seconds=30)  # we are first, and have better words
     options._threads = 1
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
     where = {"interface": interface} if interface else {"hostname": host}

@@ -1,6 +1,5 @@
 """The ranks of one engine, as one of them sees the others."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +8,8 @@ from common.distributed.children import Children
 from common.distributed.control import Control
 from common.distributed.group import Group
 from common.distributed.health import Health
+
+LOAD_SECONDS = 1800.0  # that ranks which live may need longer than others to load
 
 
 @dataclass
@@ -27,7 +28,15 @@ class Ranks:
     threads: int
     health: Health = field(default_factory=Health)
     children: Children | None = None
-    at_close: list[Callable[[], None]] = field(default_factory=list)  # the last first
+    further_groups: list[Group] = field(default_factory=list)  # with ranks of other engines
+    timeout: float | None = None  # seconds that a wait may take once all have loaded
+
+    def loaded(self) -> None:
+        """All ranks are ready to work: until now one could wait long for another that was reading
+        its weights, or compiling."""
+        if self.timeout is not None:
+            for group in (self.group, *self.further_groups):
+                group.limit_waits(self.timeout)
 
     def problem(self) -> str | None:
         """One line on the first rank that has died or did not answer; None while all is well."""
@@ -35,10 +44,9 @@ class Ranks:
 
     def close(self) -> None:
         """End the ranks that were started here, and let go of everything. Raises nothing."""
-        while self.at_close:
-            self.at_close.pop()()
         if self.children is not None:
             self.children.close()
             self.health.report("the ranks are closed")
         self.control.close()
-        self.group.close()
+        for group in (self.group, *self.further_groups):
+            group.close()

@@ -17,7 +17,7 @@ from common.device import usable_cores
 from common.distributed.control_gloo import GlooReceiver, GlooSender
 from common.distributed.gloo import TorchGroup, make_backend, own_address
 from common.distributed.health import Health
-from common.distributed.ranks import Ranks
+from common.distributed.ranks import LOAD_SECONDS, Ranks
 from common.distributed.rendezvous import meet
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -81,15 +81,16 @@ def _meet_all(store: Store, rank: int, job: dict, fingerprint: Mapping[str, str]
         torch.cuda.set_device(device)
     meet(store, rank, size, fingerprint, timeout=job["start_timeout"], health=health)
     host = own_address(os.environ["MASTER_ADDR"])
-    patience = max(timeout, 3600.0)  # an order is taken when its rank has time; heartbeats count
+    patience = max(timeout, LOAD_SECONDS)
+    # An order is taken when its rank has time; heartbeats count.
     orders = make_backend(store, "control", rank, size, torch.device("cpu"), patience, host)
-    group = TorchGroup(
-        make_backend(store, "data", rank, size, device, timeout, host), device, timeout, health
-    )
+    data = make_backend(store, "data", rank, size, device, patience, host)
+    group = TorchGroup(data, device, patience, health)
     sides = GlooSender if rank == 0 else GlooReceiver
     threads = max(1, usable_cores() // num_local)
     control = sides(orders, store, timeout, health)
-    return Ranks(rank, size, group, control, device, threads, health)
+    control.expect_signs()
+    return Ranks(rank, size, group, control, device, threads, health, timeout=timeout)
 
 
 def _torchrun_store(timeout: float) -> Store:
