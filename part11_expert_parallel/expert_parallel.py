@@ -19,11 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.device import reading_beside
+from common.distributed.expert_placement import ExpertPlacement, expert_stats
 from common.distributed.group import Group, even_split
 from common.kernels import Ops
-
-from .expert_placement import ExpertPlacement, busiest
 
 # What a rank's own experts add: (x [n, hidden], slots [n, k], weights [n, k]) -> [n, hidden]
 RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -106,7 +104,7 @@ class ExpertParallel:
         self.group, self.tp, self.placement, self.backend = group, tp, placement, backend
         self.ops, self.interval = ops, interval
         self.counts: list[int] = []  # tokens of each rank of `group`, in this step
-        self.num_steps = self.num_moves = 0
+        self.num_steps = 0
         self.replace: dict[int, Callable[[int, int], None]] = {}  # by layer
         # How often this engine's tokens have chosen each expert; and until it was placed last.
         self.load = torch.zeros(placement.copies.shape, dtype=torch.int64, device=group.device)
@@ -142,28 +140,12 @@ class ExpertParallel:
         self.recent[layer] = self.recent[layer] / 2 + new.cpu().numpy() / self.tp.size
         for slot, expert in self.placement.improve(layer, self.recent[layer]):
             rank, index = divmod(slot, self.placement.slots_per_rank)
-            self.num_moves += 1
             if rank == self.group.rank:
                 self.replace[layer](index, expert)
 
     def stats(self) -> dict[str, Any]:
-        """How often this engine's tokens chose each expert, by layer; its copies; and how evenly
-        that fell on the ranks as experts lie now: the mean of the ranks over the busiest one, the
-        mean of all layers. Another thread may ask: on a GPU the copy waits for no step."""
-        with reading_beside(self.load.device):
-            load, seen = self.load.to("cpu").numpy(), self.seen.to("cpu").numpy()
-        layers = sorted(self.replace)
-        slots, num_ranks = self.placement.slots, self.placement.num_ranks
-        lately = [(load - seen if (load[i] > seen[i]).any() else load)[i] for i in layers]
-        even = [1 / busiest(of, slots[i], num_ranks) for i, of in zip(layers, lately, strict=True)]
-        copies = [np.bincount(slots[i], minlength=load.shape[1]).tolist() for i in layers]
-        return {
-            "expert_layers": layers,
-            "expert_load": load[layers].tolist(),
-            "expert_copies": copies,
-            "expert_balancedness": sum(even) / len(even),
-            "num_expert_moves": self.num_moves,
-        }
+        """How often this engine's tokens chose each expert."""
+        return expert_stats(self.placement, self.load, self.seen, sorted(self.replace))
 
     def run(
         self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any

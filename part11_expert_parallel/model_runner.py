@@ -17,6 +17,8 @@ import torch
 
 from common.device import release_openmp_workers, resolve_device, to_device
 from common.distributed import RankError, Ranks
+from common.distributed.expert_placement import ExpertPlacement
+from common.distributed.lockstep import Counts, Lockstep
 from common.kernels import select_ops
 from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
@@ -30,10 +32,8 @@ from common.sampling import NO_TOKEN, SamplingParams
 from .config import EngineConfig
 from .device_queue import Work, device_queue
 from .expert_parallel import ExpertParallel
-from .expert_placement import ExpertPlacement
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
-from .lockstep import Counts, Lockstep
 from .model import CausalLM
 from .ranks import header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify

@@ -31,12 +31,12 @@ from common.distributed import (
     join_engines,
     project_fingerprint,
 )
+from common.distributed.expert_placement import check_division
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, load_config, resolve
 from common.prompt_logprobs import PromptPiece
 
 from .config import EngineConfig
-from .expert_placement import check_division
 from .input_batch import Batch, InputBatch
 from .input_buffers import BatchShape
 from .tensor_parallel import Shard

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from part11.device_queue import CpuQueue
 from part11.expert_parallel import ExpertParallel
-from part11.expert_placement import ExpertPlacement, busiest, check_division, place
-from part11.lockstep import Lockstep
 from torch import Tensor
 
+from common.distributed.expert_placement import ExpertPlacement, busiest, check_division, place
 from common.distributed.group import Group, RankError, even_split
 from common.distributed.health import Health
+from common.distributed.lockstep import Lockstep
 from common.kernels import select_ops
 from common.testing.thread_group import run_ranks
 
@@ -308,7 +308,7 @@ def test_experts_move_to_where_they_even_loads_and_results_stay(
                 out = parallel.run(layer, x, ids, weights, prepared)
                 expected = OPS.experts(x, ids, weights, everything)
                 torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-5)
-        return seen, parallel.num_moves, parallel.load
+        return seen, placement.num_moves, parallel.load
 
     ranks = run_ranks(4, run, 2)
     for seen, num_moves, load in ranks:

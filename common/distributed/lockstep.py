@@ -16,29 +16,35 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any, Protocol
 
 import torch
 
 from common.distributed.group import Group, RankError
 from common.distributed.health import Health
 
-from .device_queue import DeviceQueue, Work
-from .sampler import Sampled
-
+Run = Callable[[], Any]  # what the device does in a forward
 Counts = list[int]  # tokens of each engine in a forward
 CLOSES = -1  # said in the place of a kind
 CLOSE_SECONDS = 2.0
 PAUSE = 0.002  # seconds from one exchange to the next while no engine has anything to run
 
 
+class Queue(Protocol):
+    """What gives a device its work, in order."""
+
+    def submit(self, run: Run) -> Any:
+        """Returns what `wait()` and `result()` can be asked of."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A forward that waits for its turn. kind: 0, or a higher number for what drafts."""
 
-    run: Callable[[], Sampled]
+    run: Run
     num_tokens: int
     kind: int
-    launched: Future[Work] = field(default_factory=Future)
+    launched: Future[Any] = field(default_factory=Future)
 
 
 class Lockstep:
@@ -46,10 +52,10 @@ class Lockstep:
 
     def __init__(
         self,
-        queue: DeviceQueue,
+        queue: Queue,
         leaders: Group,
         num_engines: int,
-        run_idle: Callable[[int], Sampled],
+        run_idle: Callable[[int], Any],
         health: Health,
     ) -> None:
         """leaders: the engines' first ranks; another rank follows its own first one, and is alone.
@@ -68,11 +74,11 @@ class Lockstep:
 
     def submit(
         self,
-        run: Callable[[], Sampled],
+        run: Run,
         num_tokens: int,
         kind: int = 0,
         counts: Counts | None = None,
-    ) -> Work:
+    ) -> Any:
         """Give the device what `run` does, after all before it, as soon as all engines are there.
 
         counts: where this rank follows, and has been told. Raises RankError when one is lost.
@@ -83,8 +89,8 @@ class Lockstep:
         self.jobs.put(job)
         return job.launched.result()
 
-    def _launch(self, run: Callable[[], Sampled], counts: Counts) -> Work:
-        def counted() -> Sampled:
+    def _launch(self, run: Run, counts: Counts) -> Any:
+        def counted() -> Any:
             self.counts = counts
             return run()
 

@@ -7,9 +7,12 @@ placement from the same sums. Outputs do not change, since all copies hold the s
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+
+from common.device import reading_beside
 
 
 def check_division(num_experts: int, num_redundant: int, num_ranks: int) -> None:
@@ -92,7 +95,7 @@ class ExpertPlacement:
         check_division(num_experts, num_redundant, num_ranks)
         num_slots = num_experts + num_redundant
         self.num_ranks, self.slots_per_rank = num_ranks, num_slots // num_ranks
-        self.first_copy = first_copy
+        self.first_copy, self.num_moves = first_copy, 0
         most = min(num_ranks, 1 + num_redundant)
         # The expert in each slot. So many one after the other on a rank, they are different ones.
         self.slots = np.tile(np.arange(num_slots) % num_experts, (num_layers, 1))
@@ -121,6 +124,7 @@ class ExpertPlacement:
         if then > 0.95 * now:
             return []
         self.set(layer, new)
+        self.num_moves += int((new != old).sum())
         return [(slot, int(new[slot])) for slot in np.flatnonzero(new != old)]
 
     def on_rank(self, layer: int, rank: int) -> list[int]:
@@ -134,3 +138,29 @@ class ExpertPlacement:
         tokens = torch.arange(len(expert_ids), device=expert_ids.device) + self.first_copy
         copy = tokens.unsqueeze(1) % self.copies[layer][expert_ids]
         return self.places[layer][expert_ids, copy]
+
+
+def expert_stats(
+    placement: ExpertPlacement, load: torch.Tensor, seen: torch.Tensor, layers: list[int]
+) -> dict[str, Any]:
+    """How often each expert of these layers was chosen, and how evenly that fell on the ranks as
+    experts lie now: the mean rank over the busiest one, the mean of all layers.
+
+    load, seen: choices since the start, and until a layer was placed last, [all layers, experts].
+    May be asked in any thread: on a GPU the copy waits for no step.
+    """
+    with reading_beside(load.device):
+        total, before = load.to("cpu").numpy(), seen.to("cpu").numpy()
+    even, copies = [], []
+    for layer in layers:
+        slots, lately = placement.slots[layer], total[layer] - before[layer]
+        lately = lately if lately.any() else total[layer]
+        even.append(1 / busiest(lately, slots, placement.num_ranks))
+        copies.append(np.bincount(slots, minlength=len(lately)).tolist())
+    return {
+        "expert_layers": layers,
+        "expert_load": total[layers].tolist(),
+        "expert_copies": copies,
+        "expert_balancedness": sum(even) / len(even),
+        "num_expert_moves": placement.num_moves,
+    }
