@@ -87,9 +87,7 @@ class ModelRunner:
         num_blocks = choose_num_blocks(
             config, shape, self.dtype, self.device, reserved, draft_shape, ranks.size
         )
-        num_blocks = self.everyone.minimum(
-            num_blocks
-        )  # the scheduler deals out blocks of all ranks
+        num_blocks = self.everyone.minimum(num_blocks)  # the same on all ranks of all engines
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
@@ -187,7 +185,8 @@ class ModelRunner:
 
     def expert_stats(self) -> dict[str, Any]:
         """Which experts were chosen how often, where they are spread."""
-        return self.model.experts.stats() if self.model.experts is not None else {}
+        experts = self.model.experts
+        return experts.placement.stats(sorted(experts.replace)) if experts is not None else {}
 
     def launch(
         self, batch: Batch, what: Runnable | None = None, counts: Counts | None = None

@@ -308,7 +308,7 @@ def test_experts_move_to_where_they_even_loads_and_results_stay(
                 out = parallel.run(layer, x, ids, weights, prepared)
                 expected = OPS.experts(x, ids, weights, everything)
                 torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-5)
-        return seen, placement.num_moves, parallel.load
+        return seen, placement.num_moves, placement.load
 
     ranks = run_ranks(4, run, 2)
     for seen, num_moves, load in ranks:
