@@ -28,8 +28,8 @@ class Ranks:
     threads: int
     health: Health = field(default_factory=Health)
     children: Children | None = None
-    further_groups: list[Group] = field(default_factory=list)  # with ranks of other engines
     timeout: float | None = None  # seconds that a wait may take once all have loaded
+    further_groups: list[Group] = field(default_factory=list)  # with ranks of other engines
 
     def loaded(self) -> None:
         """All ranks are ready to work: until now one could wait long for another that was reading
