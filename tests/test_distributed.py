@@ -314,7 +314,7 @@ def test_orders_arrive_whole_and_in_turn(make: Callable) -> None:
     """Over heartbeats in between, and longer than what a socket takes at once."""
     sender, receivers = make(3, 2.0)
     generator = random.Random(3)
-    lengths = [1, 63, 64, 65, 200, 60_000]
+    lengths = [1, 63, 64, 65, 200, 60_000 if make is socket_controls else 1000]
     orders = [[generator.randint(-(2**63), 2**63 - 1) for _ in range(n)] for n in lengths]
 
     def send() -> None:
@@ -340,15 +340,16 @@ def test_silence_is_noticed_on_both_sides(make: Callable) -> None:
     deadline = time.monotonic() + 10
     while not sender._silence and time.monotonic() < deadline:
         time.sleep(0.01)  # until it has been heard once
-    receiver._closed.set()
+    receiver._give_sign = lambda: None
     while sender.health.problem is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert sender.health.problem == "rank 1 gives no sign of life for 0.4 s"
     with pytest.raises(RankError, match="rank 1 gives no sign of life"):
         sender.send([1])
+    receiver._give_sign = type(receiver)._give_sign.__get__(receiver)
     sender._closed.set()
     begin = time.monotonic()
-    with pytest.raises(RankError, match=r"no sign of life from rank 0|rank 0 has given no sign"):
+    with pytest.raises(RankError, match=r"^rank 0 has given no sign of life for 0\.4 s"):
         while True:
             receiver.receive()
     assert time.monotonic() - begin < 3

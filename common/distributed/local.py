@@ -94,11 +94,15 @@ def _local_group(
     timeout: float,
     health: Health,
 ) -> Group:
-    """Over shared memory where there is some, which is then held without the descriptor."""
+    """Over shared memory where there is some. Once it is here, no rank needs the store."""
+    group: Group
     if memory is None:
         backend = make_backend(store, "data", rank, size, device, timeout, LOOPBACK)
-        return TorchGroup(backend, device, timeout, health)
-    return shared_memory.SharedMemoryGroup(memory, rank, size, timeout, health)
+        group = TorchGroup(backend, device, timeout, health)
+    else:
+        group = shared_memory.SharedMemoryGroup(memory, rank, size, timeout, health)
+    group.minimum(0)  # every rank has read what it needs: the store's file may go
+    return group
 
 
 def join_local(

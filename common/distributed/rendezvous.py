@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch.distributed import FileStore, Store, TCPStore
 
-from common.distributed.health import Health
+from common.distributed.health import Health, reason_of
 
 PACKAGES = ("torch", "numpy", "numba", "safetensors", "tokenizers", "transformers")
 SAMPLE = 4096  # bytes of a shard that are read at each of its sampled places
@@ -62,7 +62,7 @@ def open_store(rendezvous: str, rank: int, size: int, timeout: float) -> Store:
                 master_listen_fd=server.detach(),
             )
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(f"no rendezvous at {rendezvous!r}: {reason}") from None
 
 
