@@ -8,7 +8,7 @@ from common.distributed.gloo import TorchGroup, make_backend, own_address
 from common.distributed.group import Group, OneRank
 from common.distributed.launch import START_SECONDS
 from common.distributed.local import LOOPBACK
-from common.distributed.ranks import Ranks
+from common.distributed.ranks import LOAD_SECONDS, Ranks
 from common.distributed.rendezvous import meet, open_store
 
 
@@ -39,8 +39,9 @@ def join_engines(
     meet(store, rank, size, fingerprint, timeout=start_timeout, health=health)
 
     def connect(name: str, place: int, number: int, device: torch.device) -> Group:
-        backend = make_backend(store, name, place, number, device, start_timeout, host)
-        group = TorchGroup(backend, device, start_timeout, health)
+        patience = max(timeout, LOAD_SECONDS)
+        backend = make_backend(store, name, place, number, device, patience, host)
+        group = TorchGroup(backend, device, patience, health)
         ranks.further_groups.append(group)
         return group
 
