@@ -217,6 +217,7 @@ class LLMEngine:
             "num_prefix_cache_queries": self.scheduler.num_cache_queries,
             "num_prefix_cache_hits": self.scheduler.num_cache_hits,
             **self.speculator.stats(),
+            **self.runner.expert_stats(),
         }
 
     def check_integrity(self) -> None:
@@ -248,4 +249,5 @@ class LLMEngine:
     def shutdown(self) -> None:
         """Drop every request, and end the other ranks. The engine is not to be used after."""
         self.drop_requests()
+        self.runner.queue.close()
         self.runner.ranks.close()

@@ -3,25 +3,17 @@
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from common.models.architecture import ModelConfig
-from common.models.checkpoint import load_config
-from common.models.weight_slices import open_weights
-from common.requests import Request
 from common.sampling import SamplingParams
-from common.testing.oracle import check_greedy, check_seeded
 from common.testing.parts import module_of
 from common.testing.rank_threads import ThreadRanks, engine_in_threads
-from common.testing.schedules import Drive, Event, known_requests
+from common.testing.schedules import Drive, Event
 
 Shard = module_of(9, "tensor_parallel").Shard
 divide_heads = module_of(9, "tensor_parallel").divide_heads

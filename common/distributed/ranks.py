@@ -35,7 +35,8 @@ class Ranks:
         """All ranks are ready to work: until now one could wait long for another that was reading
         its weights, or compiling."""
         if self.timeout is not None:
-            self.group.limit_waits(self.timeout)
+            for group in (self.group, *self.further_groups):
+                group.limit_waits(self.timeout)
 
     def problem(self) -> str | None:
         """One line on the first rank that has died or did not answer; None while all is well."""

@@ -31,7 +31,7 @@ from common.http.schemas import (
     check_logprobs,
 )
 from common.http.tokenize_routes import add_tokenize_routes
-from common.http.trace_routes import add_trace_routes
+from common.http.trace_routes import ExpertStats, add_trace_routes
 from common.metrics import EngineMetrics
 from common.models.tokenizer import Tokenizer
 from common.requests import check_prompt
@@ -226,10 +226,10 @@ class Frontend:
         ):
             self.app.add_api_route(path, handler, methods=["POST"], response_model=None)
 
-    def add_trace(self, trace: Trace) -> None:
+    def add_trace(self, trace: Trace, experts: ExpertStats | None = None) -> None:
         """Add `GET /trace`, the engine's steps as they happen, and those kept as `/trace.jsonl` and
-        `/trace.perfetto.json`."""
-        add_trace_routes(self.app, trace)
+        `/trace.perfetto.json`. experts: which of them were chosen how often, where there are any."""
+        add_trace_routes(self.app, trace, experts)
 
     def add_metrics(self, metrics: EngineMetrics) -> None:
         """Add `GET /metrics`: the engine's numbers and this process's, for Prometheus to read."""

@@ -4,7 +4,7 @@
  */
 
 import { ApiError, followTrace } from "./api.js";
-import { readRecord, readState } from "./engine-records.js";
+import { readExperts, readRecord, readState } from "./engine-records.js";
 
 /**
  * `none`: this server has no trace. `locked`: it wants another key; `start` with it.
@@ -26,6 +26,7 @@ export class Feed {
    * @param {{
    *   onState: (state: import("./engine-state.js").EngineState) => void,
    *   onRecord: (record: import("./engine-state.js").StepRecord) => void,
+   *   onExperts: (experts: import("./engine-experts.js").Experts) => void,
    *   onStatus: (status: FeedStatus) => void,
    * }} events `onState` is called first, and again when steps were missed
    */
@@ -65,6 +66,8 @@ export class Feed {
           this.#wait = FIRST_WAIT;
         } else if (event.type === "message") {
           this.#events.onRecord(readRecord(event.data));
+        } else if (event.type === "experts") {
+          this.#events.onExperts(readExperts(event.data));
         }
       }
     } catch (error) {

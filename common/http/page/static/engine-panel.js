@@ -54,6 +54,10 @@ export class EnginePanel {
         this.#player.live.append(record);
         this.#frames.update();
       },
+      onExperts: (experts) => {
+        this.#view.experts = experts;
+        this.#frames.update();
+      },
       onStatus: (status) => this.#setStatus(status),
     });
     this.#drawer = new Drawer(this.#root, byId("room"), byId("engine-toggle"), () => this.#follow());
