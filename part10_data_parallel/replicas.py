@@ -15,11 +15,7 @@ import enum
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from fastapi import FastAPI
-
-from common.http.run import ServerConfig
 from common.router.child import serve_job
 from common.router.config import RouterConfig
 from common.router.launching import ReplicaDied
@@ -178,9 +174,5 @@ class ReplicaSet(Members[Replica]):
         await self.remove(replica)
 
 
-def build(engine: dict[str, Any], server: ServerConfig) -> FastAPI:
-    return create_app(LLMEngine(EngineConfig(**engine)), server)
-
-
 if __name__ == "__main__":
-    serve_job(build)
+    serve_job(lambda engine, server: create_app(LLMEngine(EngineConfig(**engine)), server))

@@ -24,7 +24,7 @@ def serve_job(build: Callable[[dict[str, Any], ServerConfig], FastAPI]) -> None:
     if not line:
         sys.exit("error: a job in JSON is needed on standard input")
     job = json.loads(line)
-    threading.Thread(target=_end_with_input, args=(job["grace"],), daemon=True).start()
+    threading.Thread(target=end_with_input, args=(job["grace"],), daemon=True).start()
     try:
         config = ServerConfig(**job["server"])
         if config.api_key is None:
@@ -34,7 +34,7 @@ def serve_job(build: Callable[[dict[str, Any], ServerConfig], FastAPI]) -> None:
     serve(lambda: build(job["engine"], config), config)
 
 
-def _end_with_input(grace: float) -> None:
+def end_with_input(grace: float) -> None:
     """grace: seconds to finish what runs, after which the process ends whatever it does."""
     while sys.stdin.read(1024):
         pass

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 HEAD = re.compile(r"# (HELP|TYPE) (\S+)")
-SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?( .+)")
+SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?( .+)", re.DOTALL)
 ENGINE = re.compile(r'(?<![^,])engine="(?:[^"\\]|\\.)*",?')
 
 
@@ -25,7 +25,7 @@ def merge(texts: Iterable[tuple[str, str]]) -> str:
     families: dict[str, Family] = {}
     for engine, text in texts:
         name = "\n"
-        for line in text.splitlines():
+        for line in text.split("\n"):
             if match := HEAD.match(line):
                 name = match[2]
                 families.setdefault(name, Family()).head.setdefault(match[1], line)

@@ -45,8 +45,11 @@ class RoutedRequest:
         an engine's cache. Two prompts of one hash are possible: no more than a guess may rest on it.
         """
         prompt = self.fields.get("messages", self.fields.get("prompt"))
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], list | str):
+            prompt = prompt[0]  # of several: they run on one engine
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-            prompt = "\0".join(f"{m.get('role')}\0{m.get('content')}" for m in prompt if m)
+            chat = (message for message in prompt if isinstance(message, dict))
+            prompt = "\0".join(f"{m.get('role')}\0{m.get('content')}" for m in chat)
         if not isinstance(prompt, str | list):
             return
         size = PIECE_CHARACTERS if isinstance(prompt, str) else PIECE_TOKENS
