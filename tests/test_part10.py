@@ -492,8 +492,8 @@ def test_answers_come_through_whole_and_keys_do_not(routed):
         assert texts(response) == WHOLE and events(response)[-1] == "[DONE]"
         engines.add(response.headers["x-engine"])
         last = stand_ins.stats(int(response.headers["x-engine"]))["last"]
-        assert last["Authorization"] == "Bearer theirs" and last["X-Request-Id"] == "17"
-        assert "Cookie" not in last
+        assert last["authorization"] == "Bearer theirs" and last["x-request-id"] == "17"
+        assert "cookie" not in last
     assert engines == {"0", "1"}
     assert ask(url).json()["choices"][0]["text"] == WHOLE
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "stand-in"
@@ -525,7 +525,7 @@ def test_before_the_first_token_another_replica_answers(routed, fault: dict[str,
         assert texts(response) == WHOLE and response.headers["x-engine"] == "1"
         opening = [data for data in events(response) if "assistant" in data]
         assert len(opening) == chat  # of the first attempt there is no trace
-    assert router.num_retries - retries == 2
+    assert 1 <= router.num_retries - retries <= 4
     if "error_after" not in fault:
         for _ in range(2):
             assert ask(url).json()["choices"][0]["text"] == WHOLE
@@ -568,11 +568,14 @@ def test_when_all_fail_the_client_is_told_what_the_last_one_said(routed):
 def test_a_client_that_goes_away_ends_its_request(routed):
     url, router, stand_ins = routed
     before = sum(stand_ins.stats(index).get("aborted", 0) for index in (0, 1))
-    for stream in (True, False):
-        with contextlib.suppress(httpx.ReadTimeout):
-            body = {"prompt": "x", "stream": stream, "metadata": {"interval": "0.2"}}
-            httpx.post(f"{url}/v1/completions", json=body, timeout=0.5)
-    until(lambda: sum(stand_ins.stats(i).get("aborted", 0) for i in (0, 1)) == before + 2)
+    body = {"prompt": "x", "stream": True, "metadata": {"interval": "0.2"}}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+        next(response.iter_bytes())
+    for stream, slow in ((True, "first"), (False, "interval")):
+        body = {"prompt": "x", "stream": stream, "metadata": {slow: "5"}}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json=body, timeout=0.2)
+    until(lambda: sum(stand_ins.stats(i).get("aborted", 0) for i in (0, 1)) == before + 3)
     until(lambda: not any(replica.outstanding for replica in router.replicas.replicas))
     assert router.admission.count == 0
 

@@ -1,5 +1,6 @@
 """HTTP to one replica, over connections that can be cut all at once."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -38,10 +39,9 @@ class Upstream:
     def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
         self.url = url
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        # A transport that waits to write must not keep a dead connection, so no limits and no waiting.
-        self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
+        self._under_way: set[asyncio.Timeout] = set()
         self._session = aiohttp.ClientSession(
-            connector=self._connector,
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
             timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=CONNECT_SECONDS, sock_read=timeout
             ),
@@ -59,13 +59,16 @@ class Upstream:
         assert request.target.startswith("/"), request.target  # so it names no other host
         headers = [*request.forwarded_headers(), *self._headers.items()]
         try:
-            async with self._session.request(
-                request.method,
-                URL(self.url + request.target, encoded=True),
-                headers=headers,
-                data=request.body or None,
-                allow_redirects=False,
-            ) as response:
+            async with (
+                self._until_closed(),
+                self._session.request(
+                    request.method,
+                    URL(self.url + request.target, encoded=True),
+                    headers=headers,
+                    data=request.body or None,
+                    allow_redirects=False,
+                ) as response,
+            ):
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise UpstreamFailed(f"{type(error).__name__}: {error}") from error
@@ -88,6 +91,20 @@ class Upstream:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise UpstreamFailed(f"{path}: {type(error).__name__}: {error}") from error
 
+    @contextlib.asynccontextmanager
+    async def _until_closed(self) -> AsyncIterator[None]:
+        """TimeoutError for what is under way when the line is cut. (A session that is closed lets it
+        wait.)"""
+        async with asyncio.timeout(None) as limit:
+            self._under_way.add(limit)
+            try:
+                yield
+            finally:
+                self._under_way.discard(limit)
+
     async def close(self) -> None:
         """Cut all connections. What waits for an answer gets UpstreamFailed."""
+        now = asyncio.get_running_loop().time()
+        for limit in self._under_way:
+            limit.reschedule(now)
         await self._session.close()

@@ -94,7 +94,7 @@ class StandIn:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.counts["requests"] += 1
-        self.last = dict(request.headers)
+        self.last = {name.lower(): value for name, value in request.headers.items()}
         self.running += 1
         try:
             response = await self.answer(request, body)
