@@ -23,10 +23,6 @@ from common.router.link import Link
 from common.router.members import Member, Members
 from common.router.upstream import Upstream, UpstreamFailed
 
-from .config import EngineConfig
-from .engine import LLMEngine
-from .server import create_app
-
 MAX_MISSES = 2  # of health checks in a row
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.25, 30.0  # before a replica is started again
 STEADY_SECONDS = 60.0  # of health after which earlier deaths are forgotten
@@ -174,5 +170,9 @@ class ReplicaSet(Members[Replica]):
         await self.remove(replica)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the router needs no engine of its own
+    from .config import EngineConfig
+    from .engine import LLMEngine
+    from .server import create_app
+
     serve_job(lambda engine, server: create_app(LLMEngine(EngineConfig(**engine)), server))

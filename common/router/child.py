@@ -24,13 +24,13 @@ def serve_job(build: Callable[[dict[str, Any], ServerConfig], FastAPI]) -> None:
     if not line:
         sys.exit("error: a job in JSON is needed on standard input")
     job = json.loads(line)
-    threading.Thread(target=end_with_input, args=(job["grace"],), daemon=True).start()
     try:
         config = ServerConfig(**job["server"])
         if config.api_key is None:
             raise ValueError("api_key is needed: only the router may use a replica")
     except ValueError as error:
         sys.exit(f"error: {error}")
+    threading.Thread(target=end_with_input, args=(job["grace"],), daemon=True).start()
     serve(lambda: build(job["engine"], config), config)
 
 
