@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,40 +23,11 @@ from common.router.config import RouterConfig
 from common.router.launchers import make_launcher
 from common.router.launching import GivenLauncher
 from common.router.run import wait_until_well
+from common.testing.router import STAND_INS, children, health, router, until
 from common.testing.server import RunningServer
 from common.testing.streams import Streamed, stream_many
 
 ENGINE = ("--model", "random:tiny-llama", "--kv-cache-memory", str(8 << 20), "--threads", "1")
-STAND_INS = "common.testing.stand_ins.router"
-
-
-def until(condition: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come to pass"
-        time.sleep(0.05)
-
-
-def children(server: RunningServer) -> list[psutil.Process]:
-    return psutil.Process(server.process.pid).children(recursive=True)
-
-
-def health(server: RunningServer) -> dict[str, Any]:
-    return httpx.get(f"{server.base_url}/health").json()
-
-
-@contextlib.contextmanager
-def router(*flags: str, module: str = STAND_INS) -> Iterator[RunningServer]:
-    server = RunningServer(10, *flags, module=module)
-    try:
-        server.wait_until_ready()
-        yield server
-    finally:
-        left = children(server) if server.process.poll() is None else []
-        server.kill()
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 @pytest.fixture(scope="module")
