@@ -23,6 +23,8 @@ from common.router.config import RouterConfig
 from common.router.launchers import make_launcher
 from common.router.launching import GivenLauncher
 from common.router.run import wait_until_well
+from common.testing.page.browser import chromium
+from common.testing.page.engine_page import EnginePage
 from common.testing.router import STAND_INS, children, health, router, until
 from common.testing.server import RunningServer
 from common.testing.streams import Streamed, stream_many
@@ -67,6 +69,21 @@ def test_the_page_sees_the_engine_that_is_chosen(engines: RunningServer):
     assert missing.status_code == 503
     saved = httpx.get(f"{engines.base_url}/trace.jsonl?engine=1")
     assert saved.status_code == 200 and json.loads(saved.text.splitlines()[0])
+
+
+@pytest.mark.browser
+def test_the_page_shows_the_engine_that_is_chosen(engines: RunningServer):
+    with chromium() as driver:
+        driver.set_window_size(1400, 900)
+        page = EnginePage(driver, f"{engines.base_url}/?engine=1")
+        page.watch()
+        choice = "const one = document.getElementById('engine-choice');"
+        shown = "return [one.hidden, one.value, [...one.options].map((o) => o.value).join()]"
+        assert page.js(choice + shown) == [False, "1", "0,1,2"]
+        page.js(choice + "one.value = '2'; one.dispatchEvent(new Event('change'))")
+        page.until(lambda: page.status == "live" and page.js(choice + shown)[1] == "2")
+        assert page.js("return location.search") == "?engine=2"
+        assert not page.complaints()
 
 
 def test_a_replica_killed_under_load_fails_nothing_that_had_no_token(engines: RunningServer):

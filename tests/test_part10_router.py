@@ -21,6 +21,7 @@ from common.router.config import RouterConfig
 from common.router.launching import GivenLauncher
 from common.router.run import wait_until_well
 from common.router.serving import create_app
+from common.testing.page.browser import Page, chromium
 from common.testing.server import RunningServer, serving_thread
 from common.testing.streams import stream_many
 
@@ -92,7 +93,8 @@ def events(response: httpx.Response) -> list[str]:
 
 def texts(response: httpx.Response) -> str:
     chunks = [json.loads(data) for data in events(response) if data != "[DONE]"]
-    return "".join(c.get("text", "") for chunk in chunks for c in chunk.get("choices", []))
+    choices = [choice for chunk in chunks for choice in chunk.get("choices", [])]
+    return "".join(c.get("text") or c.get("delta", {}).get("content", "") for c in choices)
 
 
 WHOLE = "".join(f" {n}" for n in range(8))
@@ -168,7 +170,7 @@ def test_before_the_first_token_another_replica_answers(routed, fault: dict[str,
 
 @pytest.mark.parametrize("fault", [{"cut_after": "3"}, {"error_after": "3"}])
 def test_after_the_first_token_nothing_is_tried_again(routed, fault: dict[str, str]):
-    url, router, stand_ins = routed
+    url, _, stand_ins = routed
     before = sum(stand_ins.stats(index)["requests"] for index in (0, 1))
     for index in (0, 1):
         stand_ins.fault(index, **fault)
@@ -246,9 +248,11 @@ def test_the_guard_stands_before_the_router(stand_ins):
 
 
 def test_a_fault_of_the_request_never_opens_the_breaker_and_faults_of_a_replica_do(stand_ins):
-    flags = {"policy": "round-robin", "breaker_failures": 3, "breaker_seconds": 0.4}
+    flags = {"policy": "round-robin", "breaker_failures": 3, "breaker_seconds": 1000.0}
     with routing(stand_ins.urls, key="theirs", **flags) as (url, router):
         first, _ = router.replicas.replicas
+        now = 0.0
+        first.breaker.clock = lambda: now
         for status in ("400", "404", "413", "422", "429") * 3:
             assert ask(url, metadata={"status": status}).status_code == int(status)
         assert ask(url, metadata={"status": "503", "busy": "1"}).status_code == 503
@@ -259,12 +263,12 @@ def test_a_fault_of_the_request_never_opens_the_breaker_and_faults_of_a_replica_
             assert ask(url).json()["choices"][0]["text"] == WHOLE
         assert first.num_requests == requests + 3 and first.breaker.state is BreakerState.OPEN
         assert 'router:engine_breaker_state{engine="0"} 2' in httpx.get(f"{url}/metrics").text
-        time.sleep(0.5)
+        now += 1000.0
         for _ in range(4):
             assert ask(url).status_code == 200
         assert first.num_requests == requests + 4  # one more try, and it is open again
         stand_ins.fault(0)
-        time.sleep(0.5)
+        now += 1000.0
         for _ in range(6):
             assert ask(url).status_code == 200
         assert first.breaker.state is BreakerState.CLOSED and first.num_requests >= requests + 6
@@ -343,3 +347,14 @@ def test_many_streams_at_once(streams: int):
             assert sum(requests) == streams and max(requests) - min(requests) <= streams // 10
     finally:
         stand_ins.close()
+
+
+@pytest.mark.browser
+def test_the_chat_works_through_the_router(routed):
+    with chromium() as driver:
+        page = Page(driver, routed[0])
+        page.open()
+        page.one("#prompt").send_keys("Count.", "\ue007")
+        page.until(lambda: page.text(".turn").find("7") > 0)
+        assert "0 1 2 3 4 5 6 7" in page.text(".turn")
+        assert not page.complaints()

@@ -124,7 +124,8 @@ class StandIn:
             )
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
-        if "messages" in body:
+        chat = "messages" in body
+        if chat:
             await self.event(response, '{"index":0,"delta":{"role":"assistant","content":""}}')
         await asyncio.sleep(first)
         for number in range(tokens + 1):
@@ -140,10 +141,12 @@ class StandIn:
             if asked.get("hang") == str(number):
                 await asyncio.sleep(3600)
             if number < tokens:
-                await self.event(response, f'{{"index":0,"text":" {number}","finish_reason":null}}')
+                text = f'"delta":{{"content":" {number}"}}' if chat else f'"text":" {number}"'
+                await self.event(response, f'{{"index":0,{text},"finish_reason":null}}')
                 if interval:
                     await asyncio.sleep(interval)
-        await self.event(response, '{"index":0,"text":"","finish_reason":"stop"}')
+        text = '"delta":{}' if chat else '"text":""'
+        await self.event(response, f'{{"index":0,{text},"finish_reason":"stop"}}')
         await response.write(b"data: [DONE]\n\n")
         return response
 

@@ -19,6 +19,7 @@ export class Feed {
   #wait = FIRST_WAIT;
   #timer = 0;
   #key = "";
+  #engine = "";
   /** @type {AbortController | null} */
   #running = null;
 
@@ -27,6 +28,7 @@ export class Feed {
    *   onState: (state: import("./engine-state.js").EngineState) => void,
    *   onRecord: (record: import("./engine-state.js").StepRecord) => void,
    *   onStatus: (status: FeedStatus) => void,
+   *   onEngines: (engines: string[], engine: string) => void,
    * }} events `onState` is called first, and again when steps were missed
    */
   constructor(events) {
@@ -37,10 +39,16 @@ export class Feed {
     return this.#running !== null || this.#timer !== 0;
   }
 
-  /** Connect, or connect anew. @param {string} key the API key, empty for none */
-  start(key) {
+  /**
+   * Connect, or connect anew.
+   *
+   * @param {string} key the API key, empty for none
+   * @param {string} engine of several behind a router, empty for any
+   */
+  start(key, engine) {
     this.stop();
     this.#key = key;
+    this.#engine = engine;
     this.#wait = FIRST_WAIT;
     this.#events.onStatus("connecting");
     this.#connect();
@@ -58,7 +66,7 @@ export class Feed {
     this.#running = running;
     let status = 0;
     try {
-      for await (const event of followTrace(this.#key, running.signal)) {
+      for await (const event of this.#follow(running.signal)) {
         if (event.type === "state") {
           this.#events.onState(readState(event.data));
           this.#events.onStatus("live");
@@ -74,6 +82,11 @@ export class Feed {
     running.abort();
     this.#running = null;
     this.#afterEnd(status);
+  }
+
+  /** @param {AbortSignal} signal */
+  #follow(signal) {
+    return followTrace(this.#key, signal, this.#engine, this.#events.onEngines);
   }
 
   /** @param {number} status of the server's refusal, 0 where the connection broke */
