@@ -21,6 +21,7 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
         "speculative.run",
         "decoding with and without speculation, on copies and on prose",
     ),
+    "router": ("router.run", "several engines behind a router: what policies find; what it costs"),
     "kv": ("kv.run", "how many sequences a piece of KV memory holds, in strips and in blocks"),
     "host": ("host", "what a decode step costs the host"),
     "startup": ("startup", "how long parts take to start, and their memory"),
