@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import itertools
 import json
+import random
+from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from part10.policies import CacheAware, LeastPending, RoundRobin, Session
 from part10.replicas import Breaker, BreakerState, Replica
 from prometheus_client.parser import text_string_to_metric_families
 
+from common.bench.prefix.workloads import Draw, Sizes, agent
 from common.bench.serving.sse import SSEParser
 from common.http.middleware import ClientGone
 from common.router import exposition
@@ -182,6 +185,51 @@ def test_a_session_is_named_by_header_or_user():
         assert policy.choose(request("y", user=name), replicas) is by_header
     replicas[2].num_requests, replicas[0].status = -1, Status(running=3)
     assert policy.choose(request("x"), replicas) is replicas[2]  # without a name: the least loaded
+
+
+class Cache(OrderedDict):
+    """The blocks that a replica keeps, the latest used."""
+
+    def run(self, prompt: list[int], output: list[int], capacity: int) -> int:
+        """Tokens of the prompt that were there."""
+        tokens, found, is_prefix, before = prompt + output, 0, True, 0
+        for end in range(16, len(tokens), 16):
+            before = hash((before, *tokens[end - 16 : end]))
+            is_prefix = is_prefix and before in self and end < len(prompt)
+            found += 16 * is_prefix
+            self[before] = True
+            self.move_to_end(before)
+        while len(self) > capacity:
+            self.popitem(last=False)
+        return found
+
+
+def hit_rate(name: str, seed: int, num_replicas: int = 4, num_agents: int = 8) -> float:
+    """On `bench prefix`'s trees, in caches that hold one and a half of their share of them."""
+    policy = policies.POLICIES[name](RouterConfig(policy=name))
+    replicas = [replica(i) for i in range(num_replicas)]
+    trees = [agent(Draw(f"agent {n}", 1000, seed), Sizes())[1] for n in range(num_agents)]
+    every = [(n, r) for n, tree in enumerate(trees) for r in tree]
+    every.sort(key=lambda pair: (pair[1].stage, random.Random(f"{seed} {pair}").random()))
+    size = sum(len(r.prompt_token_ids) + r.max_tokens for _, r in every)
+    capacity = int(1.5 * size / 16 / num_replicas)
+    caches = [Cache() for _ in replicas]
+    whole: dict[Any, list[int]] = {}
+    found = total = 0
+    for n, one in every:
+        prompt = whole.get((n, one.parent), []) + one.prompt_token_ids
+        chosen = policy.choose(request(prompt, session=str(n)), replicas)
+        chosen.num_requests += 1
+        output = random.Random(f"{n} {one}").choices(range(1000), k=one.max_tokens)
+        found += caches[chosen.index].run(prompt, output, capacity)
+        total += len(prompt)
+        whole[n, one.request_id] = prompt + output
+    return found / total
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_cache_aware_finds_half_as_much_again_as_round_robin_on_branching_agents(seed: int):
+    assert hit_rate("cache-aware", seed) >= 1.5 * hit_rate("round-robin", seed)
 
 
 # The circuit breaker

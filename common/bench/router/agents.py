@@ -42,8 +42,7 @@ async def run_agents(url: str, model: str, sizes: Sizes, count: int, seed: int) 
     """So many trees at once, each level of a tree when its parents have ended. Raises BenchError."""
     import aiohttp
 
-    vocab_size, names = known_vocab_size(model), token_ids_by_name(model)
-    trees = [agent(Draw(f"agent {n}", vocab_size, seed), sizes)[1] for n in range(count)]
+    trees, names = make_trees(model, sizes, count, seed), token_ids_by_name(model)
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(url, timeout=timeout) as session:
         begin = time.perf_counter()
@@ -51,6 +50,11 @@ async def run_agents(url: str, model: str, sizes: Sizes, count: int, seed: int) 
         await asyncio.gather(*(one.run() for one in agents))
         seconds = time.perf_counter() - begin
     return Run(seconds, [record for one in agents for record in one.records])
+
+
+def make_trees(model: str, sizes: Sizes, count: int, seed: int) -> list[list[Request]]:
+    vocab_size = known_vocab_size(model)
+    return [agent(Draw(f"agent {n}", vocab_size, seed), sizes)[1] for n in range(count)]
 
 
 def token_ids_by_name(model: str) -> dict[str, int]:

@@ -21,6 +21,7 @@ from common.bench.core.arguments import (
     add_output_arguments,
     finish,
     positive,
+    positive_number,
     progress,
     settings_of,
 )
@@ -31,11 +32,11 @@ from common.bench.core.report import plural
 from common.bench.core.results import column, make_result
 from common.bench.prefix.workloads import QUICK, Sizes
 from common.bench.router import overhead
-from common.bench.router.agents import Run, run_agents
+from common.bench.router.agents import Run, make_trees, run_agents
 from common.bench.router.processes import router_process
 from common.router.config import POLICIES
 
-PART = 10
+PART, BLOCK_SIZE = 10, 16
 COLUMNS = [
     column("policy", "policy"),
     column("hit_rate", "hit rate", "%", 0),
@@ -51,8 +52,14 @@ COLUMNS = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policies", choices=POLICIES, nargs="+", help="default: all")
-    parser.add_argument("--engines", type=positive, default=3, help="default: 3")
-    parser.add_argument("--agents", type=positive, default=6, help="trees at once (default: 6)")
+    parser.add_argument("--engines", type=positive, default=4, help="default: 4")
+    parser.add_argument("--agents", type=positive, default=8, help="trees at once (default: 8)")
+    parser.add_argument(
+        "--kv-share",
+        type=positive_number,
+        default=1.25,
+        help="an engine's KV cache, in equal shares of all trees (default: 1.25)",
+    )
     parser.add_argument("--pairs", type=positive, default=3, help="rounds (default: 3)")
     parser.add_argument("--quick", action="store_true", help="small trees, for a small model")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -78,11 +85,13 @@ def run(args: argparse.Namespace) -> int:
     runs: dict[str, dict[int, Run]] = {policy: {} for policy in policies}
     others = OtherWork()
     for number, policy in progress(turns, "measurements"):
+        seed = args.seed + number
+        blocks = num_blocks(args, sizes, seed)
         flags = ["--dp", str(args.engines), "--policy", policy, "--model", args.model]
+        flags += ["--block-size", str(BLOCK_SIZE), "--num-blocks", str(blocks)]
         for name, value in settings_of(args).items():
             flags += [f"--{name.replace('_', '-')}", str(value)]
         with router_process(f"part{PART}.router", *flags, verbose=args.verbose) as (url, _):
-            seed = args.seed + number
             runs[policy][number] = asyncio.run(
                 run_agents(url, args.model, sizes, args.agents, seed)
             )
@@ -92,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
     notes = [
         f"Model {args.model}, greedy; {args.engines} engines on one machine, each with its share of"
         f" the cores; {plural(args.agents, 'agent')} at once, each a tree of {trees} requests"
-        f" (`prefix`'s workload `agent`); fresh engines for each measurement, policies in turns,"
+        f" (`prefix`'s workload `agent`); the KV cache of an engine has {blocks} blocks of"
+        f" {BLOCK_SIZE}, {args.kv_share:g} times its share of the trees; fresh engines for each measurement, policies in turns,"
         f" medians of {plural(args.pairs, 'round')}, p99 over all of them. `session` gets the"
         " agent's number as the session's name."
     ]
@@ -102,6 +112,17 @@ def run(args: argparse.Namespace) -> int:
     result = make_result(title, COLUMNS, rows, limits=limits, parts=[PART], notes=notes)
     finish(args, result)
     return 0
+
+
+def num_blocks(args: argparse.Namespace, sizes: Sizes, seed: int) -> int:
+    """Blocks for the trees' tokens, each once, by `--kv-share`."""
+    trees = make_trees(args.model, sizes, args.agents, seed)
+    blocks = sum(
+        -(-(len(request.prompt_token_ids) + request.max_tokens) // BLOCK_SIZE)
+        for tree in trees
+        for request in tree
+    )
+    return int(args.kv_share * blocks / args.engines)
 
 
 def row(policy: str, runs: dict[str, dict[int, Run]], engines: int) -> dict[str, Any]:
