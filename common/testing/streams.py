@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +13,17 @@ from common.bench.serving.sse import SSEParser
 
 @dataclass
 class Streamed:
-    """A stream's chunks with text or a token, and how it ended: `done`, `error`, `status N`, `cut`."""
+    """A stream's chunks with text or a token, and how it ended: `done`, `error`, `status N`, `cut`.
+
+    begin, times: when it was asked for, and each chunk's arrival (seconds of `time.perf_counter`).
+    """
 
     num_chunks: int = 0
     ending: str = "cut"
     engine: str = ""
     error: dict[str, Any] = field(default_factory=dict)
+    begin: float = field(default_factory=time.perf_counter)
+    times: list[float] = field(default_factory=list)
 
     @property
     def is_done(self) -> bool:
@@ -50,6 +56,7 @@ def take(data: str, result: Streamed) -> None:
         result.error, result.ending = chunk["error"], "error"
     else:
         result.num_chunks += 1
+        result.times.append(time.perf_counter())
 
 
 async def stream_many(
