@@ -64,6 +64,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench prefix --workloads eviction --variants 7:off 7:hash 7:radix --pairs 15 --json part07_prefix_caching/results/prefix_eviction.json
 	$(BIN)/python -m common.bench prefix --costs --json part07_prefix_caching/results/prefix_costs.json
 	$(BIN)/python -m common.bench speculative --variants 7 8 8:ngram --pairs 3 --json part08_spec_decode/results/speculative.json --plot part08_spec_decode/results/speculative.png
+	$(BIN)/python -m common.bench router --json part10_data_parallel/results/routing.json
+	$(BIN)/python -m common.bench router --overhead --json part10_data_parallel/results/overhead.json
 	$(BIN)/python -m common.bench report --all --write
 
 notebooks: $(VENV)/.dev
