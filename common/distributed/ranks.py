@@ -1,5 +1,6 @@
 """The ranks of one engine, as one of them sees the others."""
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -47,3 +48,8 @@ class Ranks:
             self.health.report("the ranks are closed")
         self.control.close()
         self.group.close()
+
+    def close_soon(self) -> None:
+        """`close` for a finalizer, which runs in any thread, perhaps in one that `close` waits for."""
+        if self.size > 1:
+            threading.Thread(target=self.close, name="closing ranks").start()
