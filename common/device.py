@@ -1,9 +1,10 @@
 """Where the arithmetic happens: device, number format and threads, resolved before anything is built."""
 
+import contextlib
 import ctypes
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,17 @@ def to_device(
             on_host.pin_memory()
         )  # `torch.tensor` pins nothing that is made from numpy's arrays
     return on_host.to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def reading_beside(device: torch.device) -> Iterator[None]:
+    """Copies to the host in this context do not wait for what the device was given before: what
+    they read may be of any moment."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
 
 
 def usable_cores() -> int:

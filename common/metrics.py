@@ -153,6 +153,18 @@ READINGS = (
         "num_accepted_tokens",
         per="num_drafts",
     ),
+    Reading(
+        "vllm:eplb_balancedness",
+        "gauge",
+        "Tokens of the mean rank over those of the busiest, as experts lie now; 1 is even.",
+        "expert_balancedness",
+    ),
+    Reading(
+        "vllm:eplb_moved_experts",
+        "counter",
+        "Times that a rank has replaced one of its experts by another.",
+        "num_expert_moves",
+    ),
 )
 
 # Label of vllm:cache_config_info -> key of stats().

@@ -70,7 +70,7 @@ class AsyncEngine:
 
     def problem(self) -> str | None:
         """What is wrong with the engine, or None while it lives."""
-        return "the engine has stopped" if self.stopped else self.engine.problem()
+        return self.engine.problem() or ("the engine has stopped" if self.stopped else None)
 
     async def generate(
         self, requests: list[Request]
@@ -132,6 +132,8 @@ class AsyncEngine:
                 self.metrics.on_step(self.engine.trace.last_record)
                 if outputs:
                     self.loop.call_soon_threadsafe(self._deliver, outputs)
+        except RankError as error:
+            logger.error("the engine has ended: %s", error)
         finally:
             self.stopped = True  # before the streams are told: a later request sees it
             self.engine.shutdown()

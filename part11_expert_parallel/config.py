@@ -8,6 +8,8 @@ from common.device import DTYPES
 from common.models.generation_config import USES
 from common.options import option, validate
 
+EP = ("enable_expert_parallel", (True,))
+BACKENDS = ("allgather_reducescatter", "all_to_all")
 PREFIX_CACHES = ("hash", "radix", "off")
 PROPOSERS = ("off", "ngram", "draft", "self")
 DRAFTING, NGRAM = ("speculative", PROPOSERS[1:]), ("speculative", ("ngram",))
@@ -36,6 +38,25 @@ class EngineConfig:
     )
     rank_timeout: float = option(
         30.0, "seconds within which a rank that has died or hangs is noticed", 1.0, 3600.0
+    )
+    # experts
+    enable_expert_parallel: bool = option(
+        False, "each rank has some experts whole, and not a part of each"
+    )
+    ep_backend: str = option(
+        BACKENDS[0], "how tokens get to their experts", choices=BACKENDS, needs=EP
+    )
+    num_redundant_experts: int = option(0, "further copies of experts, in all", 0, 4096, needs=EP)
+    eplb: bool = option(False, "place experts anew as tokens choose them", needs=EP)
+    eplb_interval: int = option(
+        3000, "steps after which a layer's experts are placed anew", 1, needs=("eplb", (True,))
+    )
+    data_parallel_size: int = option(
+        1, "engines that share the experts, each started by itself", 1, 1024, needs=EP
+    )
+    data_parallel_rank: int = option(0, "which of them this is", 0, 1023, needs=EP)
+    data_parallel_address: str | None = option(
+        None, "where they meet: a file that is not there yet, or host:port of the first", needs=EP
     )
     # memory
     block_size: int | None = option(
@@ -87,6 +108,11 @@ class EngineConfig:
         validate(self)
         if self.speculative == "draft" and self.draft_model is None:
             raise ValueError("speculative is draft: draft_model must name the smaller model")
+        number, size = self.data_parallel_rank, self.data_parallel_size
+        if number >= size:
+            raise ValueError(f"data_parallel_rank is {number}: data_parallel_size is {size}")
+        if size > 1 and self.data_parallel_address is None:
+            raise ValueError(f"data_parallel_size is {size}: data_parallel_address must be given")
         low, high = self.prompt_lookup_min or 2, self.prompt_lookup_max or 4
         if low > high:
             raise ValueError(f"prompt_lookup_min is {low}, above prompt_lookup_max, {high}")

@@ -13,6 +13,7 @@ noise of its own.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -92,7 +93,9 @@ class ModelProposer:
         to it where drafts stay by rejection.
         """
         rejecting = [(i, rows) for i, (s, rows) in enumerate(probs.items()) if self.will_reject(s)]
-        work = self.runner.queue.submit(lambda: self.run(batch, rejecting))
+        work = self.runner.queue.submit(
+            partial(self.run, batch, rejecting), batch.shape.num_tokens, 1
+        )
         self.runner.inputs.launched(work)
         return work
 

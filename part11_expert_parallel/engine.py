@@ -9,6 +9,7 @@ Work is cut into steps, so that requests can be added and aborted in between.
 
 import random
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class LLMEngine:
         folder = resolve(config.model)
         self.tokenizer = Tokenizer.load(folder)
         self.runner = load_runner(config, folder)
+        weakref.finalize(self, self.runner.ranks.close_soon).atexit = False  # they end with us then
         self.eos_token_ids = eos_token_ids(folder, load_config(folder))
         self.sampling_defaults = sampling_defaults(folder, config.generation_config)
         self.config = self.runner.config  # with what depends on the device
@@ -217,6 +219,7 @@ class LLMEngine:
             "num_prefix_cache_queries": self.scheduler.num_cache_queries,
             "num_prefix_cache_hits": self.scheduler.num_cache_hits,
             **self.speculator.stats(),
+            **self.runner.expert_stats(),
         }
 
     def check_integrity(self) -> None:
@@ -248,4 +251,5 @@ class LLMEngine:
     def shutdown(self) -> None:
         """Drop every request, and end the other ranks. The engine is not to be used after."""
         self.drop_requests()
+        self.runner.queue.close()
         self.runner.ranks.close()

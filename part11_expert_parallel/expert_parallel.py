@@ -15,16 +15,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from common.distributed.expert_placement import ExpertPlacement
 from common.distributed.group import Group, even_split
 from common.kernels import Ops
-
-from .expert_placement import ExpertPlacement
-
-BACKENDS = ("allgather_reducescatter", "all_to_all")
 
 # What a rank's own experts add: (x [n, hidden], slots [n, k], weights [n, k]) -> [n, hidden]
 RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -107,13 +103,19 @@ class ExpertParallel:
         self.group, self.tp, self.placement, self.backend = group, tp, placement, backend
         self.ops, self.interval = ops, interval
         self.counts: list[int] = []  # tokens of each rank of `group`, in this step
-        self.num_steps = self.num_moves = 0
-        # How a layer replaces one of this rank's experts: (index, expert) -> None.
-        self.replace: dict[int, Callable[[int, int], None]] = {}
-        # How often this engine's tokens have chosen each expert; and until it was placed last.
-        self.load = torch.zeros(placement.copies.shape, dtype=torch.int64, device=group.device)
-        self.seen = self.load.clone()
-        self.recent = np.zeros(self.load.shape)  # all engines' tokens, the older the less
+        self.num_steps = 0
+        self.replace: dict[int, Callable[[int, int], None]] = {}  # by layer
+
+    def own_experts(self, layer: int, replace: Callable[[int, int], None]) -> list[int]:
+        """The experts that this rank is to load, in order. replace: puts another one, its second
+        argument, in the place of one of these, by its index."""
+        self.replace[layer] = replace
+        return self.placement.on_rank(layer, self.group.rank)
+
+    def forget(self) -> None:
+        """Count from here on: what came before was no client's."""
+        self.num_steps = 0
+        self.placement.forget()
 
     def start_step(self, num_tokens: Sequence[int]) -> None:
         """num_tokens: of each engine, in the forward that begins. Every rank counts the same steps,
@@ -126,14 +128,9 @@ class ExpertParallel:
                     self.rebalance(layer)
 
     def rebalance(self, layer: int) -> None:
-        """Place a layer's experts by what was chosen lately, and load those that come to this rank.
-        The host waits for the device."""
-        new = self.group.all_reduce(self.load[layer] - self.seen[layer])
-        self.seen[layer] = self.load[layer]
-        self.recent[layer] = self.recent[layer] / 2 + new.cpu().numpy() / self.tp.size
-        for slot, expert in self.placement.improve(layer, self.recent[layer]):
+        """Place a layer's experts anew, and load those that come to this rank."""
+        for slot, expert in self.placement.rebalance(layer, self.group, self.tp.size):
             rank, index = divmod(slot, self.placement.slots_per_rank)
-            self.num_moves += 1
             if rank == self.group.rank:
                 self.replace[layer](index, expert)
 
@@ -145,8 +142,6 @@ class ExpertParallel:
         x: [n, hidden]; expert_ids: [n, k] int64; weights: [n, k] float32, the same on all ranks of
         the engine, and so is what is returned, [n, hidden]. prepared: this rank's experts.
         """
-        chosen = expert_ids.flatten()
-        self.load[layer].scatter_add_(0, chosen, torch.ones_like(chosen))
         slots = self.placement.choose(layer, expert_ids)
         run = partial(self.run_own, prepared)
         if self.backend == "allgather_reducescatter" and self.tp.size == self.group.size:

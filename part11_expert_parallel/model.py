@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common.distributed.group import Group, OneRank
+from common.distributed.group import Group, OneRank, even_split
 from common.kernels import AttentionMetadata, Ops
 from common.models.architecture import ModelConfig
 from common.models.weight_slices import WeightSource
 from common.models.weights import report_unused
 
+from .expert_parallel import ExpertParallel
 from .tensor_parallel import Features, Shard, elements
 
 
@@ -47,9 +48,15 @@ class Weights:
     """A checkpoint's tensors by name; of each a rank reads its own part, once."""
 
     def __init__(
-        self, source: WeightSource, dtype: torch.dtype, shard: Shard, group: Group
+        self,
+        source: WeightSource,
+        dtype: torch.dtype,
+        shard: Shard,
+        group: Group,
+        experts: ExpertParallel | None,
     ) -> None:
         self.source, self.dtype, self.shard, self.group = source, dtype, shard, group
+        self.experts = experts
         self.unused = source.names
         self.num_bytes = 0  # of those taken
 
@@ -144,29 +151,45 @@ class MLP:
 
 
 class Experts:
-    """A layer's experts, all of them here."""
+    """A rank's part of a layer's experts: some of their features, or some experts whole."""
 
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
-        self.ops = ops
-        hidden, size = config.hidden_size, config.moe_intermediate_size
+        self.ops, self.layer, self.weights, self.group = ops, layer, weights, weights.group
+        self.hidden, size = config.hidden_size, config.moe_intermediate_size
+        everything = range(config.num_experts)
+        self.parallel = weights.experts
+        if self.parallel is None:
+            numbers = list(everything)
+            self.size = Features(size, even_split(size, self.group.size)[self.group.rank])
+        else:
+            numbers = self.parallel.own_experts(layer, self.replace)
+            self.size = Features(size, range(size))
+        down = map(self.down, numbers)
+        self.prepared = ops.prepare_experts(map(self.gate_up, numbers), down)
+        for expert in everything:  # other ranks read those that are not here
+            weights.unused -= {self.name(expert, kind) for kind in ("gate", "up", "down")}
 
-        def take(expert: int, name: str, *shape: int) -> torch.Tensor:
-            name = f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight"
-            return weights.take(name, *shape)
+    def name(self, expert: int, kind: str) -> str:
+        return f"model.layers.{self.layer}.mlp.experts.{expert}.{kind}_proj.weight"
 
-        def gate_up(expert: int) -> torch.Tensor:
-            names = ("gate_proj", "up_proj")
-            return torch.cat([take(expert, name, size, hidden) for name in names])
+    def gate_up(self, expert: int) -> torch.Tensor:
+        names = (self.name(expert, kind) for kind in ("gate", "up"))
+        return torch.cat([self.weights.take(name, self.size, self.hidden) for name in names])
 
-        numbers = range(config.num_experts)
-        down = (take(expert, "down_proj", hidden, size) for expert in numbers)
-        self.prepared = ops.prepare_experts(map(gate_up, numbers), down)
+    def down(self, expert: int) -> torch.Tensor:
+        return self.weights.take(self.name(expert, "down"), self.hidden, self.size)
+
+    def replace(self, index: int, expert: int) -> None:
+        """Read another expert's weights in the place of one that is here."""
+        self.ops.replace_expert(self.prepared, index, self.gate_up(expert), self.down(expert))
 
     def __call__(
         self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of what a token's experts make of it. x: [num_tokens, hidden]."""
-        return self.ops.experts(x, expert_ids, weights, self.prepared)
+        if self.parallel is not None:
+            return self.parallel.run(self.layer, x, expert_ids, weights, self.prepared)
+        return self.group.all_reduce(self.ops.experts(x, expert_ids, weights, self.prepared))
 
 
 class MoE:
@@ -226,13 +249,16 @@ class CausalLM:
         dtype: torch.dtype,
         device: torch.device,
         group: Group | None = None,
+        experts: ExpertParallel | None = None,
     ) -> None:
         """Take the weights of a checkpoint. Raises ModelError when they are not this model's, and
         ValueError when they cannot be divided among so many ranks."""
         self.config, self.ops, self.group = config, ops, group or OneRank()
+        self.dtype = dtype
         self.shard = Shard.of(config, self.group.rank, self.group.size)
         self.local = self.shard.local(config)  # as the KV cache and the kernels see it
-        weights = Weights(source, dtype, self.shard, self.group)
+        weights = Weights(source, dtype, self.shard, self.group, experts)
+        self.experts = experts
         vocab = Features(config.vocab_size, self.shard.vocabulary)
         hidden = config.hidden_size
         self.embedding = weights.linear(ops, "model.", hidden, embed_tokens=vocab)
@@ -265,6 +291,19 @@ class CausalLM:
         for layer in self.layers if layers is None else [self.layers[i] for i in layers]:
             x = layer(x, residual, context)
         return self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
+
+    def start_step(self, num_tokens: list[int]) -> None:
+        """num_tokens: of each engine that shares the experts, in the forward that comes."""
+        if self.experts is not None:
+            self.experts.start_step(num_tokens)
+
+    def serve(self, layers: Iterable[int] | None = None) -> None:
+        """Take part in a forward of other engines, for the sake of the experts that are here."""
+        x = self.rotary.new_zeros(0, self.config.hidden_size, dtype=self.dtype)
+        choices = x.new_zeros(0, self.config.num_experts_per_tok, dtype=torch.int64)
+        for layer in self.layers if layers is None else [self.layers[i] for i in layers]:
+            if isinstance(layer.mlp, MoE):
+                layer.mlp.experts(x, choices, choices.float())
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[n] -> [n, hidden]: each rank looks up its tokens, and has zeros for the others'."""

@@ -8,13 +8,17 @@ device, from what its row has drawn last.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from common.device import release_openmp_workers, resolve_device, to_device
 from common.distributed import RankError, Ranks
+from common.distributed.expert_placement import ExpertPlacement
+from common.distributed.lockstep import Counts, Lockstep
 from common.kernels import select_ops
 from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
 from common.logprobs import SampledLogprobs
@@ -27,10 +31,11 @@ from common.sampling import NO_TOKEN, SamplingParams
 
 from .config import EngineConfig
 from .device_queue import Work, device_queue
+from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
 from .model import CausalLM
-from .ranks import header_of, start_ranks, together
+from .ranks import header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
@@ -58,6 +63,7 @@ class ModelRunner:
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
+        self.everyone, leaders = meet_engines(ranks, config)
         max_model_len = context_length(load_config(folder), config.max_model_len)
         self.model = self.load_model(folder, max_model_len)
         shape = self.model.local
@@ -69,7 +75,8 @@ class ModelRunner:
             draft_shape = smaller.local
             self.num_weight_bytes += smaller.num_bytes
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
-        self.queue = device_queue(self.device)
+        queue, num_engines = device_queue(self.device), config.data_parallel_size
+        self.queue = Lockstep(queue, leaders, num_engines, self.run_idle, ranks.health)
         # What follows belongs to the device: only work in the queue touches it.
         rows, vocab = config.max_num_seqs if ranks.rank == 0 else 0, shape.vocab_size
         # A row more than sequences: a batch's padding has the last one.
@@ -80,7 +87,7 @@ class ModelRunner:
         num_blocks = choose_num_blocks(
             config, shape, self.dtype, self.device, reserved, draft_shape, ranks.size
         )
-        num_blocks = ranks.group.minimum(num_blocks)  # the scheduler deals out blocks of all ranks
+        num_blocks = self.everyone.minimum(num_blocks)  # the same on all ranks of all engines
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
@@ -91,17 +98,34 @@ class ModelRunner:
             layers = layers_that_draft(config.draft_layers, shape.num_layers)
             self.drafter = Runnable(self.model, self.kv.data, layers)
         self.warm_up()
+        for model in filter(None, (self.model, smaller)):
+            if model.experts is not None:
+                model.experts.forget()
         release_openmp_workers()  # from now on the queue's thread does the work
         held = torch.tensor([self.num_weight_bytes, self.kv.num_bytes], device=self.device)
         self.rank_bytes = ranks.group.gather(held, [held.shape] * ranks.size)
+        ranks.loaded()
         self.is_ready = True  # from now on other ranks are told what comes
+        self.queue.start()
 
     def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
         """Load a model's weights. Raises ValueError."""
         shape = ModelConfig.from_transformers(load_config(folder), max_model_len, moe=True)
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
         weights = open_weights(folder, self.device)
-        return CausalLM(shape, self.ops, weights, self.dtype, self.device, self.ranks.group)
+        group, experts = self.ranks.group, self.expert_parallel(shape)
+        return CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
+
+    def expert_parallel(self, shape: ModelConfig) -> ExpertParallel | None:
+        """This rank's part in a model's experts, where they are spread. Raises ValueError."""
+        config, size = self.config, self.everyone.size
+        if not (config.enable_expert_parallel and shape.num_experts):
+            return None
+        numbers = shape.num_layers, shape.num_experts, config.num_redundant_experts, size
+        placement = ExpertPlacement(*numbers, self.device, config.data_parallel_rank)
+        interval = config.eplb_interval if config.eplb else None
+        group, backend = self.ranks.group, config.ep_backend
+        return ExpertParallel(self.everyone, group, placement, backend, self.ops, interval)
 
     def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
@@ -159,9 +183,19 @@ class ModelRunner:
         """What a step's input takes, and the counts of tokens."""
         return self.inputs.num_bytes + self.last_token_ids.nbytes + self.counts.nbytes
 
-    def launch(self, batch: Batch, what: Runnable | None = None) -> Work:
-        """Give the device the batch; its tokens can be read from what this returns."""
-        work = self.queue.submit(lambda: self.run(batch, what))
+    def expert_stats(self) -> dict[str, Any]:
+        """Which experts were chosen how often, where they are spread."""
+        experts = self.model.experts
+        return experts.placement.stats(sorted(experts.replace)) if experts is not None else {}
+
+    def launch(
+        self, batch: Batch, what: Runnable | None = None, counts: Counts | None = None
+    ) -> Work:
+        """Give the device the batch; its tokens can be read from what this returns. counts: each
+        engine's tokens, where rank 0 has said so."""
+        is_draft = what is not None and what is self.drafter
+        run = partial(self.run, batch, what)
+        work = self.queue.submit(run, batch.shape.num_tokens, int(is_draft), counts)
         self.inputs.launched(work)
         return work
 
@@ -182,17 +216,17 @@ class ModelRunner:
                 batch.joining.write_to(self.counts)
             drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
             batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
-        self.share(batch, what)
-        self.inputs.tables.update(batch.table_changes, batch.table_rows)
+        with together(self.ranks, self.everyone):
+            self.share(batch, what)
+            self.inputs.tables.update(batch.table_changes, batch.table_rows)
 
     def share(self, batch: Batch, what: Runnable | None = None) -> None:
         """Rank 0's batch becomes every rank's."""
         if self.ranks.size > 1:
-            with together(self.ranks):
-                if self.ranks.rank == 0 and self.is_ready:
-                    is_draft = what is not None and what is self.drafter
-                    self.ranks.control.send(header_of(batch, is_draft))
-                self.ranks.group.broadcast(batch.packed)
+            if self.ranks.rank == 0 and self.is_ready:
+                is_draft = what is not None and what is self.drafter
+                self.ranks.control.send([*self.queue.counts, *header_of(batch, is_draft)])
+            self.ranks.group.broadcast(batch.packed)
 
     def forward(
         self, batch: Batch, what: Runnable | None = None
@@ -200,7 +234,8 @@ class ModelRunner:
         """Logits after each sampled sequence's last token and its drafts, [num_sampled, vocab], on
         rank 0; and the scores of prompts that ask for them. what: the model unless given."""
         runs, scores = what or self.target, []
-        with together(self.ranks):
+        with together(self.ranks, self.everyone):
+            runs.model.start_step(self.queue.counts)
             hidden = runs.model.forward(
                 batch.token_ids, batch.positions, runs.kv_data, batch.metadata, runs.layers
             )
@@ -210,6 +245,18 @@ class ModelRunner:
                 else:
                     piece.bring(hidden, runs.model.logits)
             return runs.model.logits(hidden[batch.logits_indices]), scores
+
+    @torch.inference_mode()
+    def run_idle(self, kind: int) -> Sampled:
+        """Serve the other engines' tokens in a forward in which this engine has none.
+        kind: 1 where drafts are made."""
+        runs = self.drafter if kind else self.target
+        with together(self.ranks, self.everyone):
+            if self.ranks.rank == 0:
+                self.ranks.control.send([*self.queue.counts, kind])
+            runs.model.start_step(self.queue.counts)
+            runs.model.serve(runs.layers)
+        return Sampled(self.last_token_ids[:0], SampledLogprobs([]))
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> Sampled:
         """The next tokens of each sampled sequence, and log probabilities if asked for."""

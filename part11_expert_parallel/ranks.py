@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,16 @@ import torch
 
 from common.device import resolve_device
 from common.distributed import (
+    Group,
+    OneRank,
     RankError,
     Ranks,
     checkpoint_fingerprint,
     connect,
+    join_engines,
     project_fingerprint,
 )
+from common.distributed.expert_placement import check_division
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, load_config, resolve
 from common.prompt_logprobs import PromptPiece
@@ -43,13 +48,40 @@ if TYPE_CHECKING:
 def start_ranks(config: EngineConfig, folder: Path) -> Ranks:
     """This process as rank 0, and the other ranks, connected. Raises ValueError."""
     size, loaded = config.tensor_parallel_size, load_config(folder)
-    shape = ModelConfig.from_transformers(loaded, context_length(loaded, config.max_model_len))
+    max_model_len = context_length(loaded, config.max_model_len)
+    shape = ModelConfig.from_transformers(loaded, max_model_len, moe=True)
     Shard.of(shape, 0, size)  # an error now, and not in every rank
+    check_experts(config, shape)
     device, _ = resolve_device(config.device, config.dtype)
     values = asdict(config)
     prints = fingerprint(values) if size > 1 else {}
     timeout = config.rank_timeout
     return connect(__package__, values, device, size=size, timeout=timeout, fingerprint=prints)
+
+
+def check_experts(config: EngineConfig, shape: ModelConfig) -> None:
+    """Raises ValueError where a model's experts cannot be divided so."""
+    size = config.tensor_parallel_size
+    if config.enable_expert_parallel:
+        if not shape.num_experts:
+            raise ValueError(f"enable_expert_parallel is on: {config.model} has no experts")
+        num_ranks = size * config.data_parallel_size
+        check_division(shape.num_experts, config.num_redundant_experts, num_ranks)
+    elif 0 < shape.moe_intermediate_size < size:
+        number = shape.moe_intermediate_size
+        raise ValueError(f"tensor_parallel_size is {size}: moe_intermediate_size is {number}")
+
+
+def meet_engines(ranks: Ranks, config: EngineConfig) -> tuple[Group, Group]:
+    """All ranks that share experts, and the first ones of their engines. Raises ValueError."""
+    number, size = config.data_parallel_rank, config.data_parallel_size
+    if size == 1:
+        return ranks.group, OneRank()
+    settings = asdict(config)
+    own = {"model", "draft_model", "device", "threads", "data_parallel_rank"}
+    prints = {name: str(settings[name]) for name in settings.keys() - own} | fingerprint(settings)
+    address, timeout = config.data_parallel_address, config.rank_timeout
+    return join_engines(ranks, address, number, size, timeout=timeout, fingerprint=prints)
 
 
 def fingerprint(config: dict[str, Any]) -> dict[str, str]:
@@ -81,23 +113,29 @@ def batch_of(header: list[int], inputs: InputBatch) -> Batch:
 
 def follow(runner: "ModelRunner") -> None:
     """Run what rank 0 runs, until it says that there is no more. Raises RankError."""
-    while header := runner.ranks.control.receive():
-        what = runner.drafter if header[0] else runner.target
-        runner.launch(batch_of(header, runner.inputs), what)
+    num_engines = runner.config.data_parallel_size
+    while message := runner.ranks.control.receive():
+        counts, header = message[:num_engines], message[num_engines:]
+        if len(header) == 1:  # this engine has nothing to run, and others have
+            runner.queue.submit(partial(runner.run_idle, header[0]), 0, counts=counts)
+        else:
+            what = runner.drafter if header[0] else runner.target
+            runner.launch(batch_of(header, runner.inputs), what, counts)
 
 
 @contextlib.contextmanager
-def together(ranks: Ranks) -> Iterator[None]:
+def together(ranks: Ranks, everyone: Group) -> Iterator[None]:
     """What fails in a forward on one rank has failed on all: the others wait for its part."""
     try:
         yield
     except Exception as error:
-        if ranks.size == 1:
+        if everyone.size == 1:
             raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
         if ranks.rank > 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(1)
         if isinstance(error, (RankError, torch.AcceleratorError)):
             raise
-        reason = str(error).partition("\n")[0]
-        raise RankError(f"a forward failed on rank 0 of {ranks.size}: {reason}") from error
+        where = f"rank {everyone.rank} of {everyone.size}"
+        raise RankError(f"a forward failed on {where}: {reason}") from error

@@ -59,7 +59,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
             yield to_json(error.body())
 
     frontend.route(answer)
-    frontend.add_trace(engine.trace)
+    frontend.add_trace(engine.trace, engine.runner.expert_stats)
     frontend.add_metrics(async_engine.metrics)
     page.mount(frontend.app)
     return frontend.app

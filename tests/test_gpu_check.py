@@ -92,7 +92,7 @@ def test_it_runs_through_without_a_web_framework(
     assert exact and all(number > 0 for number in exact)
     assert len(found["kernels"]) > 10
     names = " ".join(item["name"] for item in found["rooflines"])
-    for operation in ("attention", "linear", "add_rms_norm", "rotary", "silu", "sample"):
+    for operation in ("attention", "linear", "add_rms_norm", "rotary", "silu", "experts", "sample"):
         assert operation in names
     start, *loops = found["steps"]
     assert start["start_s"] > 0 and len(loops) == 2

@@ -489,3 +489,56 @@ def test_counts_are_spoken_seldom_and_only_to_who_is_there(
     heard = page.js("return heard")
     assert 1 <= len(heard) <= 3
     assert all(text.endswith("waiting, 5 of 8 blocks used.") for text in heard), heard
+
+
+# --- experts ----------------------------------------------------------------------------------
+
+
+@browser
+def test_experts_are_as_dark_as_they_are_chosen(serve: Callable[..., EnginePage]) -> None:
+    """Lately, not since the start; and those that several ranks have are marked."""
+    loads: dict[str, Any] = {
+        "expert_layers": [0, 2],
+        "expert_load": [[1000, 0, 0, 0], [0, 0, 0, 0]],
+        "expert_copies": [[1, 1, 1, 1], [2, 1, 1, 1]],
+        "expert_balancedness": 0.5,
+        "num_expert_moves": 0,
+    }
+    trace = Trace(num_blocks=8, block_size=16)
+    run_step(trace, {})
+    page = serve(trace, lambda: loads)
+    page.watch()
+
+    def caption() -> str:
+        return page.text("#engine-experts .experts-scale")
+
+    def colour(layer: int, expert: int) -> tuple[int, ...]:
+        (seen,) = page.colours_at("#engine-experts canvas", 24 * expert + 4, 24 * layer + 4)
+        return seen
+
+    page.until(lambda: caption() == "2 layers of 4 experts; balance of the ranks 0.50")
+    first = colour(0, 0)
+    assert first != colour(0, 1) == colour(1, 0)
+    loads = loads | {"expert_load": [[1000, 10_000, 0, 0], [7, 0, 0, 0]], "num_expert_moves": 3}
+    page.until(lambda: caption().endswith("; 3 moved"))
+    assert colour(0, 1) == first == colour(1, 0), "the first expert was not chosen again"
+    assert colour(0, 0) != first
+    page.js("document.querySelector('#engine-experts canvas').focus()")
+    page.until(
+        lambda: page.text("#engine-expert") == "Layer 0, expert 0: 1,000 choices, 6.5% lately"
+    )
+    page.type(DOWN)
+    words = "Layer 2, expert 0: 7 choices, 100.0% lately, on 2 ranks"
+    page.until(lambda: page.text("#engine-expert") == words)
+    page.type(RIGHT)
+    page.until(lambda: page.text("#engine-expert").startswith("Layer 2, expert 1: 0 choices"))
+
+
+@browser
+def test_a_model_without_experts_has_no_map_of_them(serve: Callable[..., EnginePage]) -> None:
+    trace = Trace(num_blocks=8, block_size=16)
+    page = serve(trace, dict)
+    page.watch()
+    run_step(trace, {"a": 1}, arrived={"a": 1})
+    page.shows_step(0)
+    assert page.js("return document.querySelector('#engine-experts').hidden")

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from part11.device_queue import CpuQueue
 from part11.expert_parallel import ExpertParallel
-from part11.expert_placement import ExpertPlacement, busiest, check_division, place
-from part11.lockstep import Lockstep
 from torch import Tensor
 
+from common.distributed.expert_placement import ExpertPlacement, busiest, check_division, place
 from common.distributed.group import Group, RankError, even_split
+from common.distributed.health import Health
+from common.distributed.lockstep import Lockstep
 from common.kernels import select_ops
 from common.testing.thread_group import run_ranks
 
@@ -307,7 +308,7 @@ def test_experts_move_to_where_they_even_loads_and_results_stay(
                 out = parallel.run(layer, x, ids, weights, prepared)
                 expected = OPS.experts(x, ids, weights, everything)
                 torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-5)
-        return seen, parallel.num_moves, parallel.load
+        return seen, placement.num_moves, placement.load
 
     ranks = run_ranks(4, run, 2)
     for seen, num_moves, load in ranks:
@@ -337,18 +338,21 @@ class Device:
 
     def __init__(self) -> None:
         self.queue = CpuQueue()
+        self.lockstep: Lockstep | None = None
         self.ran: list[tuple[str, int, list[int]]] = []
 
     def submit(self, run: Callable[[], Any]) -> Any:
         return self.queue.submit(run)
 
-    def forward(self, name: str, kind: int, counts: list[int]) -> None:
-        self.ran.append((name, kind, counts))
+    def forward(self, name: str, kind: int) -> None:
+        self.ran.append((name, kind, self.lockstep.counts))
 
 
 def lockstep_of(leaders: Group) -> tuple[Lockstep, Device]:
-    device = Device()
-    lockstep = Lockstep(device, leaders, partial(device.forward, "idle"))
+    device, health = Device(), Health()
+    device.lockstep = lockstep = Lockstep(
+        device, leaders, leaders.size, partial(device.forward, "idle"), health
+    )
     lockstep.start()
     return lockstep, device
 
@@ -378,8 +382,7 @@ def test_engines_run_every_forward_together(
         works = []
         for (num_tokens, kind), pause in zip(plan, pauses[leaders.rank], strict=True):
             time.sleep(pause)
-            forward = partial(device.forward, "own", kind)
-            works.append(lockstep.submit(forward, num_tokens, kind))
+            works.append(lockstep.submit(partial(device.forward, "own", kind), num_tokens, kind))
         for work in works:
             work.result()
         done.wait(20)
@@ -389,9 +392,8 @@ def test_engines_run_every_forward_together(
             assert time.monotonic() < deadline, "the others' last forward was not served"
             time.sleep(0.001)
         done.wait(20)
-        leaders.meeting.barrier.abort()  # nobody waits for one that has ended
         lockstep.close()
-        lockstep.thread.join(20)
+        assert not lockstep.thread.is_alive()
         device.queue.thread.shutdown()
         return device.ran
 
@@ -405,42 +407,44 @@ def test_engines_run_every_forward_together(
         assert all(any(counts) for _, _, counts in ran), "all were idle"
 
 
-def test_an_engine_that_is_lost_ends_the_others() -> None:
+def keep_submitting(lockstep: Lockstep, device: Device) -> None:
+    while True:
+        lockstep.submit(partial(device.forward, "own", 0), 1).result()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("it is lost", "rank 0: another rank has ended"),
+        ("it shuts down", "engine 1 of 2 has shut down"),
+        ("its idle forward fails", "division by zero"),
+    ],
+)
+def test_an_engine_that_ends_ends_the_others(how: str, message: str) -> None:
     def run(leaders: Group) -> None:
         lockstep, device = lockstep_of(leaders)
         if leaders.rank == 1:
             lockstep.submit(partial(device.forward, "own", 0), 1).result()
-            leaders.meeting.barrier.abort()
-            return
-        with pytest.raises(RankError):
-            while True:
-                lockstep.submit(partial(device.forward, "own", 0), 1).result()
-        lockstep.thread.join(0.1)
-        for _ in range(2):
-            with pytest.raises(RankError, match=str(lockstep.error)):
-                lockstep.submit(partial(device.forward, "own", 0), 1)
-        assert "rank 0" in str(lockstep.error)
-        lockstep.close()
-        lockstep.thread.join(20)
-        assert not lockstep.thread.is_alive()
-
-    run_ranks(2, run)
-
-
-def test_what_fails_in_an_idle_forward_ends_the_engine() -> None:
-    def run(leaders: Group) -> None:
-        lockstep, device = lockstep_of(leaders)
-        if leaders.rank == 1:
-            lockstep.run_idle = lambda kind, counts: 1 / 0
-            while lockstep.error is None:
-                time.sleep(0.001)
-            leaders.meeting.barrier.abort()
-            with pytest.raises(ZeroDivisionError):
-                lockstep.submit(partial(device.forward, "own", 0), 1)
-        else:
-            with pytest.raises(RankError):
-                while True:
+            if how == "it shuts down":
+                lockstep.close()
+                assert not lockstep.thread.is_alive()
+                assert lockstep.health.problem is None
+                return
+            if how == "its idle forward fails":
+                lockstep.run_idle = lambda kind: 1 / 0
+                while lockstep.health.problem is None:
+                    time.sleep(0.001)
+                with pytest.raises(RankError, match=f"^{message}$"):
                     lockstep.submit(partial(device.forward, "own", 0), 1)
+            leaders.meeting.barrier.abort()
+        else:
+            with pytest.raises(RankError) as error:
+                keep_submitting(lockstep, device)
+            assert str(error.value) == lockstep.health.problem
+            assert message in str(error.value) or how == "its idle forward fails"
+            with pytest.raises(RankError, match=str(error.value)):  # and each one that comes later
+                lockstep.submit(partial(device.forward, "own", 0), 1)
         lockstep.close()
+        assert not lockstep.thread.is_alive()
 
     run_ranks(2, run)

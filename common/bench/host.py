@@ -97,7 +97,7 @@ class Done:
 class NoDevice:
     """A queue whose device takes no time."""
 
-    def submit(self, run: Any) -> Done:
+    def submit(self, run: Any, *_: Any) -> Done:
         return Done(run())
 
 

@@ -22,9 +22,10 @@ module:
 Under torchrun every process runs the server's module; `launched_rank()` is above 0 in those that
 shall call `run_worker` (config is rank 0's everywhere). All waits raise `RankError`, with one line
 for the user; `connect` and `run_worker` turn what happens before all ranks have met into ValueError.
-Groups over several engines, each with a rank 0 of its own: `join_group(rendezvous, rank, size, …)`.
+Groups over several engines, each with a rank 0 of its own: `join_engines(ranks, rendezvous, …)`.
 """
 
+from common.distributed.engines import join_engines
 from common.distributed.group import Group, OneRank, RankError, even_split
 from common.distributed.launch import Ranks, connect, join, join_group, launched_rank, run_worker
 from common.distributed.rendezvous import checkpoint_fingerprint, project_fingerprint
@@ -38,6 +39,7 @@ __all__ = [
     "connect",
     "even_split",
     "join",
+    "join_engines",
     "join_group",
     "launched_rank",
     "project_fingerprint",

@@ -6,8 +6,9 @@ import torch
 
 from common.distributed.gloo import TorchGroup, make_backend, own_address
 from common.distributed.group import Group, OneRank
+from common.distributed.launch import START_SECONDS
 from common.distributed.local import LOOPBACK
-from common.distributed.ranks import Ranks
+from common.distributed.ranks import LOAD_SECONDS, Ranks
 from common.distributed.rendezvous import meet, open_store
 
 
@@ -19,7 +20,7 @@ def join_engines(
     *,
     timeout: float,
     fingerprint: Mapping[str, str],
-    start_timeout: float,
+    start_timeout: float = START_SECONDS,
 ) -> tuple[Group, Group]:
     """(all ranks of all engines, the engines' first ranks), for each rank of each engine to call.
 
@@ -33,14 +34,14 @@ def join_engines(
         return ranks.group, OneRank()
     rank, size = engine * ranks.size + ranks.rank, num_engines * ranks.size
     host = LOOPBACK if "/" in rendezvous else own_address(rendezvous.rpartition(":")[0])
-    health = ranks.health
+    health, ranks.timeout = ranks.health, timeout
     store = open_store(rendezvous, rank, size, start_timeout)
-    prints = {**fingerprint, "data_parallel_size": str(num_engines), "ranks": str(size)}
-    meet(store, rank, size, prints, timeout=start_timeout, health=health)
+    meet(store, rank, size, fingerprint, timeout=start_timeout, health=health)
 
     def connect(name: str, place: int, number: int, device: torch.device) -> Group:
-        backend = make_backend(store, name, place, number, device, timeout, host)
-        group = TorchGroup(backend, device, timeout, health)
+        patience = max(timeout, LOAD_SECONDS)
+        backend = make_backend(store, name, place, number, device, patience, host)
+        group = TorchGroup(backend, device, patience, health)
         ranks.further_groups.append(group)
         return group
 

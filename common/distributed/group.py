@@ -65,6 +65,9 @@ class Group(ABC):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    def limit_waits(self, seconds: float) -> None:  # noqa: B027
+        """From now on a wait raises RankError after so many seconds."""
+
     def close(self) -> None:  # noqa: B027
         """Give up what the group holds. It is not to be used after."""
 

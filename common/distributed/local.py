@@ -1,7 +1,7 @@
 """The ranks of an engine on one host: rank 0 starts the others as its children.
 
-They meet in a store that is a file without a name, and hear rank 0 through sockets that have none
-either. CPU ranks share memory: then no port is open. (NCCL and gloo listen.)
+They meet in a store that is a file in a private folder, removed as soon as they have met, and hear
+rank 0 through sockets without a name. CPU ranks share memory: then no port is open. (NCCL and gloo listen.)
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from common.distributed.control import SocketReceiver, SocketSender
 from common.distributed.gloo import TorchGroup, make_backend
 from common.distributed.group import Group, OneRank
 from common.distributed.health import Health
-from common.distributed.ranks import Ranks
+from common.distributed.ranks import LOAD_SECONDS, Ranks
 from common.distributed.rendezvous import LocalStore, meet, open_store
 
 LOOPBACK = "127.0.0.1"
@@ -67,16 +67,18 @@ def start_local(
         for rank, (_, theirs) in enumerate(pairs, 1):
             own = "cpu" if device.type == "cpu" else f"cuda:{first + rank}"
             jobs.append({**job, "rank": rank, "device": own, "control": theirs.fileno()})
-            descriptors = (theirs.fileno(), local.descriptor, memory)
+            descriptors = (theirs.fileno(), memory)
             inherited.append([x for x in descriptors if x is not None])
         children = Children(f"{package}.worker", jobs, inherited, threads, health)
         control = SocketSender([ours for ours, _ in pairs], timeout, health)
-        ranks = Ranks(0, size, OneRank(), control, device, threads, health, children)
+        ranks = Ranks(0, size, OneRank(), control, device, threads, health, children, timeout)
         try:
             if memory is not None:
                 shared_memory.load_kernels()
             meet(local.store, 0, size, fingerprint, timeout=start_timeout, health=health)
-            ranks.group = _local_group(local.store, memory, 0, size, device, timeout, health)
+            patience = max(timeout, LOAD_SECONDS)
+            ranks.group = _local_group(local.store, memory, 0, size, device, patience, health)
+            control.expect_signs()
         except BaseException:
             ranks.close()
             raise
@@ -92,11 +94,15 @@ def _local_group(
     timeout: float,
     health: Health,
 ) -> Group:
-    """Over shared memory where there is some, which is then held without the descriptor."""
+    """Over shared memory where there is some. Once it is here, no rank needs the store."""
+    group: Group
     if memory is None:
         backend = make_backend(store, "data", rank, size, device, timeout, LOOPBACK)
-        return TorchGroup(backend, device, timeout, health)
-    return shared_memory.SharedMemoryGroup(memory, rank, size, timeout, health)
+        group = TorchGroup(backend, device, timeout, health)
+    else:
+        group = shared_memory.SharedMemoryGroup(memory, rank, size, timeout, health)
+    group.minimum(0)  # every rank has read what it needs: the store's file may go
+    return group
 
 
 def join_local(
@@ -113,8 +119,11 @@ def join_local(
     if job["memory"] is not None:
         shared_memory.load_kernels()
     meet(store, rank, size, prints, timeout=job["start_timeout"], health=health)
-    group = _local_group(store, job["memory"], rank, size, device, timeout, health)
+    patience = max(timeout, LOAD_SECONDS)
+    group = _local_group(store, job["memory"], rank, size, device, patience, health)
     if job["memory"] is not None:
         os.close(job["memory"])
     control = SocketReceiver(socket.socket(fileno=job["control"]), timeout)
-    return job["config"], Ranks(rank, size, group, control, device, job["threads"], health)
+    threads = job["threads"]
+    ranks = Ranks(rank, size, group, control, device, threads, health, timeout=timeout)
+    return job["config"], ranks

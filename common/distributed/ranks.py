@@ -1,5 +1,6 @@
 """The ranks of one engine, as one of them sees the others."""
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,8 @@ from common.distributed.children import Children
 from common.distributed.control import Control
 from common.distributed.group import Group
 from common.distributed.health import Health
+
+LOAD_SECONDS = 1800.0  # that ranks which live may need longer than others to load
 
 
 @dataclass
@@ -26,7 +29,15 @@ class Ranks:
     threads: int
     health: Health = field(default_factory=Health)
     children: Children | None = None
+    timeout: float | None = None  # seconds that a wait may take once all have loaded
     further_groups: list[Group] = field(default_factory=list)  # with ranks of other engines
+
+    def loaded(self) -> None:
+        """All ranks are ready to work: until now one could wait long for another that was reading
+        its weights, or compiling."""
+        if self.timeout is not None:
+            for group in (self.group, *self.further_groups):
+                group.limit_waits(self.timeout)
 
     def problem(self) -> str | None:
         """One line on the first rank that has died or did not answer; None while all is well."""
@@ -40,3 +51,8 @@ class Ranks:
         self.control.close()
         for group in (self.group, *self.further_groups):
             group.close()
+
+    def close_soon(self) -> None:
+        """`close` for a finalizer, which runs in any thread, perhaps in one that `close` waits for."""
+        if self.size > 1:
+            threading.Thread(target=self.close, name="closing ranks").start()

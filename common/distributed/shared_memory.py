@@ -185,6 +185,9 @@ class SharedMemoryGroup(Group):
                         target[first - begins[r] : last - begins[r]].copy_(source)
         return out
 
+    def limit_waits(self, seconds: float) -> None:
+        self._timeout = seconds
+
     def close(self) -> None:
         """Waits for a thread that is inside; it has to be told by `health` before."""
         with self._lock:

@@ -16,8 +16,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from common.device import usable_cores
 from common.distributed.control_gloo import GlooReceiver, GlooSender
 from common.distributed.gloo import TorchGroup, make_backend, own_address
-from common.distributed.health import Health
-from common.distributed.ranks import Ranks
+from common.distributed.health import Health, reason_of
+from common.distributed.ranks import LOAD_SECONDS, Ranks
 from common.distributed.rendezvous import meet
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -81,15 +81,16 @@ def _meet_all(store: Store, rank: int, job: dict, fingerprint: Mapping[str, str]
         torch.cuda.set_device(device)
     meet(store, rank, size, fingerprint, timeout=job["start_timeout"], health=health)
     host = own_address(os.environ["MASTER_ADDR"])
-    patience = max(timeout, 3600.0)  # an order is taken when its rank has time; heartbeats count
+    patience = max(timeout, LOAD_SECONDS)
+    # An order is taken when its rank has time; heartbeats count.
     orders = make_backend(store, "control", rank, size, torch.device("cpu"), patience, host)
-    group = TorchGroup(
-        make_backend(store, "data", rank, size, device, timeout, host), device, timeout, health
-    )
+    data = make_backend(store, "data", rank, size, device, patience, host)
+    group = TorchGroup(data, device, patience, health)
     sides = GlooSender if rank == 0 else GlooReceiver
     threads = max(1, usable_cores() // num_local)
     control = sides(orders, store, timeout, health)
-    return Ranks(rank, size, group, control, device, threads, health)
+    control.expect_signs()
+    return Ranks(rank, size, group, control, device, threads, health, timeout=timeout)
 
 
 def _torchrun_store(timeout: float) -> Store:
@@ -100,7 +101,7 @@ def _torchrun_store(timeout: float) -> Store:
     try:
         store = TCPStore(host, port, None, serves, limit, wait_for_workers=False)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(f"no rendezvous at {host}:{port} (MASTER_ADDR): {reason}") from None
     run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"ranks/{run}", store)

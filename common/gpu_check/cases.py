@@ -186,6 +186,29 @@ class Maker:
             Case(f"silu_and_mul, {count} tokens", 3 * each * shape.intermediate, 0, silu),
         ]
 
+    def experts(self, ops: "Ops", count: int, num_experts: int, k: int) -> Case:
+        """A mixture of experts, `intermediate` wide each, for so many tokens that choose at random.
+        What is read is the weights of those that any token chose."""
+        hidden, size = self.shape.hidden, self.shape.intermediate
+
+        def make() -> Callable[[], object]:
+            import torch
+
+            shapes = (2 * size, hidden), (hidden, size)
+            own = [
+                [torch.randn(shape, **self.like) for _ in range(num_experts)] for shape in shapes
+            ]
+            prepared = ops.prepare_experts(*own)
+            x = torch.randn(count, hidden, **self.like)
+            weights, ids = torch.rand(count, num_experts, **self.on).topk(k)
+            return lambda: ops.experts(x, ids, weights, prepared)
+
+        chosen = num_experts * (1 - (1 - k / num_experts) ** count)  # on average
+        each = 3 * hidden * size
+        num_bytes = self.size * (chosen * each + 2 * count * hidden)
+        name = f"experts, {count} tokens, {k} of {num_experts}"
+        return Case(name, num_bytes, 2.0 * count * k * each, make)
+
     def samplers(self, ops: "Ops", num_rows: int) -> list[Case]:
         return [
             Case(

@@ -22,6 +22,7 @@ SPECULATIVE: dict[str, dict[str, Any]] = {  # what drafts, and with which option
     "draft": {"draft_model": QUICK_MODEL},
 }
 ORACLE_MODELS = ("random:tiny-qwen3", "random:tiny-llama")
+FIRST_MOE_PART, MOE_MODEL = 11, "random:tiny-qwen3-moe"
 ENGINE_START = 90  # seconds, when all its kernels have to be compiled first
 CPU_PATIENCE = 5  # times the limits: there kernels are compiled by others, on fewer cores
 
@@ -119,16 +120,24 @@ def oracle(plan: Plan) -> list[Job]:
     formats = (
         ["bfloat16", "float32"] if plan.dtype != "float32" or not plan.is_cuda else ["float32"]
     )
-    choices = [(model, dtype) for model in ORACLE_MODELS for dtype in formats]
+    choices = {
+        part: [
+            (model, dtype)
+            for model in (*ORACLE_MODELS, *([MOE_MODEL] if part >= FIRST_MOE_PART else []))
+            for dtype in formats
+        ]
+        for part in parts
+    }
     if not plan.is_cuda:
-        own = choices[: 2 if plan.quick else None]
+        most = 2 if plan.quick else None
         return [
-            plan.job("oracle", f"part {part:02d}", 60, part=part, choices=own) for part in parts
+            plan.job("oracle", f"part {part:02d}", 60, part=part, choices=choices[part][:most])
+            for part in parts
         ]
     return [
         plan.job("oracle", f"part {part:02d}, {model}, {dtype}", 60, part=part, choices=[choice])
         for part in parts
-        for choice in choices
+        for choice in choices[part]
         for model, dtype in [choice]
     ]
 

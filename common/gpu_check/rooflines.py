@@ -34,6 +34,8 @@ SHAPES = [
     Shape("qwen3-0.6b", 1024, 3072, 16, 8, 128, 151936),
     Shape("qwen3-8b", 4096, 12288, 32, 8, 128, 151936),
 ]
+MOE_SHAPES = [(Shape("qwen3-30b-a3b", 2048, 768, 32, 4, 128, 151936), 128, 8)]  # experts, a token's
+QUICK_MOE_SHAPES = [(Shape("tiny", 64, 32, 4, 2, 16, 512), 8, 3)]
 QUICK_SHAPES = [Shape("tiny", 64, 160, 4, 2, 16, 512)]
 GROUPS = {2: (16, 8), 4: (32, 8), 7: (28, 4)}  # query heads of a KV head: heads, KV heads
 BATCHES, CONTEXTS, PROMPTS = (1, 16, 64, 256), (1024, 4096, 8192), ((1, 2048), (1, 8192), (8, 1024))
@@ -180,6 +182,13 @@ def other_cases(
             cases += maker.samplers(ops, rows)
         cases += [] if is_small else maker.linears(ops, QUICK_TOKENS if quick else TOKENS)
         yield from ((f"{shape.name}, {case.name}", case) for case in cases)
+    # All kernels are compiled when the experts are prepared.
+    counts = QUICK_TOKENS if quick else TOKENS[:1] if is_small else TOKENS
+    for shape, num_experts, k in QUICK_MOE_SHAPES if quick else MOE_SHAPES:
+        maker = Maker(shape, device, dtype)
+        for count in counts:
+            case = maker.experts(ops, count, num_experts, k)
+            yield f"{shape.name}, {case.name}", case
 
 
 GROUPS_OF_CASES = {"attention": attention_cases, "tiles": tile_cases, "others": other_cases}

@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
@@ -13,6 +15,7 @@ from starlette.types import Message, Send
 from common.trace import Trace, perfetto_events, to_json
 
 SECONDS = 0.05  # between looks at what is new
+EXPERT_SECONDS = 1.0
 LINES = 32  # written before others have their turn: about a millisecond
 SEND_SECONDS = 60.0  # for a client to take what it is sent
 
@@ -36,12 +39,28 @@ class Download(StreamingResponse):
             await self.body_iterator.aclose()
 
 
-def add_trace_routes(app: FastAPI, trace: Trace) -> None:
+# {"expert_layers": [layer], "expert_load": [[choices]], "expert_copies": [[count]], …}, or {}
+ExpertStats = Callable[[], dict[str, Any]]
+
+
+def add_trace_routes(app: FastAPI, trace: Trace, experts: ExpertStats | None = None) -> None:
     """Add `GET /trace`, `GET /trace.jsonl` and `GET /trace.perfetto.json`."""
+
+    async def expert_events() -> AsyncIterator[dict[str, str]]:
+        """The experts' loads where they have changed, at most once a second; else nothing."""
+        told, looked = "", 0.0
+        while True:
+            event: dict[str, str] = {}
+            if experts is not None and time.monotonic() >= looked + EXPERT_SECONDS:
+                looked, loads = time.monotonic(), await asyncio.to_thread(experts)
+                if loads and (now := json.dumps(loads, allow_nan=False)) != told:
+                    told, event = now, {"event": "experts", "data": now}
+            yield event
 
     async def events() -> AsyncIterator[dict[str, str]]:
         with trace.follow() as records:
             following = None  # the step that should come next
+            loads = expert_events()
             while not app.state.stopping:
                 if following is None or (records and records[0].step != following):
                     state = await asyncio.to_thread(trace.catch_up, records)
@@ -50,6 +69,8 @@ def add_trace_routes(app: FastAPI, trace: Trace) -> None:
                 while records and records[0].step == following:
                     following += 1
                     yield {"data": to_json(records.popleft())}
+                if event := await anext(loads):
+                    yield event
                 await asyncio.sleep(SECONDS)
 
     async def kept() -> AsyncIterator[str]:
@@ -71,7 +92,8 @@ def add_trace_routes(app: FastAPI, trace: Trace) -> None:
     async def follow() -> EventSourceResponse:
         """The steps as server-sent events, from now on.
 
-        An event named `state` comes first, and again after steps that a slow reader has lost.
+        An event named `state` comes first, and again after steps that a slow reader has lost. One
+        named `experts` says how often each expert was chosen since the start.
         This stream has no end of its own; it ends when the server is to end.
         """
         return EventSourceResponse(events(), sep="\n", send_timeout=SEND_SECONDS)

@@ -334,6 +334,10 @@ def _fitting_model(folder: Path, headers: dict[str, Header], config: Any) -> tup
             raise ModelError(f"{folder} has {name} as {header.dtype}, not floating-point numbers")
         if list(header.shape) != needed[name]:
             raise ModelError(f"{folder} has {name} as {list(header.shape)}, not {needed[name]}")
+    missing = sorted(needed.keys() - names.keys())
+    missing = [name for name in missing if ".experts." in name]  # transformers joins a layer's
+    if missing:
+        raise ModelError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}")
     total = sum(map(math.prod, needed.values()))
     found = sum(math.prod(header.shape) for header in headers.values())
     if total > 2 * found:  # twice: a tied weight counts two times in `total`

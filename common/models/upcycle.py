@@ -25,7 +25,7 @@ from common.models.checkpoint import READ_WHOLE, empty_model, iter_weights, load
 from common.models.errors import ModelError
 from common.models.expert_names import plain_name, split_shapes
 from common.models.weight_writer import WeightWriter
-from common.models.weights import HEAD, NotRead
+from common.models.weights import HEAD, NotRead, report_unused
 
 DENSE = {  # family: of its mixture, and that one's class
     "llama": ("mixtral", "MixtralForCausalLM"),
@@ -162,7 +162,7 @@ def write_weights(
     shard_bytes: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Raises OSError, and ModelError where weights are missing, too many, or of other shapes."""
+    """Raises OSError, and ModelError where weights are missing or of other shapes."""
     config = load_config(target)
     expected = split_shapes(empty_model(config).state_dict())
     total = sum(torch.Size(shape).numel() for shape in expected.values()) * mixture.dtype.itemsize
@@ -171,16 +171,20 @@ def write_weights(
         raise ModelError(
             f"the mixture needs {total / 1e9:.1f} GB in {target.parent}, which has {free / 1e9:.1f}"
         )
-    if config.tie_word_embeddings:
-        expected.pop(HEAD, None)
-    num_tensors = len(expected)
+    num_tensors, unused = len(expected) - config.tie_word_embeddings, []
     with WeightWriter(target, shard_bytes) as writer:
         for name, tensor in tensors_of(folder, config, mixture):
             shape = expected.pop(plain_name(name), None)
+            if shape is None:
+                unused.append(name)
+                continue
             if shape != tensor.shape:
                 raise ModelError(f"{folder} has {name} as {list(tensor.shape)}, not {shape}")
             writer.write(name, tensor)
             progress(num_tensors - len(expected), num_tensors)
+        report_unused(unused)
+        if config.tie_word_embeddings:  # then a head of its own need not be there
+            expected.pop(HEAD, None)
         if expected:
             raise ModelError(f"{folder} lacks {len(expected)} weights, such as {min(expected)}")
 

@@ -52,7 +52,7 @@ class PanelExperts:
                 f"experts: those of a layer are of one (hidden, size), not {sorted(shapes)}"
             )
         addresses = [[x.data_ptr() for x in tensors] for tensors in (gate_ups, downs)]
-        zeros = torch.zeros(len(downs[0]) * PANEL)
+        zeros = torch.zeros(max(2, len(downs[0])) * PANEL)  # for gate and up, and for down
         return cls(gate_ups, downs, torch.tensor(addresses), zeros, hidden, size)
 
     def replace(self, index: int, gate_up: Tensor, down: Tensor) -> None:
@@ -199,13 +199,14 @@ def experts(
         rows[slot] = source[tokens[slot]]
     inner = np.empty((num_slots, size), np.float32)
     results = np.empty((num_slots, hidden), np.float32)
+    counters = np.zeros((num_threads, LINE // 8), np.int64)
     for phase in range(2):
         left, right = (inner, results) if phase else (rows, inner)
         depth, num_columns = left.shape[1], right.shape[1]
         num_panels = (num_columns + PANEL - 1) // PANEL
         first_units = np.zeros(num_experts + 1, np.int64)
         count_units(starts, first_units, depth, num_panels)
-        counters = np.zeros((num_threads, LINE // 8), np.int64)
+        counters[:] = 0
         own = tables[phase]
         if num_threads == 1:
             sizes = (depth, num_columns, num_panels)

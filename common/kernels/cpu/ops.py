@@ -10,9 +10,8 @@ An object serves one thread at a time; the number of threads is set for the thre
 import math
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numba
@@ -230,11 +229,15 @@ class CpuOps(Ops):
 
     def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
         pairs = zip(gate_up, down, strict=True)
-        first = next(pairs)
-        pairs = chain([first], pairs)
-        if first[0].dtype is not FLOAT:
-            return self.reference.prepare_experts(*zip(*pairs, strict=True))
-        return PanelExperts.pack(pairs, self.memory)
+        first = [next(pairs)]
+        if first[0][0].dtype is not FLOAT:
+            return self.reference.prepare_experts(*zip(*first, *pairs, strict=True))
+
+        def each() -> Iterator[tuple[Tensor, Tensor]]:
+            yield first.pop()  # so that it is held no longer than the others
+            yield from pairs
+
+        return PanelExperts.pack(each(), self.memory)
 
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
         if not isinstance(prepared, PanelExperts):

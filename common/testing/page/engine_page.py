@@ -15,13 +15,13 @@ from common.testing.server import serving_thread
 from common.trace import Trace
 
 
-def app_of(trace: Trace, config: ServerConfig) -> Any:
+def app_of(trace: Trace, config: ServerConfig, experts: Any = None) -> Any:
     """A server with the page and a trace, and no engine behind it."""
     engine = SimpleNamespace(
         tokenizer=None, max_model_len=64, vocab_size=64, config=SimpleNamespace(model="scripted")
     )
     frontend = Frontend(engine, config, streaming=True, max_n=1)
-    frontend.add_trace(trace)
+    frontend.add_trace(trace, experts)
     page.mount(frontend.app)
     return frontend.app
 
@@ -137,9 +137,9 @@ def serving(driver: Any) -> Iterator[Callable[..., EnginePage]]:
     with contextlib.ExitStack() as stack:
         pages = []
 
-        def serve(trace: Trace, **config: Any) -> EnginePage:
+        def serve(trace: Trace, experts: Any = None, **config: Any) -> EnginePage:
             server = ServerConfig(port=0, **config)
-            url = stack.enter_context(serving_thread(app_of(trace, server), server))
+            url = stack.enter_context(serving_thread(app_of(trace, server, experts), server))
             pages.append(EnginePage(driver, url))
             pages[-1].forget()
             return pages[-1]

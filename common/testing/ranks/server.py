@@ -28,6 +28,7 @@ def main() -> int:
             timeout=timeout,
             fingerprint={},
         )
+        ranks.loaded()
         children = psutil.Process().children(recursive=True)
         print(json.dumps({"children": [child.pid for child in children]}), flush=True)
         last = None

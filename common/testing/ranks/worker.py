@@ -17,6 +17,7 @@ SUM, REPEAT, SLEEP = 1, 2, 3  # orders
 def serve(config: dict[str, Any], ranks: Ranks) -> None:
     if "fail" in config:
         raise ValueError(config["fail"])
+    ranks.loaded()
     while numbers := ranks.control.receive():
         obey(numbers, ranks.group)
 

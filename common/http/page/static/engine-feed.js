@@ -4,7 +4,7 @@
  */
 
 import { ApiError, followTrace } from "./api.js";
-import { readRecord, readState } from "./engine-records.js";
+import { readExperts, readRecord, readState } from "./engine-records.js";
 
 /**
  * `none`: this server has no trace. `locked`: it wants another key; `start` with it.
@@ -19,6 +19,7 @@ export class Feed {
   #wait = FIRST_WAIT;
   #timer = 0;
   #key = "";
+  #engine = "";
   /** @type {AbortController | null} */
   #running = null;
 
@@ -26,7 +27,9 @@ export class Feed {
    * @param {{
    *   onState: (state: import("./engine-state.js").EngineState) => void,
    *   onRecord: (record: import("./engine-state.js").StepRecord) => void,
+   *   onExperts: (experts: import("./engine-experts.js").Experts) => void,
    *   onStatus: (status: FeedStatus) => void,
+   *   onEngines: (engines: string[], engine: string) => void,
    * }} events `onState` is called first, and again when steps were missed
    */
   constructor(events) {
@@ -37,10 +40,16 @@ export class Feed {
     return this.#running !== null || this.#timer !== 0;
   }
 
-  /** Connect, or connect anew. @param {string} key the API key, empty for none */
-  start(key) {
+  /**
+   * Connect, or connect anew.
+   *
+   * @param {string} key the API key, empty for none
+   * @param {string} engine of several behind a router, empty for any
+   */
+  start(key, engine) {
     this.stop();
     this.#key = key;
+    this.#engine = engine;
     this.#wait = FIRST_WAIT;
     this.#events.onStatus("connecting");
     this.#connect();
@@ -58,13 +67,15 @@ export class Feed {
     this.#running = running;
     let status = 0;
     try {
-      for await (const event of followTrace(this.#key, running.signal)) {
+      for await (const event of this.#follow(running.signal)) {
         if (event.type === "state") {
           this.#events.onState(readState(event.data));
           this.#events.onStatus("live");
           this.#wait = FIRST_WAIT;
         } else if (event.type === "message") {
           this.#events.onRecord(readRecord(event.data));
+        } else if (event.type === "experts") {
+          this.#events.onExperts(readExperts(event.data));
         }
       }
     } catch (error) {
@@ -74,6 +85,11 @@ export class Feed {
     running.abort();
     this.#running = null;
     this.#afterEnd(status);
+  }
+
+  /** @param {AbortSignal} signal */
+  #follow(signal) {
+    return followTrace(this.#key, signal, this.#engine, this.#events.onEngines);
   }
 
   /** @param {number} status of the server's refusal, 0 where the connection broke */

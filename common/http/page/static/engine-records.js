@@ -58,6 +58,22 @@ const RECORD = {
   rejected: recordOf(isCount),
 };
 
+/** @type {Record<string, Check>} */
+const EXPERTS = {
+  expert_layers: listOf(isCount),
+  expert_load: (value) => isTable(value),
+  expert_copies: (value) => isTable(value),
+  expert_balancedness: isNumber,
+  num_expert_moves: isCount,
+};
+
+/** @type {Check} counts of equally many layers and experts, one of each at least */
+const isTable = (value) =>
+  listOf(listOf(isCount))(value) &&
+  value.length > 0 &&
+  value[0].length > 0 &&
+  value.every((/** @type {number[]} */ row) => row.length === value[0].length);
+
 /** @type {StepRecord} */
 const EMPTY_RECORD = {
   step: 0,
@@ -116,6 +132,20 @@ export function readState(text) {
 /** @param {string} text JSON @returns {StepRecord} Throws where it is none. */
 export function readRecord(text) {
   return { ...EMPTY_RECORD, ...read(text, RECORD, ["step", "begin", "end"]) };
+}
+
+/**
+ * @param {string} text JSON
+ * @returns {import("./engine-experts.js").Experts} Throws where it is none.
+ */
+export function readExperts(text) {
+  const value = read(text, EXPERTS, Object.keys(EXPERTS));
+  const [load, copies] = [value.expert_load, value.expert_copies];
+  const numRows = value.expert_layers.length;
+  if (load.length !== numRows || copies.length !== numRows || copies[0].length !== load[0].length) {
+    throw new TypeError("its tables differ in size");
+  }
+  return value;
 }
 
 /**

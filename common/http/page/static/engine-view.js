@@ -4,6 +4,7 @@
  */
 
 import { BlockMap, ownership } from "./engine-blocks.js";
+import { ExpertMap } from "./engine-experts.js";
 import { SequenceTable, setText } from "./engine-sequences.js";
 import { describeStep, grouped, plural } from "./engine-step.js";
 import { Timeline } from "./engine-timeline.js";
@@ -24,6 +25,7 @@ export class EngineView {
   #timeline;
   #map;
   #sequences;
+  #experts;
   #player;
   /** @type {number | null} position under the pointer */
   #pointed = null;
@@ -44,6 +46,7 @@ export class EngineView {
     this.#timeline = new Timeline(this.#steps, colours);
     this.#map = new BlockMap(this.#blocks, colours);
     this.#sequences = new SequenceTable(byId("engine-sequences"), byId("engine-rest"), colours);
+    this.#experts = new ExpertMap(byId("engine-experts"), colours, onChange);
     this.#watchSteps();
     this.#watchBlocks();
   }
@@ -66,6 +69,7 @@ export class EngineView {
       this.#showMapWords(state, owned);
     }
     this.#showLegends(history);
+    this.#experts.paint();
     this.#sequences.update(state, history.owners);
     this.#showSlider(history.begin, history.end, position, lines[0]);
   }
@@ -91,6 +95,11 @@ export class EngineView {
       tokens: grouped(numTokens),
     };
     for (const [name, text] of Object.entries(counts)) setText(byId(`engine-${name}-count`), text);
+  }
+
+  /** @param {import("./engine-experts.js").Experts} experts as they come, the newest */
+  set experts(experts) {
+    this.#experts.update(experts);
   }
 
   /** The cell to speak of. */

@@ -7,9 +7,13 @@ placement from the same sums. Outputs do not change, since all copies hold the s
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+
+from common.device import reading_beside
+from common.distributed.group import Group
 
 
 def check_division(num_experts: int, num_redundant: int, num_ranks: int) -> None:
@@ -92,7 +96,7 @@ class ExpertPlacement:
         check_division(num_experts, num_redundant, num_ranks)
         num_slots = num_experts + num_redundant
         self.num_ranks, self.slots_per_rank = num_ranks, num_slots // num_ranks
-        self.first_copy = first_copy
+        self.first_copy, self.num_moves = first_copy, 0
         most = min(num_ranks, 1 + num_redundant)
         # The expert in each slot. So many one after the other on a rank, they are different ones.
         self.slots = np.tile(np.arange(num_slots) % num_experts, (num_layers, 1))
@@ -101,6 +105,16 @@ class ExpertPlacement:
         self.copies = torch.ones(num_layers, num_experts, dtype=torch.int64, device=device)
         for layer in range(num_layers):
             self.set(layer, self.slots[layer])
+        # How often this engine's tokens have chosen each expert; and until it was placed last.
+        self.load = torch.zeros_like(self.copies)
+        self.seen = torch.zeros_like(self.copies)
+        self.recent = np.zeros(self.load.shape)  # all engines' tokens, the older the less
+
+    def forget(self) -> None:
+        """Count from here on: what came before was no client's."""
+        self.load.zero_()
+        self.seen.zero_()
+        self.recent[:] = 0
 
     def set(self, layer: int, slots: np.ndarray) -> None:
         self.slots[layer] = slots
@@ -121,16 +135,51 @@ class ExpertPlacement:
         if then > 0.95 * now:
             return []
         self.set(layer, new)
+        self.num_moves += int((new != old).sum())
         return [(slot, int(new[slot])) for slot in np.flatnonzero(new != old)]
+
+    def rebalance(self, layer: int, group: Group, num_counting: int) -> list[tuple[int, int]]:
+        """Place a layer's experts by what all engines' tokens have chosen lately, as `improve` does.
+
+        Every rank of `group` calls it at the same step. num_counting: how many of them count the
+        same tokens. The host waits for the device.
+        """
+        new = group.all_reduce(self.load[layer] - self.seen[layer])
+        self.seen[layer] = self.load[layer]
+        self.recent[layer] = self.recent[layer] / 2 + new.cpu().numpy() / num_counting
+        return self.improve(layer, self.recent[layer])
 
     def on_rank(self, layer: int, rank: int) -> list[int]:
         """The experts in a rank's slots."""
         return self.slots[layer].reshape(self.num_ranks, -1)[rank].tolist()
 
     def choose(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
-        """A slot for each choice, [n, k] of both: tokens go round the copies of an expert."""
+        """A slot for each choice, [n, k] of both: tokens go round the copies of an expert. The
+        choices are counted, without a word to the host."""
+        chosen = expert_ids.flatten()
+        self.load[layer].scatter_add_(0, chosen, torch.ones_like(chosen))
         if self.places.shape[2] == 1:
             return self.places[layer, :, 0][expert_ids]
         tokens = torch.arange(len(expert_ids), device=expert_ids.device) + self.first_copy
         copy = tokens.unsqueeze(1) % self.copies[layer][expert_ids]
         return self.places[layer][expert_ids, copy]
+
+    def stats(self, layers: list[int]) -> dict[str, Any]:
+        """How often each expert of these layers was chosen, and how evenly that fell on the ranks
+        as experts lie now: the mean rank over the busiest one, the mean of all layers. May be asked
+        in any thread: on a GPU the copy waits for no step."""
+        with reading_beside(self.load.device):
+            total, before = self.load.to("cpu").numpy(), self.seen.to("cpu").numpy()
+        even, copies = [], []
+        for layer in layers:
+            slots, lately = self.slots[layer], total[layer] - before[layer]
+            lately = lately if lately.any() else total[layer]
+            even.append(1 / busiest(lately, slots, self.num_ranks))
+            copies.append(np.bincount(slots, minlength=len(lately)).tolist())
+        return {
+            "expert_layers": layers,
+            "expert_load": total[layers].tolist(),
+            "expert_copies": copies,
+            "expert_balancedness": sum(even) / len(even),
+            "num_expert_moves": self.num_moves,
+        }

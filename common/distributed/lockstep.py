@@ -16,38 +16,54 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any, Protocol
 
 import torch
 
-from common.distributed.group import Group
+from common.distributed.group import Group, RankError
+from common.distributed.health import Health
 
-from .device_queue import DeviceQueue, Work
-from .sampler import Sampled
-
+Run = Callable[[], Any]  # what the device does in a forward
 Counts = list[int]  # tokens of each engine in a forward
+CLOSES = -1  # said in the place of a kind
+CLOSE_SECONDS = 2.0
 PAUSE = 0.002  # seconds from one exchange to the next while no engine has anything to run
+
+
+class Queue(Protocol):
+    """What gives a device its work, in order."""
+
+    def submit(self, run: Run) -> Any:
+        """Returns what `wait()` and `result()` can be asked of."""
 
 
 @dataclass(frozen=True)
 class Job:
     """A forward that waits for its turn. kind: 0, or a higher number for what drafts."""
 
-    run: Callable[[Counts], Sampled]
+    run: Run
     num_tokens: int
     kind: int
-    launched: Future[Work] = field(default_factory=Future)
+    launched: Future[Any] = field(default_factory=Future)
 
 
 class Lockstep:
     """A device queue that runs a forward when all engines run one."""
 
     def __init__(
-        self, queue: DeviceQueue, leaders: Group, run_idle: Callable[[int, Counts], Sampled]
+        self,
+        queue: Queue,
+        leaders: Group,
+        num_engines: int,
+        run_idle: Callable[[int], Any],
+        health: Health,
     ) -> None:
-        """leaders: the engines' first ranks. run_idle: serve the others in a forward of a kind."""
-        self.queue, self.leaders, self.run_idle = queue, leaders, run_idle
+        """leaders: the engines' first ranks; another rank follows its own first one, and is alone.
+        run_idle: serve the others in a forward of a kind. health: is told what ends the lockstep."""
+        self.queue, self.leaders, self.num_engines = queue, leaders, num_engines
+        self.run_idle, self.health = run_idle, health
+        self.counts: Counts = [0] * num_engines  # in the forward that the device is at
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self.error: Exception | None = None
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -56,25 +72,43 @@ class Lockstep:
             self.thread = threading.Thread(target=self._run, name="lockstep", daemon=True)
             self.thread.start()
 
-    def submit(self, run: Callable[[Counts], Sampled], num_tokens: int, kind: int = 0) -> Work:
+    def submit(
+        self,
+        run: Run,
+        num_tokens: int,
+        kind: int = 0,
+        counts: Counts | None = None,
+    ) -> Any:
         """Give the device what `run` does, after all before it, as soon as all engines are there.
-        Raises RankError when one is lost."""
+
+        counts: where this rank follows, and has been told. Raises RankError when one is lost.
+        """
         if self.thread is None:
-            return self.queue.submit(partial(run, [num_tokens] * self.leaders.size))
+            return self._launch(run, counts or [num_tokens] * self.num_engines)
         job = Job(run, num_tokens, kind)
         self.jobs.put(job)
         return job.launched.result()
 
+    def _launch(self, run: Run, counts: Counts) -> Any:
+        def counted() -> Any:
+            self.counts = counts
+            return run()
+
+        return self.queue.submit(counted)
+
     def close(self) -> None:
+        """End the thread; the other engines are told."""
         self.jobs.put(None)
+        if self.thread is not None:
+            self.thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:
             self._keep_step()
         except Exception as error:
-            self.error = error
+            lost = self.health.report(str(error))
             for job in iter(self.jobs.get, None):
-                job.launched.set_exception(error)
+                job.launched.set_exception(lost)
 
     def _keep_step(self) -> None:
         job, idle, waits = None, None, True
@@ -83,32 +117,38 @@ class Lockstep:
                 with contextlib.suppress(Empty):
                     job = self.jobs.get(waits, PAUSE)
                     if job is None:
+                        with contextlib.suppress(RankError):  # another may do the same
+                            self._exchange(Job(lambda: None, 0, CLOSES))
                         return
             try:
                 kind, counts = self._exchange(job)
             except Exception:
-                self.jobs.put(job)  # to fail with those that come
+                if job is not None:
+                    self.jobs.put(job)  # to fail with those that come
                 raise
             if job is not None and job.kind == kind:
-                self._launch(job, counts)
+                self._answer(job, counts)
                 job, waits = None, True  # its engine will soon have another
                 continue
             waits = not any(counts)
             if not waits:
                 if idle is not None:
                     idle.result()  # raises what went wrong in it
-                idle = self.queue.submit(partial(self.run_idle, kind, counts))
+                idle = self._launch(partial(self.run_idle, kind), counts)
 
     def _exchange(self, job: Job | None) -> tuple[int, Counts]:
         """What kind of forward comes, and each engine's tokens in it; 0 where it has another kind
         or nothing. Drafts go first, since they are few between two forwards of the model."""
         ours = torch.tensor([[job.kind, job.num_tokens] if job else [0, 0]])
         said = self.leaders.all_gather(ours, [1] * self.leaders.size).tolist()
+        for engine, (kind, _) in enumerate(said):
+            if kind == CLOSES and engine != self.leaders.rank:
+                raise RankError(f"engine {engine} of {self.num_engines} has shut down")
         kind = max(kind for kind, _ in said)
         return kind, [num_tokens if of == kind else 0 for of, num_tokens in said]
 
-    def _launch(self, job: Job, counts: Counts) -> None:
+    def _answer(self, job: Job, counts: Counts) -> None:
         try:
-            job.launched.set_result(self.queue.submit(partial(job.run, counts)))
-        except Exception as error:  # a GPU's launch may fail; others are told by what they miss
+            job.launched.set_result(self._launch(job.run, counts))
+        except Exception as error:  # a GPU's launch may fail; the others miss this engine's part
             job.launched.set_exception(error)
