@@ -605,6 +605,15 @@ def test_bad_flags_give_one_line(flags: str, says: str, capsys: Any) -> None:
 # Engines
 
 
+def test_how_fast_a_lone_thread_reads() -> None:
+    threads = torch.get_num_threads()
+    try:
+        share = measure.lone_read_job({"threads": 1, "all_threads": 1})["share"]
+    finally:
+        torch.set_num_threads(threads)
+    assert share == 1.0
+
+
 def test_a_watched_group_is_what_it_was() -> None:
     class Group:
         num_bytes_sent = 0
@@ -642,6 +651,12 @@ def test_a_machine_is_found_again() -> None:
     assert found.step_s == pytest.approx(truth.step_s, rel=0.1)
     half = part_of(found, 2)
     assert half.read_bytes_per_s == found.read_bytes_per_s / 2 and half.step_s == found.step_s
+    alone, hurried = (part_of(found, 4, 1, share) for share in (0.6, 0.1))
+    assert alone.read_bytes_per_s == pytest.approx(0.6 * found.read_bytes_per_s)
+    assert hurried.read_bytes_per_s == found.read_bytes_per_s / 4  # at least its even part
+    two = part_of(found, 4, 2, 0.6)  # two of four share the memory
+    assert two.read_bytes_per_s == found.read_bytes_per_s / 2
+    assert alone.flops_per_s == two.flops_per_s == found.flops_per_s / 4
     with pytest.raises(ValueError, match="3 measurements: to calibrate takes four"):
         calibrate(SMOLLM2, [([Batch(1)], 1.0)] * 3)
 
@@ -681,8 +696,7 @@ class MadeUpEngines:
             "kv_tokens": 100, "peak_mib": [500.0] * layout.tp,
         }  # fmt: skip
         link = Link(1e-5, 0.0, 1e9)
-        device = part_of(self.truth, layout.num_ranks)
-        self.machine = Machine("true", layout.num_ranks, device, Fabric(8, link, link))
+        self.fabric = Fabric(8, link, link)
 
     def __enter__(self) -> "MadeUpEngines":
         return self
@@ -694,7 +708,9 @@ class MadeUpEngines:
         layout, count = self.variant.layout, len(prompts)
         point = Point("", count, len(prompts[0]), max_tokens)
         work = point.steps(layout.dp)
-        took = sum(step(SMOLLM2, layout, self.machine, batch, 4).total for batch in work)
+        device = part_of(self.truth, layout.num_ranks, layout.tp * min(layout.dp, count), 0.7)
+        machine = Machine("true", layout.num_ranks, device, self.fabric)
+        took = sum(step(SMOLLM2, layout, machine, batch, 4).total for batch in work)
         computed = sum(len(prompt) + max_tokens - 1 for prompt in prompts)
         sent = {"all_reduce": {"count": 1, "seconds": 0.0, "num_bytes": 61 * 576 * 4 * computed}}
         return {
@@ -712,6 +728,7 @@ def run_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str) -> 
     for module in (collectives, engines):
         monkeypatch.setattr(module, "run_worker", lambda job: LIMITS)
     monkeypatch.setattr(engines, "Engines", MadeUpEngines)
+    monkeypatch.setattr(engines, "run_job", lambda job: {"share": 0.7})
     monkeypatch.setattr(engines, "usable_cores", lambda: 4)
     monkeypatch.setattr(engines, "part_package", lambda part: f"part{part:02d}")
     assert main(f"parallel collectives --json {tmp_path}/c.json --quick-limits".split()) == 0
