@@ -9,7 +9,7 @@ from yarl import URL
 
 from common.router.request import RoutedRequest
 
-CONNECT_SECONDS = 5.0
+CONNECT_SECONDS = 30.0
 IDLE_SECONDS = 3.0  # that a connection is kept: uvicorn drops those that were idle for 5
 MAX_READING = 8 << 20  # bytes of an answer that the router reads for itself
 

@@ -9,7 +9,9 @@ same requests again and again.
 import argparse
 import asyncio
 import statistics
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +112,7 @@ async def at_once(direct: str, routed: str, count: int, pid: int) -> list[dict[s
     return [*rows, row("the router's processor time per token", None, per_token, "µs")]
 
 
-async def streams(url: str, count: int) -> dict[str, float]:
+async def streams(url: str, count: int) -> dict[str, Any]:
     import aiohttp
 
     body = {
@@ -143,6 +145,7 @@ async def streams(url: str, count: int) -> dict[str, float]:
         "first": statistics.median(firsts),
         "gap": percentile(gaps, 99),
         "failed": failed,
+        "kinds": Counter(str(one) for one in whole if one is not True),
     }
 
 
