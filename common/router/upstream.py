@@ -47,6 +47,7 @@ class Upstream:
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
+            skip_auto_headers=("Accept-Encoding", "User-Agent"),  # the client's, or none
             trust_env=False,  # no proxy between the router and its replicas
         )
 

@@ -101,6 +101,9 @@ async def at_once(direct: str, routed: str, count: int, pid: int) -> list[dict[s
     cpu = cpu_seconds(pid)
     ways = [await streams(url, count) for url in (direct, routed)]
     used = cpu_seconds(pid) - cpu
+    for way, name in zip(ways, ("straight", "routed"), strict=True):
+        if way["kinds"]:
+            print(f"streams that failed, {name}: {dict(way['kinds'])}", file=sys.stderr)
     titles = {
         "total": (f"{count} streams at once, all of them", "s"),
         "first": ("their first tokens, median", "ms"),
