@@ -67,6 +67,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench parallel collectives --json part09_tensor_parallel/results/collectives.json --plot part09_tensor_parallel/results/collectives.png
 	$(BIN)/python -m common.bench parallel engines --collectives part09_tensor_parallel/results/collectives.json --json part09_tensor_parallel/results/engines.json --memory-json part09_tensor_parallel/results/ranks.json --plot part09_tensor_parallel/results/engines.png
 	$(BIN)/python -m common.bench parallel layouts --json part09_tensor_parallel/results/layouts.json --plot part09_tensor_parallel/results/layouts.png
+	$(BIN)/python -m common.bench router --json part10_data_parallel/results/routing.json
+	$(BIN)/python -m common.bench router --overhead --json part10_data_parallel/results/overhead.json
 	$(BIN)/python -m common.bench report --all --write
 
 notebooks: $(VENV)/.dev

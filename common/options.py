@@ -47,8 +47,11 @@ def option(
 
 
 def value_type(config_class: type, name: str) -> tuple[type, bool]:
-    """(the type of a field's value, whether None is allowed): `int | None` gives (int, True)."""
+    """(the type of a field's value, whether None is allowed): `int | None` gives (int, True), and
+    `tuple[str, ...]`, a flag that may be repeated, (tuple, False)."""
     hint = typing.get_type_hints(config_class)[name]
+    if typing.get_origin(hint) is tuple:
+        return tuple, False
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         return kinds[0], True
@@ -108,11 +111,13 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
         flags = ["--" + field.name.replace("_", "-"), *field.metadata["aliases"]]
         text = field.metadata["help"].replace("%", "%%")
         keywords: dict[str, Any] = {"dest": field.name, "default": field.default, "help": text}
-        if field.default not in (None, "") and kind is not bool:
+        if field.default not in (None, "", ()) and kind is not bool:
             keywords["help"] += f" (default: {field.default})"
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
             keywords["help"] += f" (default: {'on' if field.default else 'off'})"
+        elif kind is tuple:
+            keywords |= {"action": "append", "default": [], "metavar": field.name.upper()}
         else:
             keywords["type"] = kind
             keywords["metavar"] = field.name.rpartition("_")[2].upper()
@@ -157,6 +162,7 @@ def parse(
     words = sys.argv[1:] if argv is None else argv
     values = vars(parser.parse_args([_with_dashes(word) for word in words]))
     configs = []
+    values = {n: tuple(value) if type(value) is list else value for n, value in values.items()}
     for config_class in config_classes:
         names = [field.name for field in dataclasses.fields(config_class)]
         try:

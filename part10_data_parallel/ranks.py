@@ -94,10 +94,10 @@ def together(ranks: Ranks) -> Iterator[None]:
     except Exception as error:
         if ranks.size == 1:
             raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
         if ranks.rank > 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(1)
         if isinstance(error, (RankError, torch.AcceleratorError)):
             raise
-        reason = str(error).partition("\n")[0]
         raise RankError(f"a forward failed on rank 0 of {ranks.size}: {reason}") from error

@@ -13,7 +13,7 @@ from common.models.checkpoint import resolve
 
 from .config import EngineConfig
 from .model_runner import ModelRunner
-from .ranks import fingerprint, follow
+from .ranks import fingerprint, follow, together
 
 
 def serve(config: dict[str, Any], ranks: Ranks) -> None:
@@ -21,7 +21,8 @@ def serve(config: dict[str, Any], ranks: Ranks) -> None:
     settings = EngineConfig(**config)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         runner = ModelRunner(settings, resolve(settings.model), ranks)  # rank 0 tells what there is
-    follow(runner)
+    with together(ranks):
+        follow(runner)
 
 
 def main() -> NoReturn:

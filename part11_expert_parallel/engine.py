@@ -9,6 +9,7 @@ Work is cut into steps, so that requests can be added and aborted in between.
 
 import random
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class LLMEngine:
         folder = resolve(config.model)
         self.tokenizer = Tokenizer.load(folder)
         self.runner = load_runner(config, folder)
+        weakref.finalize(self, self.runner.ranks.close_soon).atexit = False  # they end with us then
         self.eos_token_ids = eos_token_ids(folder, load_config(folder))
         self.sampling_defaults = sampling_defaults(folder, config.generation_config)
         self.config = self.runner.config  # with what depends on the device

@@ -216,17 +216,17 @@ class ModelRunner:
                 batch.joining.write_to(self.counts)
             drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
             batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
-        self.share(batch, what)
-        self.inputs.tables.update(batch.table_changes, batch.table_rows)
+        with together(self.ranks, self.everyone):
+            self.share(batch, what)
+            self.inputs.tables.update(batch.table_changes, batch.table_rows)
 
     def share(self, batch: Batch, what: Runnable | None = None) -> None:
         """Rank 0's batch becomes every rank's."""
         if self.ranks.size > 1:
-            with together(self.ranks, self.everyone):
-                if self.ranks.rank == 0 and self.is_ready:
-                    is_draft = what is not None and what is self.drafter
-                    self.ranks.control.send([*self.queue.counts, *header_of(batch, is_draft)])
-                self.ranks.group.broadcast(batch.packed)
+            if self.ranks.rank == 0 and self.is_ready:
+                is_draft = what is not None and what is self.drafter
+                self.ranks.control.send([*self.queue.counts, *header_of(batch, is_draft)])
+            self.ranks.group.broadcast(batch.packed)
 
     def forward(
         self, batch: Batch, what: Runnable | None = None

@@ -131,12 +131,11 @@ def together(ranks: Ranks, everyone: Group) -> Iterator[None]:
     except Exception as error:
         if everyone.size == 1:
             raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
         if ranks.rank > 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(1)
         if isinstance(error, (RankError, torch.AcceleratorError)):
             raise
-        reason = str(error).partition("\n")[0]
-        raise RankError(
-            f"a forward failed on rank {everyone.rank} of {everyone.size}: {reason}"
-        ) from error
+        where = f"rank {everyone.rank} of {everyone.size}"
+        raise RankError(f"a forward failed on {where}: {reason}") from error

@@ -33,7 +33,7 @@ LONGEST = (
     "test_triton_kernels", "test_http_input", "test_part08", "test_schedules", "test_gpu_check",
     "test_soak", "test_memory", "test_inspector_replay", "test_inspector", "test_inspector_engine",
     "test_metrics", "test_bench_speculative", "test_bench", "test_cli", "test_bench_ladder",
-    "test_bench_prefix", "test_model_files_own", "test_part08_units", "test_kernels",
+    "test_bench_prefix", "test_part10_processes", "test_part10_ray", "test_model_files_own", "test_part08_units", "test_kernels",
 )  # fmt: skip
 
 

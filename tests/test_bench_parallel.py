@@ -491,6 +491,19 @@ def test_layouts_as_a_table_and_a_picture(tmp_path: Path, capsys: Any) -> None:
     assert "| 8 H200 in one host | Qwen3-8B | 1 | TP 8 × DP 1 | yes |" in capsys.readouterr().out
 
 
+def test_skewed_experts_make_spreading_worth_less(tmp_path: Path, capsys: Any) -> None:
+    steps = []
+    for number, flags in enumerate(("", "--skew 0.8 --balanced", "--skew 0.8")):
+        path = tmp_path / f"{number}.json"
+        command = f"parallel layouts --models Qwen3-30B-A3B --json {path} {flags}"
+        assert main(command.split()) == 0
+        result = load_result(path)
+        [row] = [r for r in result["rows"] if (r["num_sequences"], r["tp16"]) == (1024, None)]
+        steps.append(row["ep"])
+    assert steps[0] < steps[1] < steps[2]
+    assert "as the i-th is to i ** -0.8, placed by chance" in capsys.readouterr().out
+
+
 def test_a_prefill_is_shared_by_a_replicas_ranks() -> None:
     found = choices.first_token(HOST, "Qwen3-8B", 2048)
     totals = [found[tp].total for tp in (1, 2, 4, 8)]

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -184,3 +186,262 @@ def test_schedules(
     generator = random.Random(f"{name} {size} {mode}")
     for _ in range(3):
         Drive(engine, model).run(some_events(generator))
+
+
+def test_options(folder_of: Callable, engine_with: Engines) -> None:
+    """Penalties, biases, scores of tokens and of prompts: as one rank has them."""
+    model = folder_of("llama")
+    params = [
+        replace(SEEDED, presence_penalty=0.7, frequency_penalty=0.4, logprobs=3),
+        replace(GREEDY, prompt_logprobs=2, logprobs=0),
+        replace(GREEDY, logit_bias={7: 5.0, 501: 100.0, 3: -100.0}),
+        replace(SEEDED, min_p=0.05, top_k=9, prompt_logprobs=0),
+    ]
+    one, *others = (engine_with(model, size, num_blocks=40) for size in (1, 2, 3))
+    expected = run(one, PROMPTS, params)
+    assert len({tuple(c.token_ids) for c in expected}) == len(PROMPTS)
+    for engine in others:
+        for got, wanted in zip(run(engine, PROMPTS, params), expected, strict=True):
+            assert got.token_ids == wanted.token_ids
+            for name in ("logprobs", "prompt_logprobs"):
+                rows, wanted_rows = (getattr(c, name) or [] for c in (got, wanted))
+                for row, other in zip(rows, wanted_rows, strict=True):
+                    if other is not None:
+                        assert abs(row.logprob - other.logprob) < 1e-3 and row.rank == other.rank
+
+
+# What must be noticed: each of these makes the tokens wrong.
+
+
+def shifted_heads(shard: Any) -> Any:
+    return replace(shard, heads=range(shard.heads.start - 1, shard.heads.stop - 1))
+
+
+def shifted_kv_heads(shard: Any) -> Any:
+    return replace(shard, kv_heads=range(shard.kv_heads.start - 1, shard.kv_heads.stop - 1))
+
+
+def shifted_features(shard: Any) -> Any:
+    part = shard.intermediate
+    return replace(shard, intermediate=range(part.start - 8, part.stop - 8))
+
+
+def bias_of_every_rank(shard: Any) -> Any:
+    return replace(shard, rank=0, vocabularies=[shard.vocabulary, *shard.vocabularies[1:]])
+
+
+@pytest.mark.parametrize(
+    "damage", [None, shifted_heads, shifted_kv_heads, shifted_features, bias_of_every_rank]
+)
+def test_a_wrong_shard_is_noticed(
+    damage: Any, folder_of: Callable, engine_with: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last rank has heads that are not its own, or adds the bias again."""
+    of = Shard.of.__func__
+
+    def damaged(cls: Any, config: ModelConfig, rank: int = 0, size: int = 1) -> Any:
+        shard = of(cls, config, rank, size)
+        return damage(shard) if damage and rank == size - 1 > 0 else shard
+
+    monkeypatch.setattr(Shard, "of", classmethod(damaged))
+    model = folder_of("llama")
+    engine = engine_with(model, 3, num_blocks=40)
+    outputs = [completion.token_ids for completion in run(engine, PROMPTS, GREEDY)]
+    seeded = [completion.token_ids for completion in run(engine, PROMPTS, SEEDED)]
+    rows = [(p, o, SEEDED) for p, o in zip(PROMPTS, seeded, strict=True)]
+    greedy = check_greedy(model, list(zip(PROMPTS, outputs, strict=True)))
+    assert greedy.is_right == check_seeded(model, rows).is_right == (damage is None)
+
+
+# Who has what.
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 64))
+def test_heads_are_divided_whole(num_kv_heads: int, group: int, size: int) -> None:
+    num_heads = num_kv_heads * group
+    copied = size > num_kv_heads
+    if copied and (size % num_kv_heads or num_heads % size):
+        with pytest.raises(ValueError, match=f"tensor_parallel_size is {size}: {num_heads} query"):
+            divide_heads(num_heads, num_kv_heads, size)
+        return
+    shares = divide_heads(num_heads, num_kv_heads, size)
+    assert len(shares) == size
+    assert [head for heads, _ in shares for head in heads] == list(range(num_heads))
+    kv_heads = [head for _, own in shares for head in own]
+    copies = size // num_kv_heads if copied else 1
+    assert kv_heads == [head for head in range(num_kv_heads) for _ in range(copies)]
+    for heads, own in shares:
+        # As the kernels pair them: query head i of a rank with its KV head i // (heads / KV heads).
+        assert len(heads) % len(own) == 0 and len(own) > 0
+        ratio = len(heads) // len(own)
+        assert [head // group for head in heads] == [own[i // ratio] for i in range(len(heads))]
+    assert max(map(len, (own for _, own in shares))) <= -(-num_kv_heads // size)
+
+
+class NoGroup:
+    """A place in a group that never meets: enough to load by."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+def load(folder: str, rank: int, size: int) -> tuple[Any, list[tuple[str, int, torch.Tensor]]]:
+    """A rank's model, and what it has read: (name, bytes of the whole tensor, the part)."""
+    from common.kernels.reference import ReferenceOps
+
+    shape = ModelConfig.from_transformers(load_config(Path(folder)), 512)
+    source, reads = open_weights(Path(folder)), []
+    read = source.read
+
+    def recorded(name: str, shape: tuple[int, ...], part: Any = ()) -> torch.Tensor:
+        tensor = read(name, shape, part)
+        reads.append((name, tensor.element_size() * torch.Size(shape).numel(), tensor))
+        return tensor
+
+    source.read = recorded
+    where = torch.float32, torch.device("cpu"), NoGroup(rank, size)
+    model = module_of(9, "model").CausalLM(shape, ReferenceOps(), source, *where)
+    return model, reads
+
+
+def rank_weight_bytes(config: ModelConfig, rank: int, size: int) -> int:
+    """What a rank must hold, written out again: its heads, features and tokens, and the norms."""
+    shares = divide_heads(config.num_heads, config.num_kv_heads, size)
+    heads, kv_heads = (len(own) * config.head_dim for own in shares[rank])
+    hidden, layers = config.hidden_size, config.num_layers
+    features = config.intermediate_size // size + (rank < config.intermediate_size % size)
+    tokens = config.vocab_size // size + (rank < config.vocab_size % size)
+    layer = hidden * (2 * heads + 2 * kv_heads + 3 * features) + 2 * hidden
+    layer += (heads + 2 * kv_heads) * config.has_qkv_bias + hidden * config.has_out_bias
+    layer += (2 * features + hidden) * config.has_mlp_bias
+    layer += 2 * config.head_dim * config.has_head_norms
+    heads_of_tokens = 1 if config.tie_word_embeddings else 2
+    return 4 * (layers * layer + hidden + heads_of_tokens * tokens * hidden)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_rank_reads_its_own_and_no_more(name: str, folder_of: Callable) -> None:
+    folder = folder_of(name)
+    config = ModelConfig.from_transformers(load_config(Path(folder)), 512)
+    whole, _ = load(folder, 0, 1)
+    for size in MODELS[name][1]:
+        found = [load(folder, rank, size) for rank in range(size)]
+        for rank, (model, reads) in enumerate(found):
+            names = [name for name, _, _ in reads]
+            assert len(set(names)) == len(names), "a tensor is read twice"
+            read = sum(part.nbytes for _, _, part in reads)
+            assert read == model.num_bytes == rank_weight_bytes(config, rank, size)
+            for name_, total, part in reads:
+                if part.dim() == 2:  # a matrix is split, and KV heads at most once a rank
+                    pieces = min(size, config.num_kv_heads) if "_proj" in name_ else size
+                    assert part.nbytes <= total / pieces + 8 * 4 * 32 * 72, (name_, part.shape)
+        # Beside biases and norms that all have, and copied KV heads, nothing is held twice.
+        names = {name for name, _, part in found[0][1] if part.dim() == 2}
+        held = dict.fromkeys(names, 0)
+        for _, reads in found:
+            for name_, _, part in reads:
+                if name_ in names:
+                    held[name_] += part.nbytes
+        copies = max(1, size // config.num_kv_heads)
+        for name_, total, _ in load(folder, 0, 1)[1]:
+            if name_ in names:
+                many = copies if "k_proj" in name_ or "v_proj" in name_ else 1
+                assert held[name_] == many * total, name_
+    assert whole.num_bytes == rank_weight_bytes(config, 0, 1)
+
+
+@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("qwen2", 4), ("qwen3", 3)])
+def test_bytes_held_and_sent(
+    name: str, size: int, folder_of: Callable, engine_with: Engines
+) -> None:
+    """By formula. A forward of n tokens sums n * hidden float32 twice a layer, and once for the
+    embedding; each rank writes what it adds once. Rank 0 writes the packed input too, the others
+    their logits. Orders, some numbers a step, do not count."""
+    folder = folder_of(name)
+    engine = engine_with(folder, size, num_blocks=40, max_num_batched_tokens=16)
+    others = {r: runner for r, runner in engine_with.started[-1][1].runners.items()}
+    config = engine.runner.model.config
+    shares = divide_heads(config.num_heads, config.num_kv_heads, size)
+    numbers = config.num_layers * 2 * config.head_dim * 4 * 40 * 4
+    expected = [
+        [rank_weight_bytes(config, rank, size), numbers * len(kv_heads)]
+        for rank, (_, kv_heads) in enumerate(shares)
+    ]
+    assert engine.stats()["rank_bytes"] == expected
+    batches = []
+    share = engine.runner.share
+
+    def recorded(batch: Any, what: Any = None) -> None:
+        batches.append((batch.shape.num_tokens, batch.shape.num_sampled, batch.packed.nbytes))
+        share(batch, what)
+
+    engine.runner.share = recorded
+    groups = [engine.runner.ranks.group, *(others[r].ranks.group for r in range(1, size))]
+    before = [group.num_bytes_sent for group in groups]
+    run(engine, PROMPTS, replace(GREEDY, max_tokens=5))
+    assert engine.stats()["num_bytes_sent"] == groups[0].num_bytes_sent
+    assert {n for n, _, _ in batches} >= {4, 16}, "decoding and slices of prompts"
+    tokens, sampled = sum(n for n, _, _ in batches), sum(n for _, n, _ in batches)
+    sums = 4 * config.hidden_size * tokens * (1 + 2 * config.num_layers)
+    vocabularies = engine.runner.model.shard.vocabularies
+    for rank, group in enumerate(groups):
+        own = 4 * sampled * len(vocabularies[rank]) if rank else sum(n for _, _, n in batches)
+        assert group.num_bytes_sent - before[rank] == sums + own, rank
+
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from common.kernels import select_ops
+from common.models.architecture import ModelConfig
+from common.models.checkpoint import load_config
+from common.models.weight_slices import open_weights
+from part09.model import CausalLM
+
+class Place:
+    rank, size = 1, 2
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
+
+torch.set_num_threads(1)
+ops = select_ops(sys.argv[2], torch.device("cpu"), 1)
+folder = Path(sys.argv[1])
+shape = ModelConfig.from_transformers(load_config(folder), 64)
+ops.prepare_weight(torch.zeros(64, 64), None)
+begin, most, done = anonymous(), 0, False
+def watch():
+    global most
+    while not done:
+        most = max(most, anonymous())
+        time.sleep(0.0005)
+thread = threading.Thread(target=watch)
+thread.start()
+model = CausalLM(shape, ops, open_weights(folder), torch.float32, torch.device("cpu"), Place())
+done = True
+thread.join()
+print(model.num_bytes, most - begin)
+"""
+
+
+def test_memory_while_loading(
+    tmp_path: Path, tokenizer_json: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more than a rank's slice and one tensor of the file beside it."""
+    values = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 8}
+    values |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    values |= {"vocab_size": 16384, "tie_word_embeddings": True}
+    folder = write_model(tmp_path / "model", tokenizer_json, **values)
+    largest = 4 * 16384 * 512
+    for kernels in ("cpu", "reference"):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, str(folder), kernels], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        held, peak = map(int, done.stdout.split())
+        whole = (folder / "model.safetensors").stat().st_size
+        assert whole / 2 <= held < whole * 0.501
+        # Rows may stay a view of the file, which is no memory of the process.
+        assert held / 3 < peak < held + largest < 0.8 * whole, (kernels, held, peak)

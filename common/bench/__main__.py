@@ -22,6 +22,7 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
         "decoding with and without speculation, on copies and on prose",
     ),
     "parallel": ("parallel.run", "ranks that work together: collectives, engines, a cost model"),
+    "router": ("router.run", "several engines behind a router: what policies find; what it costs"),
     "kv": ("kv.run", "how many sequences a piece of KV memory holds, in strips and in blocks"),
     "host": ("host", "what a decode step costs the host"),
     "startup": ("startup", "how long parts take to start, and their memory"),

@@ -1,6 +1,7 @@
 """How an engine gets its ranks: started here, or found where torchrun has started them."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -88,6 +89,10 @@ def run_worker(
     status = 0
     try:
         config, ranks = join(fingerprint)
+        # Also sent by torchrun, by systemd and by a terminal to all processes at once. Rank 0 answers
+        # its clients first; the others end after it.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         serve(config, ranks)
     except (ValueError, RankError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The ranks of one engine, as one of them sees the others."""
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -50,3 +51,8 @@ class Ranks:
         self.control.close()
         for group in (self.group, *self.further_groups):
             group.close()
+
+    def close_soon(self) -> None:
+        """`close` for a finalizer, which runs in any thread, perhaps in one that `close` waits for."""
+        if self.size > 1:
+            threading.Thread(target=self.close, name="closing ranks").start()

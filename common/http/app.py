@@ -104,6 +104,26 @@ async def unless_disconnected(request: Request, coroutine: Coroutine[Any, Any, T
         await asyncio.gather(work, gone, return_exceptions=True)
 
 
+def make_app(config: ServerConfig, lifespan: Any = None) -> FastAPI:
+    """An app without routes: what stands before every one, and errors in one form."""
+    app = FastAPI(title="Fifteen Engines", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.stopping = False  # set by the server when it is to end
+    app.add_middleware(Guard, config=config)
+    if origins := split_list(config.allowed_origins):
+        app.add_middleware(  # browsers ask before they send JSON or a key
+            CORSMiddleware,
+            allow_origins=sorted(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(ClientGone, _answer_client_gone)
+    app.add_exception_handler(Exception, _answer_exception)
+    return app
+
+
 class Frontend:
     """The app with the routes that need no engine, and the way from a request to a `Job`.
 
@@ -141,23 +161,7 @@ class Frontend:
             os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
         )
         self.created = int(time.time())
-        self.app = FastAPI(
-            title="Fifteen Engines", docs_url=None, redoc_url=None, lifespan=lifespan
-        )
-        self.app.state.stopping = False  # set by the server when it is to end
-        self.app.add_middleware(Guard, config=config)
-        if origins := split_list(config.allowed_origins):
-            self.app.add_middleware(  # browsers ask before they send JSON or a key
-                CORSMiddleware,
-                allow_origins=sorted(origins),
-                allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type"],
-            )
-        self.app.add_exception_handler(ApiError, _answer_api_error)
-        self.app.add_exception_handler(HTTPException, _answer_http_exception)
-        self.app.add_exception_handler(RequestValidationError, _answer_validation_error)
-        self.app.add_exception_handler(ClientGone, _answer_client_gone)
-        self.app.add_exception_handler(Exception, _answer_exception)
+        self.app = make_app(config, lifespan)
         self.app.add_api_route("/health", self._health, methods=["GET", "HEAD"])
         self.app.add_api_route("/version", self._version, methods=["GET"])
         self.app.add_api_route("/v1/models", self._models, methods=["GET"])

@@ -44,7 +44,7 @@ class WeightSource:
 def open_weights(folder: Path, device: str | torch.device = "cpu") -> WeightSource:
     """The weights of a model's folder, to be read to the device. Raises ModelError.
 
-    On the CPU a whole tensor is a view of the mapped file, and a part of one a copy.
+    On the CPU a tensor or a part of one is a view of the mapped file: what is not used is not read.
     """
     if is_random(folder):
         draws = random_tensors(folder, torch.device(device))

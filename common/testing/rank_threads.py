@@ -7,12 +7,13 @@ process for each costs seconds, most of them for imports; what is computed does 
 import os
 import queue
 import threading
+import time
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from common.distributed import Ranks
+from common.distributed import Ranks, connect
 from common.distributed.control import Control
 from common.distributed.health import Health
 from common.distributed.shared_memory import SharedMemoryGroup, make_memory
@@ -55,6 +56,8 @@ class ThreadRanks:
 
     def connect(self, package: str, config: dict, device: torch.device, **more: Any) -> Ranks:
         size, cpu = more["size"], torch.device("cpu")
+        if size == 1:
+            return connect(package, config, device, **more)
         healths = [Health() for _ in range(size)]
         memory = make_memory(size)
         groups = [SharedMemoryGroup(memory, r, size, TIMEOUT, healths[r]) for r in range(size)]
@@ -89,4 +92,6 @@ def engine_in_threads(part: int, model: str, size: int, **flags: Any) -> tuple[A
     )
     with patch.object(module_of(part, "ranks"), "connect", others.connect):
         engine = module_of(part, "engine").LLMEngine(config)
+    while len(others.runners) < size - 1 and not others.errors:
+        time.sleep(0.001)  # the last of them leave their constructor
     return engine, others

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.bench.core.arguments import add_output_arguments, finish, positive
+from common.bench.core.arguments import add_output_arguments, finish, positive, positive_number
 from common.bench.core.results import Result, column, make_result
 from common.bench.costs import ModelShape
-from common.bench.parallel.cost_model import Batch, Routing, Step, step
+from common.bench.parallel.cost_model import EVEN, Batch, Routing, Step, step
 from common.bench.parallel.layouts import Layout, Share, layouts, memory
 from common.bench.parallel.links import Fabric, Link
 from common.bench.parallel.machines import CLUSTER, HOST, MODELS, Machine
@@ -27,7 +27,6 @@ from common.bench.prefix.plot import check_plot
 
 PER_RANK = (0.125, 1, 8, 32, 128)  # sequences for each rank of the machine
 WITHIN = 1.5  # how far the machine's numbers may be off
-BALANCED = Routing(balanced=True)
 COLUMNS = [
     column("machine", "machine"),
     column("model", "model"),
@@ -68,7 +67,12 @@ class Choice:
 
 
 def choices(
-    shape: ModelShape, machine: Machine, batch: Batch, context: int, dtype_bytes: int = 2
+    shape: ModelShape,
+    machine: Machine,
+    batch: Batch,
+    context: int,
+    dtype_bytes: int = 2,
+    routing: Routing = EVEN,
 ) -> list[Choice]:
     """All layouts of all ranks, the quickest first; those that do not fit are among them.
 
@@ -81,7 +85,7 @@ def choices(
         for layout in layouts(shape, machine, machine.num_ranks // copies):
             if copies > 1 and (not layout.ep or layout.num_ranks == 1):
                 continue  # more replicas say the same
-            took = step(shape, layout, machine, part, dtype_bytes, BALANCED)
+            took = step(shape, layout, machine, part, dtype_bytes, routing)
             most = copies * memory(shape, layout, machine, context, dtype_bytes).num_sequences
             found.append(Choice(layout, copies, took, most))
     return sorted(found, key=lambda choice: choice.step.total)
@@ -111,14 +115,16 @@ def varied(machine: Machine) -> Iterator[Machine]:
             yield replace(machine, fabric=with_links(change, factor))
 
 
-def row(machine: Machine, model: str, num_sequences: int, context: int) -> dict[str, Any]:
+def row(
+    machine: Machine, model: str, num_sequences: int, context: int, routing: Routing = EVEN
+) -> dict[str, Any]:
     """num_sequences with half of their context in the cache."""
     shape, batch = MODELS[model], Batch(num_sequences, 1, context // 2)
-    found = choices(shape, machine, batch, context)
+    found, *others = (
+        choices(shape, one, batch, context, routing=routing) for one in (machine, *varied(machine))
+    )
     winner = best(found, num_sequences)
-    others = [
-        best(choices(shape, other, batch, context), num_sequences) for other in varied(machine)
-    ]
+    names = {other and other.name for other in (best(found, num_sequences) for found in others)}
     fastest: dict[str, float] = {}
     for choice in found:
         if choice.most >= num_sequences:
@@ -130,7 +136,7 @@ def row(machine: Machine, model: str, num_sequences: int, context: int) -> dict[
         "model": model,
         "num_sequences": num_sequences,
         "best": winner.name if winner else "none has room",
-        "sure": winner and all(other and other.name == winner.name for other in others),
+        "sure": winner and names == {winner.name},
         "step_ms": winner and 1000 * winner.step.total,
         "rate": winner and winner.step.tokens_per_s * copies_of(winner, num_sequences),
         "messages": winner and 100 * winner.step.message_share,
@@ -163,6 +169,15 @@ def first_token(machine: Machine, model: str, num_tokens: int) -> dict[int, Step
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME")
     parser.add_argument("--context", type=positive, default=4096, help="tokens (default: 4096)")
+    parser.add_argument(
+        "--skew",
+        type=positive_number,
+        default=0.0,
+        help="the i-th expert is wanted in proportion to i ** -SKEW (default: all alike)",
+    )
+    parser.add_argument(
+        "--balanced", action="store_true", help="deal experts out by how much they are wanted"
+    )
     add_output_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png or .svg)")
 
@@ -180,16 +195,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def layouts_result(args: argparse.Namespace) -> Result:
+    routing = Routing(args.skew, args.balanced)
     rows = [
-        row(machine, model, max(1, int(share * machine.num_ranks)), args.context)
+        row(machine, model, max(1, int(share * machine.num_ranks)), args.context, routing)
         for machine in (HOST, CLUSTER)
         for model in args.models
         for share in PER_RANK
     ]
+    placed = "dealt out by that" if args.balanced else "placed by chance"
+    wanted = f"as the i-th is to i ** -{args.skew:g}, {placed}" if args.skew else "alike"
     notes = [
         f"bf16; room for {args.context} tokens of each sequence, half of them there. sure: it wins"
         f" too when any of the machine's numbers is {WITHIN} times as high or as low. Experts are"
-        " equally popular. Numbers without a layout that has room are left out."
+        f" wanted {wanted}. Numbers without a layout that has room are left out."
     ]
     limits = {"unmeasured": "calculated from data sheets"}
     return make_result("Which layout is quickest", COLUMNS, rows, limits=limits, notes=notes)

@@ -110,7 +110,7 @@ def rows_of(
                 "time_ms": 1000 * middle,
                 "predicted_ms": None if guess is None else 1000 * guess,
                 "error": None if guess is None else 100 * (guess / middle - 1),
-                "messages": waiting(runs),
+                "messages": waiting(runs) if variant.layout.tp > 1 else None,
                 "rates": [rates[number] for number in sorted(rates)],
                 "sent": {number: run["sent"] for number, run in sorted(runs.items())},
                 **compared(variant, first, point, rates),
@@ -118,7 +118,7 @@ def rows_of(
 
 
 def waiting(runs: dict[int, dict[str, Any]]) -> float | None:
-    """Percent of its time that rank 0 was in collectives; None where it has none."""
+    """Percent of its time that rank 0 was in collectives; None for what is not a decode."""
     shares = [
         100 * sum(total["seconds"] for total in run["sent"].values()) / run["whole_s"]
         for run in runs.values()
@@ -205,7 +205,7 @@ def ranks_result(
     limits: dict[str, Any],
 ) -> Result:
     notes = [
-        f"Model {args.model}. Weights and KV are what the ranks say of themselves; Peak memory:"
+        f"Model {args.model}. Weights and KV are what the ranks say of themselves. Peak memory:"
         " resident, of the process until the engine is ready, with Python, the libraries and the KV"
         " cache. Sent: by rank 0 in all-reduces of the layers, to the tokens of all steps and the"
         " layers; by formula, as tensors are written once into memory that the ranks share."

@@ -89,19 +89,28 @@ export async function* streamChat(body, key, signal) {
  *
  * @param {string} key the API key, empty for none
  * @param {AbortSignal} signal
+ * @param {string} engine of several behind a router, empty for any
+ * @param {(engines: string[], engine: string) => void} onEngines which there are, and which it is;
+ *   none where the server is one engine's
  */
-export async function* followTrace(key, signal) {
+export async function* followTrace(key, signal, engine, onEngines) {
   const headers = { Accept: "text/event-stream" };
-  const response = await request("/trace", { headers, signal }, key);
+  const response = await request(ofEngine("/trace", engine), { headers, signal }, key);
+  const engines = response.headers.get("X-Engines")?.split(",") ?? [];
+  onEngines(engines, response.headers.get("X-Engine") ?? "");
   if (response.body) yield* readEvents(response.body);
 }
 
+/** @param {string} path @param {string} engine */
+const ofEngine = (path, engine) => (engine ? `${path}?engine=${encodeURIComponent(engine)}` : path);
+
 /**
  * @param {string} key the API key, empty for none
+ * @param {string} engine of several behind a router, empty for any
  * @returns {Promise<Blob>} the steps that the server has kept, one a line
  */
-export async function fetchTrace(key) {
-  const response = await request("/trace.jsonl", {}, key);
+export async function fetchTrace(key, engine) {
+  const response = await request(ofEngine("/trace.jsonl", engine), {}, key);
   return response.blob().catch(() => {
     throw new InterruptedError();
   });

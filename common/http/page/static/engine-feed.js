@@ -19,6 +19,7 @@ export class Feed {
   #wait = FIRST_WAIT;
   #timer = 0;
   #key = "";
+  #engine = "";
   /** @type {AbortController | null} */
   #running = null;
 
@@ -28,6 +29,7 @@ export class Feed {
    *   onRecord: (record: import("./engine-state.js").StepRecord) => void,
    *   onExperts: (experts: import("./engine-experts.js").Experts) => void,
    *   onStatus: (status: FeedStatus) => void,
+   *   onEngines: (engines: string[], engine: string) => void,
    * }} events `onState` is called first, and again when steps were missed
    */
   constructor(events) {
@@ -38,10 +40,16 @@ export class Feed {
     return this.#running !== null || this.#timer !== 0;
   }
 
-  /** Connect, or connect anew. @param {string} key the API key, empty for none */
-  start(key) {
+  /**
+   * Connect, or connect anew.
+   *
+   * @param {string} key the API key, empty for none
+   * @param {string} engine of several behind a router, empty for any
+   */
+  start(key, engine) {
     this.stop();
     this.#key = key;
+    this.#engine = engine;
     this.#wait = FIRST_WAIT;
     this.#events.onStatus("connecting");
     this.#connect();
@@ -59,7 +67,7 @@ export class Feed {
     this.#running = running;
     let status = 0;
     try {
-      for await (const event of followTrace(this.#key, running.signal)) {
+      for await (const event of this.#follow(running.signal)) {
         if (event.type === "state") {
           this.#events.onState(readState(event.data));
           this.#events.onStatus("live");
@@ -77,6 +85,11 @@ export class Feed {
     running.abort();
     this.#running = null;
     this.#afterEnd(status);
+  }
+
+  /** @param {AbortSignal} signal */
+  #follow(signal) {
+    return followTrace(this.#key, signal, this.#engine, this.#events.onEngines);
   }
 
   /** @param {number} status of the server's refusal, 0 where the connection broke */

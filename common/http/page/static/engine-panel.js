@@ -5,6 +5,7 @@
 
 import { fetchTrace } from "./api.js";
 import { Colours } from "./engine-canvas.js";
+import { EngineChoice } from "./engine-choice.js";
 import { Drawer } from "./engine-drawer.js";
 import { Feed } from "./engine-feed.js";
 import { Frames } from "./engine-frames.js";
@@ -40,6 +41,7 @@ export class EnginePanel {
   #key = null;
   /** @type {import("./engine-feed.js").FeedStatus} */
   #status = "connecting";
+  #choice = new EngineChoice(byId("engine-choice"), () => this.#restartFeed());
   #fileName = "";
   #said = "";
   #quiet = 0; // the timer that runs until something may be said again
@@ -59,6 +61,7 @@ export class EnginePanel {
         this.#frames.update();
       },
       onStatus: (status) => this.#setStatus(status),
+      onEngines: (engines, engine) => this.#choice.show(engines, engine),
     });
     this.#drawer = new Drawer(this.#root, byId("room"), byId("engine-toggle"), () => this.#follow());
     new ResizeObserver(() => this.#frames.answer()).observe(this.#root);
@@ -78,7 +81,13 @@ export class EnginePanel {
   #follow() {
     if (this.#key === null) return;
     if (!this.#drawer.isWanted) this.#feed.stop();
-    else if (!this.#feed.isRunning) this.#feed.start(this.#key);
+    else if (!this.#feed.isRunning) this.#feed.start(this.#key, this.#choice.engine);
+  }
+
+  /** Another engine is wanted. */
+  #restartFeed() {
+    this.#feed.stop();
+    this.#follow();
   }
 
   #onVisibility() {
@@ -160,7 +169,7 @@ export class EnginePanel {
 
   async #save() {
     try {
-      const url = URL.createObjectURL(await fetchTrace(this.#key ?? ""));
+      const url = URL.createObjectURL(await fetchTrace(this.#key ?? "", this.#choice.engine));
       const link = document.createElement("a");
       link.href = url;
       link.download = "trace.jsonl";

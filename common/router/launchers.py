@@ -1,0 +1,72 @@
+"""The launcher that a configuration asks for, and the one for processes on this machine."""
+
+import secrets
+from dataclasses import asdict, replace
+from typing import Any
+
+from common.http.run import ServerConfig
+from common.router.config import RouterConfig
+from common.router.launching import ChildServer, GivenLauncher, Launcher
+from common.router.resources import gpu_environment, share
+
+DEFAULT_NUM_SEQS = 256  # of an engine, where nothing is known
+GRACE_SECONDS = 10.0  # beyond its own time to finish, for a replica to end
+
+
+def make_launcher(module: str, engine: Any, config: RouterConfig, server: ServerConfig) -> Launcher:
+    """module: what runs one engine. Raises ValueError."""
+    if config.replica:
+        changed = [k for k, v in asdict(engine).items() if v != getattr(type(engine)(), k)]
+        if changed:
+            raise ValueError(f"{changed[0]} has no effect on the servers that --replica names")
+        return GivenLauncher(config.replica, config.replica_api_key)
+    if config.replica_api_key is not None:
+        raise ValueError("replica_api_key is for the servers that --replica names")
+    secret = secrets.token_urlsafe(32)
+    own = replace(
+        ServerConfig(api_key=secret),
+        port=0,
+        served_model_name=server.served_model_name,
+        max_waiting=server.max_waiting,
+        max_body_size=server.max_body_size,
+        shutdown_timeout=server.shutdown_timeout,
+    )
+    job = {
+        "engine": asdict(share(engine, config.most)),
+        "server": asdict(own),
+        "grace": server.shutdown_timeout + GRACE_SECONDS,
+    }
+    if config.launcher == "ray":
+        from common.router.ray_actors import RayLauncher
+
+        return RayLauncher(module, job, engine, config)
+    environments = [gpu_environment(engine, i, config.most) for i in range(config.most)]
+    return LocalLauncher(module, job, environments)
+
+
+class LocalLauncher:
+    """Replicas as processes on this machine."""
+
+    def __init__(
+        self, module: str, job: dict[str, Any], environments: list[dict[str, str]]
+    ) -> None:
+        self.module, self.job, self.environments = module, job, environments
+        self.api_key: str | None = job["server"]["api_key"]
+        self.children: dict[int, ChildServer] = {}  # the last of each index
+
+    def launch(self, index: int) -> ChildServer:
+        child = ChildServer(self.module, self.job, f"engine {index}", self.environments[index])
+        self.children[index] = child
+        return child
+
+    def close(self) -> None: ...
+
+    def kill(self) -> None:
+        for child in self.children.values():
+            child.kill()
+
+
+def requests_each(engine: Any, server: ServerConfig) -> int:
+    """Requests that the router holds at most for each replica: those that run there and those that
+    wait."""
+    return server.max_waiting + (engine.max_num_seqs or DEFAULT_NUM_SEQS)
