@@ -11,6 +11,7 @@ that takes part in the exchange while its engine has nothing to do. The schedule
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ Counts = list[int]  # tokens of each engine in a forward
 CLOSES = -1  # said in the place of a kind
 CLOSE_SECONDS = 2.0
 PAUSE = 0.002  # seconds from one exchange to the next while no engine has anything to run
+SHORTEST, LONGEST = 0.01, 0.05  # seconds that an engine is waited for which may have more to run
 
 
 class Queue(Protocol):
@@ -111,11 +113,12 @@ class Lockstep:
                 job.launched.set_exception(lost)
 
     def _keep_step(self) -> None:
-        job, idle, waits = None, None, True
+        job, idle, num_idle = None, None, 0
+        gap, launched, patience = 0.0, time.monotonic(), PAUSE
         while True:
             if job is None:
                 with contextlib.suppress(Empty):
-                    job = self.jobs.get(waits, PAUSE)
+                    job = self.jobs.get(patience > 0, patience)
                     if job is None:
                         with contextlib.suppress(RankError):  # another may do the same
                             self._exchange(Job(lambda: None, 0, CLOSES))
@@ -128,13 +131,22 @@ class Lockstep:
                 raise
             if job is not None and job.kind == kind:
                 self._answer(job, counts)
-                job, waits = None, True  # its engine will soon have another
+                now = time.monotonic()
+                # Its engine will soon have another. That is waited for, some times as long as from
+                # one to the next lately, so that engines run together and not in turns.
+                gap, launched = max(now - launched, gap / 2), now
+                patience = min(max(2 * gap, SHORTEST), LONGEST)
+                job, num_idle = None, 0
                 continue
-            waits = not any(counts)
-            if not waits:
-                if idle is not None:
-                    idle.result()  # raises what went wrong in it
-                idle = self._launch(partial(self.run_idle, kind), counts)
+            num_idle += 1
+            if not any(counts):
+                patience = PAUSE
+                continue
+            if num_idle > 1:
+                patience = 0.0  # it only serves the others: it is there before them
+            if idle is not None:
+                idle.result()  # raises what went wrong in it
+            idle = self._launch(partial(self.run_idle, kind), counts)
 
     def _exchange(self, job: Job | None) -> tuple[int, Counts]:
         """What kind of forward comes, and each engine's tokens in it; 0 where it has another kind
