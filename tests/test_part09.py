@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import load_config
 from common.models.weight_slices import open_weights
-from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded
 from common.testing.parts import module_of
 from common.testing.rank_threads import ThreadRanks, engine_in_threads
-from common.testing.schedules import Drive, Event, known_requests
+from common.testing.schedules import Drive, Event
 
 Shard = module_of(9, "tensor_parallel").Shard
 divide_heads = module_of(9, "tensor_parallel").divide_heads
@@ -396,7 +395,7 @@ def test_bytes_held_and_sent(
     their logits. Orders, some numbers a step, do not count."""
     folder = folder_of(name)
     engine = engine_with(folder, size, num_blocks=40, max_num_batched_tokens=16)
-    others = {r: runner for r, runner in engine_with.started[-1][1].runners.items()}
+    others = engine_with.started[-1][1].runners
     config = engine.runner.model.config
     shares = divide_heads(config.num_heads, config.num_kv_heads, size)
     numbers = config.num_layers * 2 * config.head_dim * 4 * 40 * 4

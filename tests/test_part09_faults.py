@@ -173,14 +173,14 @@ def test_a_rank_is_lost(how: signal.Signals, serve: Callable) -> None:
 
 
 @pytest.mark.long
-def test_twenty_losses_in_a_row(serve: Callable, capsys: pytest.CaptureFixture) -> None:
-    generator = random.Random(9)
-    for cycle in range(20):
-        how = (signal.SIGKILL, signal.SIGSTOP)[cycle % 2]
-        size, busy = 2 if cycle % 4 < 2 else 4, generator.random() < 0.7
-        seconds = lose(serve(size), generator.randint(1, size - 1), how, busy)
-        with capsys.disabled():
-            print(f"cycle {cycle}: {size} ranks, {how.name}, busy {busy}: {seconds:.2f} s")
+@pytest.mark.parametrize("cycle", range(20))
+def test_twenty_losses_in_a_row(cycle: int, serve: Callable, capsys: pytest.CaptureFixture) -> None:
+    generator = random.Random(cycle)
+    how = (signal.SIGKILL, signal.SIGSTOP)[cycle % 2]
+    size, busy = 2 if cycle % 4 < 2 else 4, generator.random() < 0.7
+    seconds = lose(serve(size), generator.randint(1, size - 1), how, busy)
+    with capsys.disabled():
+        print(f" {size} ranks, {how.name}, {'busy' if busy else 'idle'}: {seconds:.2f} s")
 
 
 def test_ranks_end_with_rank_0(serve: Callable) -> None:
@@ -310,7 +310,7 @@ def test_a_stopped_rank_is_missed_while_nothing_is_computed(engines: list[Any]) 
     os.kill(worker, signal.SIGSTOP)
     wait_until(engine.problem, DEADLINE)
     assert engine.problem() == "rank 1 gives no sign of life for 3 s"
-    with pytest.raises(RankError, match="^rank 1 gives no sign of life for 3 s$"):
+    with pytest.raises(RankError, match=r"^rank 1 gives no sign of life for 3 s$"):
         tokens_of(engine)
     engine.shutdown()
     assert not is_alive(worker)
