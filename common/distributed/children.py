@@ -5,10 +5,12 @@ import ctypes
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from common.distributed.health import Health
@@ -142,11 +144,14 @@ def read_job() -> dict[str, Any]:
     if os.getppid() != job["parent"]:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_hold_life_line, name="life line", daemon=True).start()
+    folder = Path(job["store"]).parent
+    threading.Thread(target=_hold_life_line, args=(folder,), name="life line", daemon=True).start()
     return job
 
 
-def _hold_life_line() -> None:
+def _hold_life_line(folder: Path) -> None:
+    """folder: where the ranks meet; left over when rank 0 is killed while they do."""
     while os.read(0, 1):
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

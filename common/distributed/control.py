@@ -80,14 +80,13 @@ class Sender(Control):
         self._closed.set()
         self._thread.join()
         with self._lock:
-            self._put_if_idle(CLOSED)
-            self._end()
+            self._say_closed()
 
     def _beat(self) -> None:
         period = min(1.0, self.timeout / 4)
         while not self._closed.wait(period):
             with self._lock:
-                self._put_if_idle(HEARTBEAT)
+                self._give_sign()
             for rank in range(1, self._size):
                 if self._heard(rank):
                     self._silence[rank] = 0.0
@@ -102,29 +101,29 @@ class Sender(Control):
         """Raises RankError."""
 
     @abstractmethod
-    def _put_if_idle(self, message: bytes) -> None:
-        """Leaves out ranks that have not taken earlier messages; raises nothing."""
+    def _give_sign(self) -> None:
+        """Of life. Waits for no rank; raises nothing."""
 
     @abstractmethod
     def _heard(self, rank: int) -> bool:
         """Whether a rank has given a sign of life since the last question."""
 
     @abstractmethod
-    def _end(self) -> None:
-        """Let go of what is held."""
+    def _say_closed(self) -> None:
+        """To all that still listen, and let go of what is held. Raises nothing."""
 
 
 class Receiver(Control):
     """Another rank's side: a thread gives signs of life."""
 
     def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
+        self.timeout, self.period = timeout, min(1.0, timeout / 4)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="sign of life", daemon=True)
         self._thread.start()
 
     def _beat(self) -> None:
-        while not self._closed.wait(min(1.0, self.timeout / 4)):
+        while not self._closed.wait(self.period):
             self._give_sign()
 
     def close(self) -> None:
@@ -166,7 +165,7 @@ class SocketSender(Sender):
             except OSError:
                 raise self.health.report_after_grace(f"rank {rank} is gone") from None
 
-    def _put_if_idle(self, message: bytes) -> None:
+    def _give_sign(self, message: bytes = HEARTBEAT) -> None:
         for end in self._ends:
             with contextlib.suppress(OSError):  # full, or the rank is gone: both show elsewhere
                 end.send(message)  # 8 bytes are taken whole or not at all
@@ -177,7 +176,8 @@ class SocketSender(Sender):
         except OSError:
             return False
 
-    def _end(self) -> None:
+    def _say_closed(self) -> None:
+        self._give_sign(CLOSED)
         for end in self._ends:
             end.close()
 

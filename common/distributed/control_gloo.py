@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
-from common.distributed.control import Receiver, Sender
-from common.distributed.gloo import wait_for
+from common.distributed.control import CLOSED, Receiver, Sender
+from common.distributed.gloo import SLICE, wait_for
 from common.distributed.group import RankError
-from common.distributed.health import Health
+from common.distributed.health import Health, reason_of
 
 FRAME = 64  # int64s that gloo sends at once
 
@@ -36,15 +36,12 @@ class GlooSender(Sender):
             try:
                 self._pending.append(self._backend.broadcast(frame, 0))
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = reason_of(error)
                 raise self.health.report_after_grace(f"another rank is gone ({reason})") from None
 
-    def _put_if_idle(self, message: bytes) -> None:
-        if self.health.problem is None and all(work.is_completed() for work in self._pending):
-            try:
-                self._put(message)
-            except RankError:
-                return  # the next wait raises it
+    def _give_sign(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._store.add("sign/0", 1)
 
     def _heard(self, rank: int) -> bool:
         try:
@@ -53,26 +50,26 @@ class GlooSender(Sender):
             return False  # the store is gone, and its host
         return self._counts[rank] != before
 
-    def _end(self) -> None:
-        for work in self._pending[-1:]:
-            try:
-                wait_for(work, "rank 0 waited to close", min(2.0, self.timeout), Health())
-            except RuntimeError:
-                break
+    def _say_closed(self) -> None:
+        with contextlib.suppress(RuntimeError):  # of which a RankError is one
+            if self.health.problem is None:
+                self._put(CLOSED)
+                patience = min(2.0, self.timeout)
+                wait_for(self._pending[-1], "rank 0 waited to close", patience, Health())
         self._backend.abort()
 
 
 class GlooReceiver(Receiver):
-    """Another rank's side of the broadcasts."""
+    """Another rank's side of the broadcasts. Rank 0's signs of life come by the store: a broadcast
+    reaches no rank while another is too busy to take part."""
 
     def __init__(self, backend: Any, store: Store, timeout: float, health: Health) -> None:
         self._backend, self._store, self.health = backend, store, health
+        self._silence, self._count = 0.0, 0  # of rank 0: seconds; its last sign
         super().__init__(timeout)
 
     def receive(self) -> list[int]:
-        while (frame := self._frame())[0] < 0:
-            pass
-        length, numbers = frame[0], frame[1:]
+        length, *numbers = self._frame()
         while len(numbers) < length:
             numbers += self._frame()
         return numbers[:length]
@@ -81,17 +78,34 @@ class GlooReceiver(Receiver):
         frame = torch.empty(FRAME, dtype=torch.int64)
         try:
             work = self._backend.broadcast(frame, 0)
-            wait_for(work, "no sign of life from rank 0", self.timeout, self.health)
+            while not self._is_done(work):
+                self.health.check()
+                if self._silence > self.timeout:
+                    silence = f"rank 0 has given no sign of life for {self.timeout:g} s"
+                    raise self.health.report(silence)
         except RankError:
             raise
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
             raise self.health.report(f"rank 0 is gone ({reason})") from None
         return frame.tolist()
 
+    def _is_done(self, work: Any) -> bool:
+        """Wait for a while. Raises RuntimeError when the connection has failed."""
+        try:
+            work.wait(SLICE)
+            return True
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            return False
+
     def _give_sign(self) -> None:
-        with contextlib.suppress(RuntimeError):
+        before = self._count
+        with contextlib.suppress(RuntimeError):  # the store is gone, and its host
             self._store.add(f"sign/{self._backend.rank()}", 1)
+            self._count = self._store.add("sign/0", 0)
+        self._silence = 0.0 if self._count != before else self._silence + self.period
 
     def close(self) -> None:
         super().close()

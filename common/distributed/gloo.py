@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from common.distributed.group import Group
-from common.distributed.health import Health
+from common.distributed.health import Health, reason_of
 
 SLICE = timedelta(seconds=0.1)  # of a wait: between two looks at whether a rank has died
 
@@ -125,7 +125,7 @@ class TorchGroup(Group):
         except RuntimeError as error:
             if self._health.problem is not None:
                 raise self._health.report("") from None
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
             message = f"another rank is gone: {name} failed on rank {self.rank} ({reason})"
             raise self._health.report_after_grace(message) from error
 
@@ -164,7 +164,7 @@ def make_backend(
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         return ProcessGroupNCCL(store, rank, size, options)
     options = ProcessGroupGloo._Options()
-    options._timeout = limit
+    options._timeout = limit + timedelta(seconds=30)  # we are first, and have better words
     options._threads = 1
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
     where = {"interface": interface} if interface else {"hostname": host}

@@ -1,5 +1,6 @@
 """What is wrong with the ranks, known to all that wait for one."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -44,3 +45,9 @@ class Health:
         """Raises RankError when a problem is known."""
         if self.problem is not None:
             raise RankError(self.problem)
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of a PyTorch error, without the place in its source and the advice."""
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"^\[\S+\] |\. This is typically.*$", "", line)

@@ -1,7 +1,7 @@
 """The ranks of an engine on one host: rank 0 starts the others as its children.
 
-They meet in a store that is a file without a name, and hear rank 0 through sockets that have none
-either. CPU ranks share memory: then no port is open. (NCCL and gloo listen.)
+They meet in a store that is a file in a private folder, removed as soon as they have met, and hear
+rank 0 through sockets without a name. CPU ranks share memory: then no port is open. (NCCL and gloo listen.)
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def start_local(
         for rank, (_, theirs) in enumerate(pairs, 1):
             own = "cpu" if device.type == "cpu" else f"cuda:{first + rank}"
             jobs.append({**job, "rank": rank, "device": own, "control": theirs.fileno()})
-            descriptors = (theirs.fileno(), local.descriptor, memory)
+            descriptors = (theirs.fileno(), memory)
             inherited.append([x for x in descriptors if x is not None])
         children = Children(f"{package}.worker", jobs, inherited, threads, health)
         control = SocketSender([ours for ours, _ in pairs], timeout, health)
@@ -94,11 +94,15 @@ def _local_group(
     timeout: float,
     health: Health,
 ) -> Group:
-    """Over shared memory where there is some, which is then held without the descriptor."""
+    """Over shared memory where there is some. Once it is here, no rank needs the store."""
+    group: Group
     if memory is None:
         backend = make_backend(store, "data", rank, size, device, timeout, LOOPBACK)
-        return TorchGroup(backend, device, timeout, health)
-    return shared_memory.SharedMemoryGroup(memory, rank, size, timeout, health)
+        group = TorchGroup(backend, device, timeout, health)
+    else:
+        group = shared_memory.SharedMemoryGroup(memory, rank, size, timeout, health)
+    group.minimum(0)  # every rank has read what it needs: the store's file may go
+    return group
 
 
 def join_local(

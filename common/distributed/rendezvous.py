@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import json
-import os
 import platform
 import socket
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from torch.distributed import FileStore, Store, TCPStore
 
-from common.distributed.health import Health
+from common.distributed.health import Health, reason_of
 
 PACKAGES = ("torch", "numpy", "numba", "safetensors", "tokenizers", "transformers")
 SAMPLE = 4096  # bytes of a shard that are read at each of its sampled places
@@ -23,27 +22,20 @@ PLACES = 16
 
 
 class LocalStore:
-    """A store for the processes of this host: a file without a name, so that nothing can be left
-    behind and no port is open. Where the system has none: a file in a private folder."""
+    """A store for the processes of this host: a file in a private folder, so that no port is open.
+
+    (A file without a name would leave nothing behind, but the store opens its path again when it is
+    destroyed, whenever that is: by then another file may have the descriptor's number.)
+    """
 
     def __init__(self, size: int) -> None:
-        self.descriptor: int | None = None  # to be inherited by the other ranks
-        self._folder: tempfile.TemporaryDirectory | None = None
-        if hasattr(os, "memfd_create"):
-            self.descriptor = os.memfd_create("ranks")
-            self.path = f"/proc/self/fd/{self.descriptor}"
-        else:
-            self._folder = tempfile.TemporaryDirectory(prefix="ranks-")  # mode 0700
-            self.path = str(Path(self._folder.name) / "store")
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")  # mode 0700
+        self.path = str(Path(self._folder.name) / "store")
         self.store = FileStore(self.path, size)
 
     def close(self) -> None:
         """Once all ranks are connected."""
-        del self.store
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._folder.cleanup()
 
 
 def open_store(rendezvous: str, rank: int, size: int, timeout: float) -> Store:
@@ -70,7 +62,7 @@ def open_store(rendezvous: str, rank: int, size: int, timeout: float) -> Store:
                 master_listen_fd=server.detach(),
             )
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(f"no rendezvous at {rendezvous!r}: {reason}") from None
 
 

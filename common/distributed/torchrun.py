@@ -16,7 +16,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from common.device import usable_cores
 from common.distributed.control_gloo import GlooReceiver, GlooSender
 from common.distributed.gloo import TorchGroup, make_backend, own_address
-from common.distributed.health import Health
+from common.distributed.health import Health, reason_of
 from common.distributed.ranks import LOAD_SECONDS, Ranks
 from common.distributed.rendezvous import meet
 
@@ -101,7 +101,7 @@ def _torchrun_store(timeout: float) -> Store:
     try:
         store = TCPStore(host, port, None, serves, limit, wait_for_workers=False)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(f"no rendezvous at {host}:{port} (MASTER_ADDR): {reason}") from None
     run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"ranks/{run}", store)
