@@ -102,10 +102,12 @@ def check_other_fields(config: Any, field: dataclasses.Field[Any], value: Any) -
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add one flag a field of `config_class` to `parser`, in the order of the fields."""
+    """Add one flag a field of `config_class` to `parser`, in the order of the fields; none for a
+    field that a class before has as well."""
     group = parser.add_argument_group(config_class.__name__)
+    known = {action.dest for action in parser._actions}
     for field in dataclasses.fields(config_class):
-        if "help" not in field.metadata:
+        if "help" not in field.metadata or field.name in known:
             continue
         kind, _ = value_type(config_class, field.name)
         flags = ["--" + field.name.replace("_", "-"), *field.metadata["aliases"]]
@@ -149,7 +151,8 @@ def parse(
     description: str = "",
     prog: str | None = None,
 ) -> list[Config]:
-    """Parse `argv` into one instance of each class.
+    """Parse `argv` into one instance of each class. A field that several of them have is the first
+    one's, and has its default in the others.
 
     A wrong flag or value ends the process with one line on standard error and exit status 2.
     """
@@ -166,7 +169,7 @@ def parse(
     for config_class in config_classes:
         names = [field.name for field in dataclasses.fields(config_class)]
         try:
-            configs.append(config_class(**{n: values[n] for n in names if n in values}))
+            configs.append(config_class(**{n: values.pop(n) for n in names if n in values}))
         except ValueError as error:
             name, _, rest = str(error).partition(" ")
             parser.exit(2, f"{parser.prog}: error: --{name.replace('_', '-')} {rest}\n")
