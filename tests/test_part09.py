@@ -112,12 +112,16 @@ def write_model(folder: Path, tokenizer_json: str, **values: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> Callable[[str], str]:
+def folder_of(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str
+) -> Callable[[str], str]:
     root = tmp_path_factory.mktemp("models")
 
     def find(name: str) -> str:
         folder = root / name
-        return str(folder if folder.is_dir() else write_model(folder, tokenizer_json, **MODELS[name][0]))
+        return str(
+            folder if folder.is_dir() else write_model(folder, tokenizer_json, **MODELS[name][0])
+        )
 
     return find
 

@@ -90,7 +90,9 @@ class Served:
         body |= {"ignore_eos": True, "temperature": 0}
         last = ""
         try:
-            with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=60) as answer:
+            with httpx.stream(
+                "POST", f"{self.url}/v1/completions", json=body, timeout=60
+            ) as answer:
                 for line in filter(None, answer.iter_lines()):
                     self.num_tokens += 1
                     last = line
