@@ -11,7 +11,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
@@ -101,13 +101,13 @@ def check_other_fields(config: Any, field: dataclasses.Field[Any], value: Any) -
         raise ValueError(f"{field.name} and {other} are both given: one decides the other")
 
 
-def add_flags(
-    parser: argparse.ArgumentParser, config_class: type, leave_out: Collection[str] = ()
-) -> None:
-    """Add one flag a field of `config_class` to `parser`, in the order of the fields."""
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add one flag a field of `config_class` to `parser`, in the order of the fields; none for a
+    field that a class before has as well."""
     group = parser.add_argument_group(config_class.__name__)
+    known = {action.dest for action in parser._actions}
     for field in dataclasses.fields(config_class):
-        if "help" not in field.metadata or field.name in leave_out:
+        if "help" not in field.metadata or field.name in known:
             continue
         kind, _ = value_type(config_class, field.name)
         flags = ["--" + field.name.replace("_", "-"), *field.metadata["aliases"]]
@@ -151,8 +151,8 @@ def parse(
     description: str = "",
     prog: str | None = None,
 ) -> list[Config]:
-    """Parse `argv` into one instance of each class. A field that several of them have is a flag of
-    the last; the others keep its default.
+    """Parse `argv` into one instance of each class. A field that several of them have is the first
+    one's, and has its default in the others.
 
     A wrong flag or value ends the process with one line on standard error and exit status 2.
     """
@@ -160,18 +160,16 @@ def parse(
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         prog = f"python -m {spec.name}" if spec else None
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    names = [{field.name for field in dataclasses.fields(one)} for one in config_classes]
-    taken = [set().union(*names[place + 1 :]) for place in range(len(names))]
-    for config_class, leave_out in zip(config_classes, taken, strict=True):
-        add_flags(parser, config_class, leave_out)
+    for config_class in config_classes:
+        add_flags(parser, config_class)
     words = sys.argv[1:] if argv is None else argv
     values = vars(parser.parse_args([_with_dashes(word) for word in words]))
     configs = []
     values = {n: tuple(value) if type(value) is list else value for n, value in values.items()}
-    for config_class, own, leave_out in zip(config_classes, names, taken, strict=True):
+    for config_class in config_classes:
+        names = [field.name for field in dataclasses.fields(config_class)]
         try:
-            given = {name: values[name] for name in own - leave_out if name in values}
-            configs.append(config_class(**given))
+            configs.append(config_class(**{n: values.pop(n) for n in names if n in values}))
         except ValueError as error:
             name, _, rest = str(error).partition(" ")
             parser.exit(2, f"{parser.prog}: error: --{name.replace('_', '-')} {rest}\n")

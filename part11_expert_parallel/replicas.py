@@ -23,7 +23,7 @@ from common.router.link import Link
 from common.router.members import Member, Members
 from common.router.upstream import Upstream, UpstreamFailed
 
-MAX_MISSES = 2  # of health checks in a row
+MAX_MISSES = 3  # of health checks in a row
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.25, 30.0  # before a replica is started again
 STEADY_SECONDS = 60.0  # of health after which earlier deaths are forgotten
 

@@ -491,17 +491,19 @@ def test_layouts_as_a_table_and_a_picture(tmp_path: Path, capsys: Any) -> None:
     assert "| 8 H200 in one host | Qwen3-8B | 1 | TP 8 × DP 1 | yes |" in capsys.readouterr().out
 
 
-def test_skewed_experts_make_spreading_worth_less(tmp_path: Path, capsys: Any) -> None:
-    steps = []
-    for number, flags in enumerate(("", "--skew 0.8 --balanced", "--skew 0.8")):
-        path = tmp_path / f"{number}.json"
-        command = f"parallel layouts --models Qwen3-30B-A3B --json {path} {flags}"
-        assert main(command.split()) == 0
-        result = load_result(path)
-        [row] = [r for r in result["rows"] if (r["num_sequences"], r["tp16"]) == (1024, None)]
-        steps.append(row["ep"])
+def test_skewed_experts_make_spreading_worth_less(capsys: Any, tmp_path: Path) -> None:
+    name, steps = "Qwen3-30B-A3B", []
+    for routing in (Routing(), Routing(0.8, balanced=True), Routing(0.8)):
+        found = choices.choices(MODELS[name], HOST, Batch(1024, 1, 2048), 4096, routing=routing)
+        steps.append(next(choice.step.total for choice in found if choice.layout.ep))
     assert steps[0] < steps[1] < steps[2]
+    command = f"parallel layouts --models {name} --skew 0.8 --json {tmp_path}/l.json"
+    assert main(command.split()) == 0
     assert "as the i-th is to i ** -0.8, placed by chance" in capsys.readouterr().out
+    rows = load_result(tmp_path / "l.json")["rows"]
+    assert rows[4]["ep"] == pytest.approx(
+        1000 * steps[2], rel=0.5
+    )  # with half of 4096 in the cache
 
 
 def test_a_prefill_is_shared_by_a_replicas_ranks() -> None:
@@ -605,6 +607,15 @@ def test_bad_flags_give_one_line(flags: str, says: str, capsys: Any) -> None:
 # Engines
 
 
+def test_how_fast_a_lone_thread_reads() -> None:
+    threads = torch.get_num_threads()
+    try:
+        share = measure.lone_read_job({"threads": 1, "all_threads": 1})["share"]
+    finally:
+        torch.set_num_threads(threads)
+    assert share == 1.0
+
+
 def test_a_watched_group_is_what_it_was() -> None:
     class Group:
         num_bytes_sent = 0
@@ -642,6 +653,12 @@ def test_a_machine_is_found_again() -> None:
     assert found.step_s == pytest.approx(truth.step_s, rel=0.1)
     half = part_of(found, 2)
     assert half.read_bytes_per_s == found.read_bytes_per_s / 2 and half.step_s == found.step_s
+    alone, hurried = (part_of(found, 4, 1, share) for share in (0.6, 0.1))
+    assert alone.read_bytes_per_s == pytest.approx(0.6 * found.read_bytes_per_s)
+    assert hurried.read_bytes_per_s == found.read_bytes_per_s / 4  # at least its even part
+    two = part_of(found, 4, 2, 0.6)  # two of four share the memory
+    assert two.read_bytes_per_s == found.read_bytes_per_s / 2
+    assert alone.flops_per_s == two.flops_per_s == found.flops_per_s / 4
     with pytest.raises(ValueError, match="3 measurements: to calibrate takes four"):
         calibrate(SMOLLM2, [([Batch(1)], 1.0)] * 3)
 
@@ -681,8 +698,7 @@ class MadeUpEngines:
             "kv_tokens": 100, "peak_mib": [500.0] * layout.tp,
         }  # fmt: skip
         link = Link(1e-5, 0.0, 1e9)
-        device = part_of(self.truth, layout.num_ranks)
-        self.machine = Machine("true", layout.num_ranks, device, Fabric(8, link, link))
+        self.fabric = Fabric(8, link, link)
 
     def __enter__(self) -> "MadeUpEngines":
         return self
@@ -694,7 +710,9 @@ class MadeUpEngines:
         layout, count = self.variant.layout, len(prompts)
         point = Point("", count, len(prompts[0]), max_tokens)
         work = point.steps(layout.dp)
-        took = sum(step(SMOLLM2, layout, self.machine, batch, 4).total for batch in work)
+        device = part_of(self.truth, layout.num_ranks, layout.tp * min(layout.dp, count), 0.7)
+        machine = Machine("true", layout.num_ranks, device, self.fabric)
+        took = sum(step(SMOLLM2, layout, machine, batch, 4).total for batch in work)
         computed = sum(len(prompt) + max_tokens - 1 for prompt in prompts)
         sent = {"all_reduce": {"count": 1, "seconds": 0.0, "num_bytes": 61 * 576 * 4 * computed}}
         return {
@@ -712,6 +730,7 @@ def run_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str) -> 
     for module in (collectives, engines):
         monkeypatch.setattr(module, "run_worker", lambda job: LIMITS)
     monkeypatch.setattr(engines, "Engines", MadeUpEngines)
+    monkeypatch.setattr(engines, "run_job", lambda job: {"share": 0.7})
     monkeypatch.setattr(engines, "usable_cores", lambda: 4)
     monkeypatch.setattr(engines, "part_package", lambda part: f"part{part:02d}")
     assert main(f"parallel collectives --json {tmp_path}/c.json --quick-limits".split()) == 0

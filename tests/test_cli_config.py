@@ -150,15 +150,6 @@ class TestParse:
         [server] = parse([ServerConfig], ["--max_waiting=3", "--served_model_name", "a_b"])
         assert (server.max_waiting, server.served_model_name) == (3, "a_b")
 
-    def test_a_flag_that_two_configs_have_is_the_later_ones(self) -> None:
-        @dataclass(frozen=True)
-        class Later:
-            count: int = option(1, "another number", aliases=("--copies",))
-
-        for argv in (["--count", "20"], ["--copies", "20"]):
-            first, later = parse([Settings, Later], [*argv, "--name", "b"], prog="prog")
-            assert (first.count, first.name, later.count) == (3, "b", 20)
-
     def test_several_configs_from_one_line(self) -> None:
         configs = parse([Settings, Other], ["--port", "8", "--count", "2"], prog="prog")
         assert configs == [Settings(count=2), Other(port=8)]

@@ -22,9 +22,11 @@ from common.kernels.cpu.jit import KERNELS
 ROOT = Path(common.__file__).parents[1]
 SMALLEST = "silu_and_mul"
 COUNT = """
+from common.distributed.shared_memory import load_kernels
 from common.kernels.cpu import compile as cpu_compile
 from common.kernels.cpu.ops import CpuOps
 CpuOps(1)
+load_kernels()
 stats = [k.stats for k in cpu_compile.KERNELS.values()]
 print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.values()) for s in stats))
 """

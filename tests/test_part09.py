@@ -5,14 +5,21 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from common.models.architecture import ModelConfig
+from common.models.checkpoint import load_config
+from common.models.weight_slices import open_weights
 from common.sampling import SamplingParams
+from common.testing.oracle import check_greedy, check_seeded
 from common.testing.parts import module_of
 from common.testing.rank_threads import ThreadRanks, engine_in_threads
 from common.testing.schedules import Drive, Event
@@ -176,20 +183,45 @@ def some_events(generator: random.Random) -> list[Event]:
     ]
 
 
-@pytest.mark.parametrize("mode", range(len(MODES)))
-@pytest.mark.parametrize(("name", "size"), SPREAD)
+# In the short form each spread with one or two of the modes, and all modes.
+SHORT = {(*spread, (2 * i + more) % 6) for i, spread in enumerate(SPREAD) for more in range(2)}
+SHORT -= {(name, size, mode) for name, size, mode in SHORT if size > 4 and mode > 3}
+
+
+def every_case() -> list[Any]:
+    cases = [(*spread, mode) for spread in SPREAD for mode in range(len(MODES))]
+    return [pytest.param(*c, marks=[] if c in SHORT else pytest.mark.long) for c in cases]
+
+
+@pytest.mark.parametrize(("name", "size", "mode"), every_case())
 def test_schedules(
     name: str, size: int, mode: int, folder_of: Callable, engine_with: Engines
 ) -> None:
     """Whatever an engine does, each request has the tokens that transformers gives it alone."""
     flags = dict(MODES[mode])
     if flags.get("speculative") == "draft" and (name != "qwen2" or size > 2):
-        flags["draft_model"] = folder_of(name)
+        flags["draft_model"] = folder_of(name)  # else a stranger's drafts
     model = folder_of(name)
     engine = engine_with(model, size, **flags)
     generator = random.Random(f"{name} {size} {mode}")
-    for _ in range(3):
+    for _ in range(1 if (name, size, mode) in SHORT else 4):
         Drive(engine, model).run(some_events(generator))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 3])
+def test_smollm2(size: int, engine_with: Engines) -> None:
+    """9 query and 3 KV heads, of which two ranks have 6 and 2, and 3 and 1."""
+    model = "smollm2-135m"
+    engine = engine_with(model, size, num_blocks=60, block_size=16, max_num_batched_tokens=64)
+    prompts = [[(97 * i + 7 * j) % 40000 + 100 for i in range(60)] for j in range(4)]
+    greedy = [c.token_ids for c in run(engine, prompts, GREEDY)]
+    assert check_greedy(model, list(zip(prompts, greedy, strict=True))).is_right
+    seeded = [c.token_ids for c in run(engine, prompts, SEEDED)]
+    rows = [(p, o, SEEDED) for p, o in zip(prompts, seeded, strict=True)]
+    assert check_seeded(model, rows).is_right
+    held = [weights for weights, _ in engine.stats()["rank_bytes"]]
+    assert len(held) == size and max(held) < 4 * 134_515_008 * (0.63 if size == 2 else 0.34)
 
 
 def test_options(folder_of: Callable, engine_with: Engines) -> None:
@@ -363,7 +395,7 @@ def test_bytes_held_and_sent(
     their logits. Orders, some numbers a step, do not count."""
     folder = folder_of(name)
     engine = engine_with(folder, size, num_blocks=40, max_num_batched_tokens=16)
-    others = {r: runner for r, runner in engine_with.started[-1][1].runners.items()}
+    others = engine_with.started[-1][1].runners
     config = engine.runner.model.config
     shares = divide_heads(config.num_heads, config.num_kv_heads, size)
     numbers = config.num_layers * 2 * config.head_dim * 4 * 40 * 4

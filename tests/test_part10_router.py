@@ -21,6 +21,7 @@ from common.router.config import RouterConfig
 from common.router.launching import GivenLauncher
 from common.router.run import wait_until_well
 from common.router.serving import create_app
+from common.testing.http import raw_request, send
 from common.testing.page.browser import Page, chromium
 from common.testing.server import RunningServer, serving_thread
 from common.testing.streams import stream_many
@@ -130,7 +131,7 @@ def test_answers_come_through_whole_and_keys_do_not(routed):
         engines.add(response.headers["x-engine"])
         last = stand_ins.stats(int(response.headers["x-engine"]))["last"]
         assert last["authorization"] == "Bearer theirs" and last["x-request-id"] == "17"
-        assert "cookie" not in last
+        assert "cookie" not in last and "accept-encoding" not in last
     assert engines == {"0", "1"}
     assert ask(url).json()["choices"][0]["text"] == WHOLE
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "stand-in"
@@ -215,6 +216,22 @@ def test_a_client_that_goes_away_ends_its_request(routed):
     until(lambda: sum(stand_ins.stats(i).get("aborted", 0) for i in (0, 1)) == before + 3)
     until(lambda: not any(replica.outstanding for replica in router.replicas.replicas))
     assert router.admission.count == 0
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["/v1/models/%zz", "/v1/models/a?b=%ff&c=[", "/v1/models/..%2f..%2fhealth", "/v1/models//x:9/",
+     "/v1/models/%0d%0aX:1", "/version?" + "x" * 5000],
+)  # fmt: skip
+def test_no_target_is_a_replicas_fault_or_leaves_it(routed, target: str):
+    url, router, _ = routed
+    before = [replica.num_failures for replica in router.replicas.replicas]
+    status, _, body = send(url, raw_request("GET", target))
+    assert status == 404, body
+    for other in ("//127.0.0.1:9/v1/models", "http://127.0.0.1:9/v1/models", "*"):
+        status, _, body = send(url, raw_request("GET", other))
+        assert status in (400, 404), body
+    assert [replica.num_failures for replica in router.replicas.replicas] == before
 
 
 def test_metrics_of_all_replicas_and_the_routers_own(routed):

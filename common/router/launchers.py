@@ -1,7 +1,9 @@
 """The launcher that a configuration asks for, and the one for processes on this machine."""
 
 import secrets
+import tempfile
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from common.http.run import ServerConfig
@@ -22,6 +24,7 @@ def make_launcher(module: str, engine: Any, config: RouterConfig, server: Server
         return GivenLauncher(config.replica, config.replica_api_key)
     if config.replica_api_key is not None:
         raise ValueError("replica_api_key is for the servers that --replica names")
+    check_experts(engine, config)
     secret = secrets.token_urlsafe(32)
     own = replace(
         ServerConfig(api_key=secret),
@@ -41,7 +44,22 @@ def make_launcher(module: str, engine: Any, config: RouterConfig, server: Server
 
         return RayLauncher(module, job, engine, config)
     environments = [gpu_environment(engine, i, config.most) for i in range(config.most)]
+    if getattr(engine, "enable_expert_parallel", False) and config.most > 1:
+        return JointLauncher(module, job, environments)
     return LocalLauncher(module, job, environments)
+
+
+def check_experts(engine: Any, config: RouterConfig) -> None:
+    """Raises ValueError where engines cannot share their experts as they are to be started."""
+    if getattr(engine, "data_parallel_address", None) is not None:
+        raise ValueError("data_parallel_address is chosen by the router for the engines it starts")
+    if getattr(engine, "enable_expert_parallel", False):
+        if config.most > config.least:
+            raise ValueError("max_replicas: engines that share their experts are always as many")
+        if config.launcher == "ray":
+            raise ValueError(
+                "launcher is ray: engines that share their experts are local processes"
+            )
 
 
 class LocalLauncher:
@@ -55,15 +73,45 @@ class LocalLauncher:
         self.children: dict[int, ChildServer] = {}  # the last of each index
 
     def launch(self, index: int) -> ChildServer:
-        child = ChildServer(self.module, self.job, f"engine {index}", self.environments[index])
-        self.children[index] = child
-        return child
+        job, environment = self.job_of(index), self.environments[index]
+        self.children[index] = ChildServer(self.module, job, f"engine {index}", environment)
+        return self.children[index]
+
+    def job_of(self, index: int) -> dict[str, Any]:
+        return self.job
 
     def close(self) -> None: ...
 
     def kill(self) -> None:
         for child in self.children.values():
             child.kill()
+
+
+class JointLauncher(LocalLauncher):
+    """Engines that share their experts. They meet at a new place each time, and one that ends takes
+    the others with it: so when one is started again, all are."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.folder = tempfile.TemporaryDirectory(prefix="engines-")  # mode 0700
+        self.generation = 0
+        self.launched: set[int] = set()  # of this generation
+
+    def job_of(self, index: int) -> dict[str, Any]:
+        if index in self.launched:
+            self.generation += 1
+            self.launched.clear()
+            self.kill()  # what is left of the last one; the router starts each again
+        self.launched.add(index)
+        joint = {
+            "data_parallel_size": len(self.environments),
+            "data_parallel_rank": index,
+            "data_parallel_address": str(Path(self.folder.name) / f"meet-{self.generation}"),
+        }
+        return self.job | {"engine": self.job["engine"] | joint}
+
+    def close(self) -> None:
+        self.folder.cleanup()
 
 
 def requests_each(engine: Any, server: ServerConfig) -> int:

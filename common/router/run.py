@@ -21,8 +21,8 @@ def run(router: Any, replicas: Any, engine: Any, package: str, description: str)
     router, replicas, engine: the classes of a part's Router, ReplicaSet and EngineConfig. A replica
     that does not start ends all with one line and status 1.
     """
-    configs = parse([engine, RouterConfig, ServerConfig], description=description)
-    engine, config, server = configs
+    configs = parse([RouterConfig, engine, ServerConfig], description=description)
+    config, engine, server = configs
 
     def build() -> FastAPI:
         launcher = make_launcher(f"{package}.replicas", engine, config, server)

@@ -9,7 +9,7 @@ from yarl import URL
 
 from common.router.request import RoutedRequest
 
-CONNECT_SECONDS = 5.0
+CONNECT_SECONDS = 30.0
 IDLE_SECONDS = 3.0  # that a connection is kept: uvicorn drops those that were idle for 5
 MAX_READING = 8 << 20  # bytes of an answer that the router reads for itself
 
@@ -47,6 +47,7 @@ class Upstream:
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
+            skip_auto_headers=("Accept-Encoding", "User-Agent"),  # the client's, or none
             trust_env=False,  # no proxy between the router and its replicas
         )
 

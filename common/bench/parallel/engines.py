@@ -28,6 +28,7 @@ from common.bench.core.noise import OtherWork
 from common.bench.core.processes import part_package, run_worker
 from common.bench.core.results import load_result, save_result
 from common.bench.core.workload import random_prompts
+from common.bench.parallel.collectives import run_job
 from common.bench.parallel.layouts import Layout
 from common.bench.parallel.points import BUDGET, LONG, NUM_SHORT, SHORT, Point
 from common.bench.parallel.replicas import Engines, Variant
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     variants = variants_of(args)
     measure_rounds(variants, points, args)
     limits = run_worker({"job": "limits", "device": "cpu", "quick": args.quick_limits})
-    result = engines_result(args, variants, points, limits, links)
+    lone_shares = {} if links is None else {size: lone_share(size) for size in set(args.sizes)}
+    result = engines_result(args, variants, points, limits, links, lone_shares)
     if args.memory_json:
         save_result(args.memory_json, ranks_result(args, variants, points, limits))
     if args.plot and result["rows"]:
@@ -79,6 +81,13 @@ def run(args: argparse.Namespace) -> int:
         plot_engines(result, args.plot)
     finish(args, result)
     return 1 if any(variant.failure for variant in variants) else 0
+
+
+def lone_share(size: int) -> float:
+    """Of the machine's reading, what one of so many ranks reaches alone."""
+    cores = usable_cores()
+    job = {"job": "lone_read", "threads": cores // size, "all_threads": cores}
+    return run_job(job)["share"]
 
 
 def points_of(args: argparse.Namespace) -> list[Point]:

@@ -1,4 +1,5 @@
-"""The ranks behind `parallel collectives`: the same calls in the same order, and rank 0's clock.
+"""The ranks behind `parallel collectives`: the same calls in the same order, and rank 0's clock; and
+what `parallel engines` asks of the machine beside that.
 
 Rank 0 is a fresh process, `python -m common.bench.parallel.measure`, that reads a JSON job and
 answers in JSON. It starts the others as any engine does: `python -m common.bench.parallel.worker`.
@@ -98,10 +99,27 @@ def collectives_job(job: dict[str, Any]) -> dict[str, Any]:
         ranks.close()
 
 
+def lone_read_job(job: dict[str, Any]) -> dict[str, Any]:
+    """{"threads", "all_threads"} -> {"share"}: how fast so many threads read memory, to how fast all
+    do, while nothing else runs. Of a few repetitions the best, in turns."""
+    data = torch.ones(1 << 26)  # 256 MiB
+    best = {job["threads"]: float("inf"), job["all_threads"]: float("inf")}
+    for _ in range(6):
+        for threads in best:
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            data.sum()
+            best[threads] = min(best[threads], time.perf_counter() - start)
+    return {"share": min(1.0, best[job["all_threads"]] / best[job["threads"]])}
+
+
+JOBS = {"collectives": collectives_job, "lone_read": lone_read_job}
+
+
 def main() -> None:
     job = json.load(sys.stdin)
     answers, sys.stdout = sys.stdout, sys.stderr
-    json.dump(collectives_job(job), answers)
+    json.dump(JOBS[job["job"]](job), answers)
     answers.flush()
     os._exit(0)
 

@@ -2,8 +2,9 @@
 
 One engine that uses all cores is measured at several batches. From these times the model gets three
 numbers: how fast the cores read, how fast they compute, and what a step costs beside that. A rank
-with 1/n of the cores gets 1/n of the two rates, and the whole of the third. What ranks say to each
-other is measured by `parallel collectives`. No number is fitted to what is predicted.
+with 1/n of the cores gets 1/n of the two rates, and the whole of the third. A replica that works
+while others have nothing to do reads faster; how much is measured apart. What ranks say to each other
+is measured by `parallel collectives`. No number is fitted to what is predicted.
 """
 
 import itertools
@@ -70,12 +71,20 @@ def best_step(parts: np.ndarray, lengths: np.ndarray, times: np.ndarray) -> tupl
     return step_s, float((((parts + lengths * step_s) / times - 1) ** 2).sum())
 
 
-def part_of(device: Device, num_ranks: int) -> Device:
-    """One of so many ranks that share this device's cores."""
+def part_of(
+    device: Device, num_ranks: int, num_busy: int | None = None, lone_share: float | None = None
+) -> Device:
+    """One of so many ranks that share this device's cores.
+
+    num_busy: ranks that work at the same time, all by default; fewer have the memory to themselves.
+    lone_share: of the device's reading, what one of its ranks reaches alone (its even part).
+    """
+    even = 1 / (num_busy or num_ranks)
+    reading = max(1 / num_ranks, min(even, lone_share or 1 / num_ranks))
     return replace(
         device,
         memory_bytes=device.memory_bytes / num_ranks,
-        read_bytes_per_s=device.read_bytes_per_s / num_ranks,
+        read_bytes_per_s=device.read_bytes_per_s * reading,
         flops_per_s=device.flops_per_s / num_ranks,
     )
 

@@ -18,6 +18,7 @@ from common.bench.parallel.links import shared_all_reduce
 from common.bench.parallel.machines import Device
 from common.bench.parallel.points import Point
 from common.bench.parallel.prediction import (
+    NO_LINK,
     calibrate,
     machine_of,
     measured_link,
@@ -59,12 +60,14 @@ def engines_result(
     points: Sequence[Point],
     limits: dict[str, Any],
     links: Sequence[dict[str, Any]] | None,
+    lone_shares: dict[int, float],
 ) -> Result:
-    """links: rows of a result of `parallel collectives`, for the predictions; None for none."""
+    """links: rows of a result of `parallel collectives`, for the predictions; None for none.
+    lone_shares: by number of ranks, see `prediction.part_of`."""
     first = variants[0]
     predictions, notes = {}, []
     if links is not None and first.runs and first.facts.get("shape"):
-        predictions, notes = predicted(args, variants, points, links)
+        predictions, notes = predicted(args, variants, points, links, lone_shares)
     columns = list(COLUMNS)
     if first.num_rounds >= MIN_INTERVAL:
         columns[6:6] = INTERVAL_COLUMNS
@@ -155,6 +158,7 @@ def predicted(
     variants: Sequence[Variant],
     points: Sequence[Point],
     links: Sequence[dict[str, Any]],
+    lone_shares: dict[int, float],
 ) -> tuple[dict[tuple[str, str], float], list[str]]:
     """Seconds by (variant, point), and what they rest on. Raises ValueError."""
     first = variants[0]
@@ -173,23 +177,22 @@ def predicted(
     found = {}
     for variant in variants:
         layout = variant.layout
-        device, machine = whole, machine_of(whole, 1)
-        if layout.num_ranks > 1:
-            device = part_of(whole, layout.num_ranks)
-            machine = machine_of(device, layout.num_ranks)
-        if layout.tp > 1:
-            link = measured_link(links, args.transport, layout.tp)
-            machine = machine_of(device, layout.num_ranks, link)
         for point in points:
-            work = point.steps(layout.dp)
+            busy = layout.tp * min(layout.dp, point.num_prompts)
+            share = lone_shares.get(layout.num_ranks)
+            device = part_of(whole, layout.num_ranks, busy, share)
+            link = measured_link(links, args.transport, layout.tp) if layout.tp > 1 else NO_LINK
+            machine, work = machine_of(device, layout.num_ranks, link), point.steps(layout.dp)
             found[variant.name, point.name] = seconds_of(shape, layout, machine, work, dtype_bytes)
     rates = (
         f"{whole.read_bytes_per_s / 1e9:.1f} GB/s, {whole.flops_per_s / 1e9:.0f} GFLOP/s and"
         f" {1000 * whole.step_s:.1f} ms a step"
     )
+    shares = " or ".join(f"{share:.0%}" for share in lone_shares.values())
     note = (
-        f"Predicted: the cost model calibrated on one engine ({rates}); ranks and replicas get their"
-        f" part of these rates, and {args.transport} as measured. Off by: predicted to measured."
+        f"Predicted: the cost model calibrated on one engine ({rates}). Ranks and replicas get their"
+        f" part of these rates, and one that works alone {shares} of the reading; messages take what"
+        f" was measured of {args.transport}. Off by: predicted to measured."
     )
     return found, [note]
 

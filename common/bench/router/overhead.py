@@ -9,7 +9,9 @@ same requests again and again.
 import argparse
 import asyncio
 import statistics
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +101,9 @@ async def at_once(direct: str, routed: str, count: int, pid: int) -> list[dict[s
     cpu = cpu_seconds(pid)
     ways = [await streams(url, count) for url in (direct, routed)]
     used = cpu_seconds(pid) - cpu
+    for way, name in zip(ways, ("straight", "routed"), strict=True):
+        if way["kinds"]:
+            print(f"streams that failed, {name}: {dict(way['kinds'])}", file=sys.stderr)
     titles = {
         "total": (f"{count} streams at once, all of them", "s"),
         "first": ("their first tokens, median", "ms"),
@@ -110,7 +115,7 @@ async def at_once(direct: str, routed: str, count: int, pid: int) -> list[dict[s
     return [*rows, row("the router's processor time per token", None, per_token, "µs")]
 
 
-async def streams(url: str, count: int) -> dict[str, float]:
+async def streams(url: str, count: int) -> dict[str, Any]:
     import aiohttp
 
     body = {
@@ -143,6 +148,7 @@ async def streams(url: str, count: int) -> dict[str, float]:
         "first": statistics.median(firsts),
         "gap": percentile(gaps, 99),
         "failed": failed,
+        "kinds": Counter(str(one) for one in whole if one is not True),
     }
 
 
