@@ -6,6 +6,7 @@ The operation's cases for all implementations are in test_triton_kernels; upcycl
 import gc
 import json
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.distributed.group import OneRank
 from common.kernels import Ops
 from common.kernels.cpu.ops import CpuOps
 from common.kernels.reference import ReferenceOps
@@ -22,6 +24,7 @@ from common.models.architecture import ModelConfig
 from common.models.checkpoint import iter_weights, load_config, load_transformers_model, resolve
 from common.models.errors import ModelError
 from common.models.expert_names import plain_name, split_shapes
+from common.models.weight_slices import WeightSource, open_weights
 from common.sampling import SamplingParams
 from common.testing.kernels.case import wide
 from common.testing.kernels.expert_cases import expected_of
@@ -377,6 +380,10 @@ class TestOperation:
         assert torch.equal(prepared[0][1], gate_up[0])
 
 
+def read_part(tensor: torch.Tensor, part: tuple[slice, ...]) -> torch.Tensor:
+    return tensor[part] if part else tensor
+
+
 class TestRouter:
     @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen3_moe, not normed"])
     def test_it_chooses_as_transformers_does(self, tmp_path: Path, kind: str) -> None:
@@ -385,7 +392,8 @@ class TestRouter:
         module = module_of(PARTS[-1], "model")
         shape = ModelConfig.from_transformers(config, 100, moe=True)
         layer = max(shape.sparse_layers)
-        weights = module.Weights(iter_weights(tmp_path), torch.float32)
+        source, shard = open_weights(tmp_path), module.Shard.of(shape)
+        weights = module.Weights(source, torch.float32, shard, OneRank(), None)
         own = module.MoE(shape, CpuOps(1), layer, weights)
         x = torch.randn(50, shape.hidden_size)
         with torch.inference_mode():
@@ -409,7 +417,9 @@ class TestRouter:
         gate[:, 0] = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0])
         gate[3, 1] = 2.0**-7  # beside a score of 256: lost in 8 bits
         tensors["model.layers.0.mlp.gate.weight"] = gate
-        weights = module.Weights(tensors.items(), torch.bfloat16)
+        readers = {name: partial(read_part, tensor) for name, tensor in tensors.items()}
+        source = WeightSource(readers, {name: tuple(size) for name, size in shapes.items()})
+        weights = module.Weights(source, torch.bfloat16, module.Shard.of(shape), OneRank(), None)
         own = module.MoE(shape, ReferenceOps(), 0, weights)
         x = torch.zeros(1, hidden, dtype=torch.bfloat16)
         x[0, 0], x[0, 1] = 256.0, 4.0

@@ -100,6 +100,9 @@ class NoDevice:
     def submit(self, run: Any, *_: Any) -> Done:
         return Done(run())
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """{"part", "num_seqs", "steps"} -> {"us": median microseconds of each phase, of the rest and of
