@@ -160,7 +160,7 @@ async def memory(routed: str, count: int, pid: int) -> dict[str, Any]:
         limit = asyncio.Semaphore(50)
 
         async def one(number: int) -> None:
-            body = {"prompt": f"{number} " * 400, "stream": True}
+            body = {"prompt": f"{number} " * 1200, "stream": True}
             async with limit, session.post(f"{routed}/v1/completions", json=body) as response:
                 await response.read()
 
