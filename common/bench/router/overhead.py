@@ -153,7 +153,7 @@ async def streams(url: str, count: int) -> dict[str, Any]:
 
 
 async def memory(routed: str, count: int, pid: int) -> dict[str, Any]:
-    """Growth over requests that are all new, after as many that fill what has a limit."""
+    """Growth over requests that are all new, after twice as many that fill what has a limit."""
     import aiohttp
 
     async with aiohttp.ClientSession() as session:
@@ -164,9 +164,9 @@ async def memory(routed: str, count: int, pid: int) -> dict[str, Any]:
             async with limit, session.post(f"{routed}/v1/completions", json=body) as response:
                 await response.read()
 
-        await asyncio.gather(*map(one, range(2 * count)))
+        await asyncio.gather(*map(one, range(4 * count)))
         before = resident(pid)
-        await asyncio.gather(*map(one, range(2 * count, 4 * count)))
+        await asyncio.gather(*map(one, range(4 * count, 6 * count)))
     growth = (resident(pid) - before) / (2 * count) * 1000 / 1024
     return row("the router's memory, growth over 1,000 requests", None, growth, "KiB")
 
