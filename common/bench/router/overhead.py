@@ -153,20 +153,20 @@ async def streams(url: str, count: int) -> dict[str, Any]:
 
 
 async def memory(routed: str, count: int, pid: int) -> dict[str, Any]:
-    """Growth over requests that are all new, after as many that fill what has a limit."""
+    """Growth over requests that are all new, after twice as many that fill what has a limit."""
     import aiohttp
 
     async with aiohttp.ClientSession() as session:
         limit = asyncio.Semaphore(50)
 
         async def one(number: int) -> None:
-            body = {"prompt": f"{number} " * 400, "stream": True}
+            body = {"prompt": f"{number} " * 1200, "stream": True}
             async with limit, session.post(f"{routed}/v1/completions", json=body) as response:
                 await response.read()
 
-        await asyncio.gather(*map(one, range(2 * count)))
+        await asyncio.gather(*map(one, range(4 * count)))
         before = resident(pid)
-        await asyncio.gather(*map(one, range(2 * count, 4 * count)))
+        await asyncio.gather(*map(one, range(4 * count, 6 * count)))
     growth = (resident(pid) - before) / (2 * count) * 1000 / 1024
     return row("the router's memory, growth over 1,000 requests", None, growth, "KiB")
 
