@@ -150,6 +150,15 @@ class TestParse:
         [server] = parse([ServerConfig], ["--max_waiting=3", "--served_model_name", "a_b"])
         assert (server.max_waiting, server.served_model_name) == (3, "a_b")
 
+    def test_a_flag_that_two_configs_have_is_the_first_ones(self) -> None:
+        @dataclass(frozen=True)
+        class First:
+            count: int = option(1, "another number", aliases=("--copies",))
+
+        for argv in (["--count", "20"], ["--copies", "20"]):
+            first, later = parse([First, Settings], [*argv, "--name", "b"], prog="prog")
+            assert (first.count, later.count, later.name) == (20, 3, "b")
+
     def test_several_configs_from_one_line(self) -> None:
         configs = parse([Settings, Other], ["--port", "8", "--count", "2"], prog="prog")
         assert configs == [Settings(count=2), Other(port=8)]
