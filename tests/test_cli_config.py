@@ -322,11 +322,16 @@ class TestConfigsOfTheParts:
             if name is None:
                 continue
             other = fields[name]
-            known = other.metadata["choices"] or (True, False)  # of a switch
-            assert values and set(values) <= set(known), field.name
+            possible = other.metadata["choices"]
+            if value_type(config_class, name)[0] is bool:
+                possible = (True, False)
+            assert values and set(values) <= set(possible), field.name
             assert other.default not in values, f"{field.name} would need nothing"
             kind, _ = value_type(config_class, field.name)
-            given = {field.name: kind(field.metadata["minimum"] or 1)}
+            [value] = {kind(field.metadata["minimum"] or 1)} - {field.default} or {2}
+            if field.metadata["choices"] is not None:
+                value = next(one for one in field.metadata["choices"] if one != field.default)
+            given = {field.name: value}
             with pytest.raises(ValueError, match=f"^{field.name} is .*: it needs {name} to be "):
                 config_class(**given)
 
