@@ -1,6 +1,7 @@
 """Part 10: replicas as actors of a real Ray, started here, on loopback."""
 
 import asyncio
+import contextlib
 import importlib.util
 import os
 import re
@@ -34,7 +35,12 @@ def cluster() -> Iterator[RunningServer]:
 
 def running(server: RunningServer, word: str) -> list[psutil.Process]:
     """Ray's processes, and those of replicas, that have a word in their command line."""
-    return [p for p in children(server) if any(word in part for part in p.cmdline())]
+    found = []
+    for process in children(server):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if any(word in part for part in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_everything_listens_on_loopback_and_tells_nobody(cluster: RunningServer):
