@@ -41,6 +41,7 @@ class Children:
         """descriptors: files that each child inherits. Raises OSError when none can be started."""
         self.processes: list[subprocess.Popen] = []
         self._last_error = [""] * len(jobs)
+        self._rest = [b""] * len(jobs)  # the begin of a line
         self._health = health
         self._started, self._closing = threading.Event(), threading.Event()
         self._start_error: OSError | None = None
@@ -87,19 +88,24 @@ class Children:
                         selector.unregister(key.fileobj)
                 for i, process in enumerate(self.processes):
                     if process.poll() is not None and not self._closing.is_set():
-                        self._pass_on(i)
+                        while self._pass_on(i):
+                            pass
                         self._health.report(self._how_ended(i))
 
     def _pass_on(self, i: int) -> bool:
         """Print what a child has printed; keep its `error:` line for the report. False at its end."""
-        lines = self.processes[i].stdout.readlines()
+        received = self.processes[i].stdout.readlines()
+        lines = (self._rest[i] + b"".join(received)).splitlines(keepends=True)
+        # What was read may end within a line, whose rest comes later, or never.
+        is_cut = bool(received) and not lines[-1].endswith(b"\n")
+        self._rest[i] = lines.pop() if is_cut else b""
         for line in lines:
             text = line.decode(errors="replace")
             if text.startswith("error: "):
                 self._last_error[i] = text.removeprefix("error: ").strip()
             else:
                 sys.stderr.write(text)
-        return bool(lines)
+        return bool(received)
 
     def _how_ended(self, i: int) -> str:
         status = self.processes[i].returncode
