@@ -93,10 +93,16 @@ def load_with_transformers(folder: Path) -> None:
     context_length(model.config)
 
 
+def loader_of(part: int) -> Callable[..., Any]:
+    """What makes a part's runner: from part 09 on, with its ranks."""
+    module = module_of(part, "model_runner")
+    return getattr(module, "load_runner", module.ModelRunner)
+
+
 def load_with_part(part: int) -> Callable[[Path], Any]:
     config_class = module_of(part, "config").EngineConfig
-    runner_class = module_of(part, "model_runner").ModelRunner
-    return lambda folder: runner_class(
+    load = loader_of(part)
+    return lambda folder: load(
         config_class(model=str(folder), num_blocks=4, threads=1), resolve(str(folder))
     )
 
@@ -104,9 +110,9 @@ def load_with_part(part: int) -> Callable[[Path], Any]:
 def draft_with(part: int) -> Callable[[Path], Any]:
     """The folder as the model that drafts."""
     config = module_of(part, "config").EngineConfig
-    runner_class = module_of(part, "model_runner").ModelRunner
+    load = loader_of(part)
     options = {"speculative": "draft", "num_blocks": 4, "threads": 1}
-    return lambda folder: runner_class(
+    return lambda folder: load(
         config(model="random:tiny-llama", draft_model=str(folder), **options),
         resolve("random:tiny-llama"),
     )

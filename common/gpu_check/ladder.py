@@ -14,6 +14,9 @@ THEIR_BATCH_SIZES = (1, 64)  # transformers'
 REPEATS = 2
 
 
+HELD = ("weight_bytes", "kv_cache_bytes", "buffer_bytes")  # in the stats
+
+
 def points(quick: bool) -> list[Point]:
     if quick:
         return [*(decode_point(size, 16, 8) for size in QUICK_BATCH_SIZES), prefill_point(2, 32)]
@@ -81,7 +84,7 @@ def memory(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     """What the engine holds, and the most that PyTorch had allocated and reserved; MiB."""
     import torch
 
-    held = {name: value / 2**20 for name, value in engine.stats().items() if "bytes" in name}
+    held = {name: value / 2**20 for name, value in engine.stats().items() if name in HELD}
     return {name.replace("bytes", "mib"): value for name, value in held.items()} | {
         "peak_allocated_mib": torch.cuda.max_memory_allocated(job["device"]) / 2**20,
         "peak_reserved_mib": torch.cuda.max_memory_reserved(job["device"]) / 2**20,
