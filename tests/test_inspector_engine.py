@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common.testing.page.browser import DOWN, END, HOME, LEFT, RIGHT, TAB, Page, chromium
+from common.testing.page.browser import DOWN, END, HOME, LEFT, RIGHT, TAB, UP, Page, chromium
 from common.testing.page.engine_page import (
     EnginePage,
     random_trace,
@@ -523,14 +523,13 @@ def test_experts_are_as_dark_as_they_are_chosen(serve: Callable[..., EnginePage]
     page.until(lambda: caption().endswith("; 3 moved"))
     assert colour(0, 1) == first == colour(1, 0), "the first expert was not chosen again"
     assert colour(0, 0) != first
-    def focused() -> bool:
-        page.js("document.querySelector('#engine-experts canvas').focus()")
-        return page.text("#engine-expert").startswith("Layer 0, expert 0: 1,000 choices, ")
-
-    page.until(focused)
+    page.js("document.querySelector('#engine-experts canvas').focus()")
     page.type(DOWN)
     words = "Layer 2, expert 0: 7 choices, 100.0% lately, on 2 ranks"
     page.until(lambda: page.text("#engine-expert") == words)
+    page.type(UP)
+    page.until(lambda: page.text("#engine-expert").startswith("Layer 0, expert 0: 1,000 choices"))
+    page.type(DOWN)
     page.type(RIGHT)
     page.until(lambda: page.text("#engine-expert").startswith("Layer 2, expert 1: 0 choices"))
 
