@@ -1,0 +1,1 @@
+"""An engine whose KV cache goes on in the host's memory, and on disk."""

@@ -1,0 +1,76 @@
+"""The HTTP server: answers are streamed as server-sent events, token by token, or sent whole.
+
+A client that goes away, streaming or not, has its request aborted.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from sse_starlette import EventSourceResponse
+
+from common.distributed import launched_rank
+from common.http import page
+from common.http.app import Admission, Frontend, unless_disconnected
+from common.http.errors import ApiError
+from common.http.responses import Job, to_json
+from common.http.run import ServerConfig, serve
+from common.options import parse
+from common.sampling import MAX_N
+
+from . import worker
+from .async_engine import AsyncEngine
+from .config import EngineConfig
+from .engine import LLMEngine
+
+
+def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
+    async_engine = AsyncEngine(engine)
+    frontend = Frontend(
+        engine,
+        config,
+        streaming=True,
+        max_n=MAX_N,
+        prompt_logprobs=True,
+        cache_salt=True,
+        speculative=engine.config.speculative != "off",
+        health=async_engine.problem,
+        lifespan=async_engine.lifespan,
+    )
+    admission = Admission(config.max_waiting + engine.config.max_num_seqs)
+
+    async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
+        admission.check(job.num_choices)
+        if job.stream:
+            return EventSourceResponse(events(job), sep="\n", send_timeout=60)
+        return await unless_disconnected(request, whole(job))
+
+    async def whole(job: Job) -> dict[str, Any]:
+        with admission.admit(job.num_choices):
+            return await job.collect(async_engine.generate(job.requests()))
+
+    async def events(job: Job) -> AsyncIterator[str]:
+        try:
+            with admission.admit(job.num_choices):
+                async for chunk in job.chunks(async_engine.generate(job.requests())):
+                    yield to_json(chunk)
+            yield "[DONE]"
+        except ApiError as error:
+            yield to_json(error.body())
+
+    frontend.route(answer)
+    frontend.add_trace(engine.trace, engine.runner.expert_stats)
+    frontend.add_metrics(async_engine.metrics)
+    page.mount(frontend.app)
+    return frontend.app
+
+
+def main() -> None:
+    engine_config, server_config = parse([EngineConfig, ServerConfig], description=__doc__)
+    if launched_rank() > 0:  # torchrun has started it, beside rank 0
+        worker.main()
+    serve(lambda: create_app(LLMEngine(engine_config), server_config), server_config)
+
+
+if __name__ == "__main__":
+    main()
