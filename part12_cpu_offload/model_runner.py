@@ -21,6 +21,7 @@ from common.distributed.expert_placement import ExpertPlacement
 from common.distributed.lockstep import Counts, Lockstep
 from common.kernels import select_ops
 from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
+from common.kv_store import Copy, open_copies, to_numbers
 from common.logprobs import SampledLogprobs
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, load_config, resolve_draft_model
@@ -35,7 +36,7 @@ from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
 from .model import CausalLM
-from .ranks import header_of, meet_engines, start_ranks, together
+from .ranks import COPIES, header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
@@ -91,6 +92,7 @@ class ModelRunner:
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
+        self.connector = open_copies(config, self.kv.data, self.everyone.minimum, ranks.size)
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:
             self.drafter = Runnable(smaller, self.kv.draft_data)
@@ -199,13 +201,24 @@ class ModelRunner:
         self.inputs.launched(work)
         return work
 
+    def transfer(self, copies: list[Copy]) -> None:
+        """Begin copies when the device has done all that it was given before."""
+        if copies:
+            self.queue.aside(partial(self.start_copies, copies))
+
+    def start_copies(self, copies: list[Copy]) -> Sampled:
+        if self.ranks.size > 1 and self.ranks.rank == 0:
+            self.ranks.control.send([*self.queue.counts, COPIES, *to_numbers(copies)])
+        self.connector.start_load_kv(copies)
+        return self.nothing()
+
     @torch.inference_mode()
     def run(self, batch: Batch, what: Runnable | None = None) -> Sampled:
         """All that the device does in a step. what: the model unless given. Rank 0 alone samples."""
         self.fill_in(batch, what)
         logits, scores = self.forward(batch, what)
         if logits is None:
-            return Sampled(batch.rows[:0], SampledLogprobs([]))
+            return self.nothing()
         return replace(self.sample(batch, logits), prompts=scores)
 
     def fill_in(self, batch: Batch, what: Runnable | None = None) -> None:
@@ -225,7 +238,8 @@ class ModelRunner:
         if self.ranks.size > 1:
             if self.ranks.rank == 0 and self.is_ready:
                 is_draft = what is not None and what is self.drafter
-                self.ranks.control.send([*self.queue.counts, *header_of(batch, is_draft)])
+                header = header_of(batch, is_draft, self.connector.num_copied)
+                self.ranks.control.send([*self.queue.counts, *header])
             self.ranks.group.broadcast(batch.packed)
 
     def forward(
@@ -256,6 +270,10 @@ class ModelRunner:
                 self.ranks.control.send([*self.queue.counts, kind])
             runs.model.start_step(self.queue.counts)
             runs.model.serve(runs.layers)
+        return self.nothing()
+
+    def nothing(self) -> Sampled:
+        """What work gives that draws no token."""
         return Sampled(self.last_token_ids[:0], SampledLogprobs([]))
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> Sampled:

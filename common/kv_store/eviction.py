@@ -42,6 +42,10 @@ class Lru:
             if key in self.keys:
                 self.keys.move_to_end(key)
 
+    def renew(self, keys: Iterable[bytes]) -> None:
+        """A chain has grown: all of it is new, and was not used for that."""
+        self.touch(keys)
+
     def evict(self, can_evict: Callable[[bytes], bool]) -> bytes | None:
         """Choose a key of those that can go, and forget it. None: there is none."""
         victim = next(filter(can_evict, self.keys), None)
@@ -107,6 +111,11 @@ class Arc:
                 self.once.pop(key, None)
                 self.again[key] = None
                 self.again.move_to_end(key)
+
+    def renew(self, keys: Iterable[bytes]) -> None:
+        for key in reversed(list(keys)):
+            if key in self:
+                (self.once if key in self.once else self.again).move_to_end(key)
 
     def evict(self, can_evict: Callable[[bytes], bool]) -> bytes | None:
         """As of `Lru`: from the first list while it is longer than its share, else from the second;
