@@ -1,4 +1,4 @@
-"""Part 12's eviction policies against models that are too slow to use and too simple to be wrong."""
+"""Eviction policies against models that are too slow to use and too simple to be wrong."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -9,9 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from common.testing.parts import module_of
+from common.kv_store import eviction
 
-eviction = module_of(12, "eviction")
 KEYS = [b"%d" % number for number in range(12)]
 
 
@@ -40,6 +39,9 @@ class SlowLru:
         for key in keys[::-1]:
             if key in self.used:
                 self.use(key)
+
+    def renew(self, keys: list[bytes]) -> None:
+        self.touch(keys)
 
     def evict(self, can_evict: Callable[[bytes], bool]) -> bytes | None:
         victims = sorted(filter(can_evict, self.used), key=lambda key: self.used[key])
@@ -90,6 +92,14 @@ class SlowArc:
                     self.t2.append(key)
                     break
 
+    def renew(self, keys: list[bytes]) -> None:
+        """Not of the paper: as new as can be, each in its own list."""
+        for key in keys[::-1]:
+            for own in (self.t1, self.t2):
+                if key in own:
+                    own.remove(key)
+                    own.append(key)
+
     def evict(self, can_evict: Callable[[bytes], bool]) -> bytes | None:  # REPLACE
         for name in "12" if self.t1 and len(self.t1) > self.p else "21":
             own, ghosts = getattr(self, "t" + name), getattr(self, "b" + name)
@@ -137,6 +147,11 @@ class Policies(RuleBasedStateMachine):
     def touch_many(self, keys: list[bytes]) -> None:
         self.policy.touch(keys)
         self.slow.touch(keys)
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), max_size=4))
+    def renew(self, keys: list[bytes]) -> None:
+        self.policy.renew(iter(keys))
+        self.slow.renew(keys)
 
     @rule(pinned=st.sets(st.sampled_from(KEYS)))
     def evict(self, pinned: set[bytes]) -> None:
@@ -255,11 +270,12 @@ def test_arc_is_no_worse_where_recency_is_all() -> None:
 
 
 @pytest.mark.parametrize("kind", ["lru", "arc"])
-def test_a_chain_loses_its_end_first(kind: str) -> None:
+@pytest.mark.parametrize("how", ["touch", "renew"])
+def test_a_chain_loses_its_end_first(kind: str, how: str) -> None:
     policy = eviction.POLICIES[kind](8)
     for key in KEYS[:4]:
         policy.insert(key)
-    policy.touch(KEYS[:4])
+    getattr(policy, how)(KEYS[:4])
     policy.insert(KEYS[5])
     victims = [policy.evict(lambda key: key != KEYS[5]) for _ in range(5)]
     assert victims == [KEYS[3], KEYS[2], KEYS[1], KEYS[0], None]
