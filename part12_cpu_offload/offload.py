@@ -82,7 +82,7 @@ class Offload:
         """Begin a copy before the next step. It becomes the owner of the host blocks."""
         self.num_copies += 1
         copy = Copy(self.num_copies, kind, blocks, host_blocks, list(disk_keys))
-        hold = self.cache.hold(sequence) if blocks else None
+        hold = self.cache.hold(sequence, blocks) if blocks else None
         self.transfers[copy.number] = Transfer(copy, sequence, hold, num_tokens, list(keys))
         self.orders.append(copy)
 
