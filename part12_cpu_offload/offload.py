@@ -196,6 +196,8 @@ class Offload:
                 self.counts[f"offload_seconds_{kind}"] += done.seconds
             if kind == "load":
                 loaded.append((transfer.sequence, self.finish_load(transfer, done.num_blocks)))
+            elif transfer.keys and not done.is_whole:  # and no load of them has counted them
+                self.host.forget(transfer.keys, copy.host_blocks)
             elif kind == "save" and self.host.disk is not None and transfer.keys:
                 self.host.share(copy.host_blocks)
                 self.order(
@@ -207,10 +209,12 @@ class Offload:
     def finish_load(self, transfer: Transfer, num_blocks: int) -> int:
         """num_blocks: those that have come. Returns how many tokens these are."""
         copy, sequence = transfer.copy, transfer.sequence
+        num_tokens = min(num_blocks * self.block_size, transfer.num_tokens)
         if not transfer.keys:  # it was swapped
-            return transfer.num_tokens if num_blocks == len(copy.host_blocks) else 0
+            if num_tokens < transfer.num_tokens:
+                sequence.num_lost_tokens = sequence.num_kept_tokens
+            return num_tokens
         self.host.arrived(copy.host_blocks[:num_blocks], copy.disk_keys)
-        num_tokens = num_blocks * self.block_size
         self.counts["num_host_hits"] += num_tokens
         if not sequence.num_lost_tokens:  # it joins for the first time
             sequence.num_cached_tokens += num_tokens
