@@ -208,7 +208,10 @@ class Offload:
         """num_blocks: those that have come. Returns how many tokens these are."""
         copy, sequence = transfer.copy, transfer.sequence
         if not transfer.keys:  # it was swapped
-            return transfer.num_tokens if num_blocks == len(copy.host_blocks) else 0
+            if num_blocks == len(copy.host_blocks):
+                return transfer.num_tokens
+            sequence.num_lost_tokens = sequence.num_kept_tokens
+            return num_blocks * self.block_size
         self.host.arrived(copy.host_blocks[:num_blocks], copy.disk_keys)
         num_tokens = num_blocks * self.block_size
         self.counts["num_host_hits"] += num_tokens
