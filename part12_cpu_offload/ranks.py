@@ -118,6 +118,8 @@ def follow(runner: "ModelRunner") -> None:
         counts, header = message[:num_engines], message[num_engines:]
         if len(header) == 1:  # this engine has nothing to run, and others have
             runner.queue.submit(partial(runner.run_idle, header[0]), 0, counts=counts)
+        elif len(header) == 2:  # rank 0 sleeps, or wakes up
+            runner.queue.submit(partial(runner.rank_sleep.follow, header[1]), 0, counts=counts)
         else:
             what = runner.drafter if header[0] else runner.target
             runner.launch(batch_of(header, runner.inputs), what, counts)
