@@ -19,17 +19,15 @@ import torch
 
 from common.distributed import RankError
 from common.distributed.ranks import LOAD_SECONDS
-from common.logprobs import SampledLogprobs
 from common.memory import Memory, SleepError, find_tensors, held_bytes, memory_of, release_unused
 
 from .model import CausalLM
+from .ranks import SLEEPS
 from .sampler import Sampled
 
 if TYPE_CHECKING:
     from .engine import LLMEngine
     from .model_runner import ModelRunner
-
-SLEEPS = 2  # said to the other ranks in the place of what a forward runs
 
 
 class RankSleep:
@@ -38,7 +36,11 @@ class RankSleep:
     def __init__(self, runner: "ModelRunner") -> None:
         self.runner, self.level = runner, 0
         self.weights: Memory | None = None
-        caches = filter(None.__ne__, (runner.kv.data, runner.kv.draft_data))
+        caches = [runner.kv.data]
+        if runner.kv.draft_data is not None:
+            caches.append(runner.kv.draft_data)
+        if runner.device.type == "cpu":  # a GPU would go on writing to pinned memory that is gone
+            caches += [host for _, host in runner.connector.pairs]
         self.kv = memory_of(caches, runner.device)
         self.held: list[list[int]] = []  # bytes of each rank before and after; on rank 0
 
@@ -46,17 +48,18 @@ class RankSleep:
         """Rank 0: let every rank sleep at this level; 0: wake up. Raises SleepError, RankError."""
 
         def run() -> Sampled:
-            self.runner.ranks.control.send([*self.runner.queue.counts, SLEEPS, level])
+            order = [SLEEPS, level, self.runner.connector.num_copied]
+            self.runner.ranks.control.send([*self.runner.queue.counts, *order])
             return self.become(level)
 
-        self.runner.queue.submit(run, 0).result()
+        self.runner.queue.aside(run).result()
 
     def follow(self, level: int) -> Sampled:
         """Another rank: as rank 0 has said. If that fails, rank 0 knows."""
         try:
             return self.become(level)
         except SleepError:
-            return nothing(self.runner.device)
+            return self.runner.nothing()
 
     def become(self, level: int) -> Sampled:
         """What the device does. Raises SleepError on every rank when it cannot be done on one."""
@@ -74,7 +77,7 @@ class RankSleep:
         gathered = runner.ranks.group.gather(held, [held.shape] * runner.ranks.size)
         self.held = [numbers.tolist() for numbers in gathered or []]
         runner.ranks.loaded()
-        return nothing(runner.device)
+        return runner.nothing()
 
     def discard(self, level: int) -> None:
         """Nothing is dropped before every rank has its copy."""
@@ -114,10 +117,6 @@ class RankSleep:
             raise SleepError(reason) from error
 
 
-def nothing(device: torch.device) -> Sampled:
-    return Sampled(torch.zeros(0, dtype=torch.int64, device=device), SampledLogprobs([]))
-
-
 def fall_asleep(engine: "LLMEngine", level: int) -> dict[str, Any]:
     """See `LLMEngine.sleep`."""
     if level not in (1, 2):
@@ -147,10 +146,22 @@ def wake_up(engine: "LLMEngine") -> dict[str, Any]:
 
 
 def put_down(engine: "LLMEngine") -> None:
-    """Read the steps in flight; then no sequence runs, and no block is in use."""
+    """Wait for what is under way; then no sequence runs, and no block is in use."""
+    finish(engine)
+    for sequence in reversed(list(engine.scheduler.running)):
+        engine.scheduler.preempt(sequence)
+    finish(engine)  # copies to the host
+    engine.connector.forget()
+    if held := engine.connector.held():
+        raise SleepError(f"{sum(map(len, held))} blocks are needed by other engines yet")
+    engine.scheduler.forget_cache()
+
+
+def finish(engine: "LLMEngine") -> None:
+    """Read the steps in flight, and wait for copies. What they bring is returned by the next step."""
     outputs = []
     try:
-        while engine.in_flight:
+        while engine.in_flight or engine.connector.is_busy:
             outputs += engine.step()
     except (torch.AcceleratorError, RankError):
         raise
@@ -158,10 +169,7 @@ def put_down(engine: "LLMEngine") -> None:
         engine.fail_step()
         raise SleepError("a step failed") from error
     finally:
-        engine.outbox[:0] = outputs  # the next step returns them
-    for sequence in reversed(list(engine.scheduler.running)):
-        engine.scheduler.preempt(sequence)
-    engine.scheduler.forget_cache()
+        engine.outbox[:0] = outputs
 
 
 def change(engine: "LLMEngine", level: int) -> dict[str, Any]:
