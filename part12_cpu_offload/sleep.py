@@ -72,7 +72,8 @@ class RankSleep:
         elif self.weights is not None:
             self.weights.forget()
         self.level = level
-        release_unused()
+        if level:
+            release_unused()
         held = torch.tensor([before, held_bytes(runner.device)], device=runner.device)
         gathered = runner.ranks.group.gather(held, [held.shape] * runner.ranks.size)
         self.held = [numbers.tolist() for numbers in gathered or []]
