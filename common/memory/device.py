@@ -18,6 +18,7 @@ class DeviceMemory:
                 known.add(storage._cdata)
                 self.storages[storage] = storage.nbytes()
         self.copies: list[Tensor] | None = None
+        self.is_there = True
 
     @property
     def num_bytes(self) -> int:
@@ -36,10 +37,13 @@ class DeviceMemory:
 
     def discard(self) -> None:
         synchronize()  # nothing that was launched reads it any more
+        self.is_there = False
         for storage in self.storages:
             storage.resize_(0)
 
     def restore(self) -> None:
+        if self.is_there:
+            return
         for storage, size in self.storages.items():
             if storage.nbytes() != size:
                 storage.resize_(size)
@@ -49,6 +53,7 @@ class DeviceMemory:
             else:
                 as_bytes(storage).copy_(self.copies[i], non_blocking=True)
         synchronize()
+        self.is_there = True
         self.forget()
 
     def forget(self) -> None:
