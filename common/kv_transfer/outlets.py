@@ -156,6 +156,8 @@ def make_outlet(transport: str, layout: Layout, host: str | None, port: int) -> 
 def listen(host: str | None, port: int) -> socket.socket:
     """Raises ValueError."""
     host = host or "127.0.0.1"
+    if host in ("0.0.0.0", "::"):
+        raise ValueError(f"kv_host is {host}: give the address at which peers reach this worker")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         sock = socket.create_server((host, port), family=family, backlog=64)
