@@ -26,7 +26,7 @@ from common.kv_transfer.memory import descriptor_of, map_shared
 
 SECRET = b"sixteen bytes or more"
 SHAPE = (24, 3, 2, 4, 2, 8)  # blocks, layers, ...
-TRANSPORTS = ["shm", "tcp"]
+TRANSPORTS = ["shm", "tcp", "nixl"]
 
 
 def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
@@ -167,7 +167,9 @@ def test_noise_is_refused_or_incomplete(noise: bytes) -> None:
         m.from_receiver.decode(noise)
 
 
-@pytest.mark.parametrize("message, payload", [(GREETING_LIMIT + 1, 0), (2**32 - 1, 0), (0, 0), (5, 1)])
+@pytest.mark.parametrize(
+    "message, payload", [(GREETING_LIMIT + 1, 0), (2**32 - 1, 0), (0, 0), (5, 1)]
+)
 def test_no_length_is_believed_before_the_greeting(message: int, payload: int) -> None:
     header = HEADER.pack(b"KVX1", 0, message, payload, 0)
     with pytest.raises(FrameError, match="limit"):
@@ -182,7 +184,11 @@ def test_a_pickle_runs_nothing(pair: Pair, tmp_path: Any) -> None:
             return os.mkdir, (str(canary),)
 
     stolen = pickle.dumps(Rogue())
-    for data in (stolen, encode(0, stolen), encode(0, m.encoder.encode(m.Hello(1, bytes(32))), b"")):
+    for data in (
+        stolen,
+        encode(0, stolen),
+        encode(0, m.encoder.encode(m.Hello(1, bytes(32))), b""),
+    ):
         sock = connect(pair.sender.address)
         sock.sendall(data)
         sock.settimeout(10)
