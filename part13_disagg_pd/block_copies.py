@@ -28,6 +28,7 @@ from common.kv_store.layout import layout_of
 
 from .config import EngineConfig
 from .kv_cache import KVCache
+from .kv_connector import KVConnector
 
 
 @dataclass(frozen=True)
@@ -58,33 +59,7 @@ class Copied:
 Orders = queue.SimpleQueue[tuple[Copy, Any] | None]
 
 
-class NoCopies:
-    """The workers' side of an engine that keeps nothing on the host."""
-
-    num_host_blocks = num_bytes = num_copied = 0
-    disk: DiskStore | None = None
-
-    def register_kv_caches(self, caches: list[torch.Tensor]) -> None:
-        """caches: each [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
-
-    def start_load_kv(self, copies: list[Copy]) -> None:
-        """Begin copies when the device has done what it was given until now."""
-
-    def get_finished(self) -> list[Copied]:
-        """Copies that are done since the last time."""
-        return []
-
-    def wait(self, seconds: float) -> None:
-        """Return when a copy is done, or after some time."""
-
-    def wait_until(self, number: int) -> None:
-        """Return when all copies up to this number are done."""
-
-    def shutdown(self) -> None:
-        """End what is under way."""
-
-
-class BlockCopies(NoCopies):
+class BlockCopies(KVConnector):
     """A rank's blocks on the host, and the thread that copies."""
 
     def __init__(self, num_host_blocks: int, disk: DiskStore | None) -> None:
@@ -206,11 +181,11 @@ def make_copies(
     kv: KVCache,
     minimum: Callable[[int], int],
     num_ranks: int,
-) -> NoCopies:
+) -> KVConnector:
     """What `--offload` asks for, on this rank. folders: of the model, and of one that drafts.
     minimum: of a number, over all ranks. Raises ValueError."""
     if config.offload == "off":
-        return NoCopies()
+        return KVConnector()
     block_bytes = kv.num_bytes // kv.num_blocks
     memory = config.host_kv_memory
     num_blocks = choose_num_host_blocks(memory, block_bytes, kv.num_blocks, num_ranks)

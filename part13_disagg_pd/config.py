@@ -172,6 +172,11 @@ class EngineConfig:
         if low > high:
             raise ValueError(f"prompt_lookup_min is {low}, above prompt_lookup_max, {high}")
 
+    @property
+    def shares_kv_cache(self) -> bool:
+        """Whether other processes of this host read the KV cache where it lies."""
+        return self.role == "prefill" and self.kv_transfer == "shm"
+
     def resolved(self, device: torch.device, default_block_size: int) -> "EngineConfig":
         """This configuration with the defaults that depend on device and kernels."""
         return replace(

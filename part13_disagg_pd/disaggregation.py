@@ -19,7 +19,7 @@ that comes late can be written into a block that has another owner.
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ from .config import EngineConfig
 from .kv_cache import KVCache
 from .kv_connector import KVConnector
 from .offload import make_offload
+from .ranks import fingerprint
 from .sequence import Sequence
 
 if TYPE_CHECKING:
@@ -45,8 +46,10 @@ logger = logging.getLogger(__name__)
 class PrefillConnector(KVConnector):
     """The side that computes prompts for others: both the scheduler's and the workers'."""
 
-    def __init__(self, config: EngineConfig, fingerprint: dict[str, str]) -> None:
-        self.config, self.fingerprint, self.secret = config, fingerprint, secret_of(config)
+    def __init__(self, config: EngineConfig, prints: dict[str, str]) -> None:
+        self.config, self.prints, self.secret = config, prints, secret_of(config)
+        self.add: Callable[[Request], None] = refuse
+        self.abort: Callable[[str], None] = lambda request_id: None
         self.asked: dict[str, str] = {}  # transfers by the request that computes their prompt
         self.holds: dict[str, Hold] = {}  # by transfer: computed, and not read yet
         self.saves: list[tuple[str, list[int], int]] = []  # of the step that runs
@@ -55,7 +58,7 @@ class PrefillConnector(KVConnector):
         config = self.config
         self.sender = Sender(
             caches,
-            fingerprint=self.fingerprint,
+            fingerprint=self.prints,
             secret=self.secret,
             transport=config.kv_transfer,
             host=config.kv_host,
@@ -144,6 +147,10 @@ class PrefillConnector(KVConnector):
     def is_busy(self) -> bool:
         return bool(self.holds)
 
+    def drop(self) -> None:
+        for transfer_id in [*list(self.asked.values()), *self.holds]:
+            self.sender.fail(transfer_id, "the worker has dropped its KV cache")
+
     def held(self) -> list[list[int]]:
         return [hold.blocks for hold in self.holds.values()]
 
@@ -169,8 +176,8 @@ class Transfer:
 class DecodeConnector(KVConnector):
     """The side that lets others compute prompts: both the scheduler's and the workers'."""
 
-    def __init__(self, config: EngineConfig, fingerprint: dict[str, str]) -> None:
-        self.config, self.fingerprint, self.secret = config, fingerprint, secret_of(config)
+    def __init__(self, config: EngineConfig, prints: dict[str, str]) -> None:
+        self.config, self.prints, self.secret = config, prints, secret_of(config)
         self.transfers: dict[str, Transfer] = {}  # until the receiver has ended them
         self.by_sequence: dict[Sequence, Transfer] = {}  # until the sequence has what there is
         self.fetches: list[tuple[str, int, list[int]]] = []  # for the next step
@@ -180,7 +187,7 @@ class DecodeConnector(KVConnector):
         config = self.config
         self.receiver = Receiver(
             caches,
-            fingerprint=self.fingerprint,
+            fingerprint=self.prints,
             secret=self.secret,
             timeout=config.kv_timeout,
         )
@@ -214,14 +221,15 @@ class DecodeConnector(KVConnector):
         return max(transfer.num_tokens - num_computed_tokens, 0), True
 
     def update_state_after_alloc(self, sequence: Sequence, num_external_tokens: int) -> None:
-        transfer = self.by_sequence[sequence]
+        if (transfer := self.by_sequence.get(sequence)) is None:
+            return
+        if not num_external_tokens:  # all is in the prefix cache meanwhile
+            return self.cancel(sequence)
         transfer.first = sequence.num_computed_tokens // self.cache.block_size
         blocks = sequence.block_table[transfer.first : transfer.num_blocks]
         self.fetches.append((transfer.id, transfer.first, blocks))
 
     def build_connector_meta(self, output: "SchedulerOutput") -> list[tuple[str, int, list[int]]]:
-        for sequence in output.admitted:
-            self.cancel(sequence)  # it has found all in the prefix cache meanwhile
         fetches, self.fetches = self.fetches, []
         return fetches
 
@@ -279,9 +287,17 @@ class DecodeConnector(KVConnector):
         self.counts["kv_seconds_transfer"] += times["ended"] - begin
         self.counts["kv_seconds_copying"] += times["copying"]
 
+    def drop(self) -> None:
+        for transfer_id in self.transfers:
+            self.receiver.cancel(transfer_id)
+
     @property
     def is_busy(self) -> bool:
         return bool(self.transfers)
+
+    @property
+    def will_free(self) -> bool:
+        return any(transfer.hold is not None for transfer in self.transfers.values())
 
     def held(self) -> list[list[int]]:
         return [t.hold.blocks for t in self.transfers.values() if t.hold is not None]
@@ -307,6 +323,10 @@ class DecodeConnector(KVConnector):
         self.receiver.close()
 
 
+def refuse(request: Request) -> None:
+    raise ValueError("the worker serves no prompts yet")
+
+
 COUNTS = (
     "num_kv_local",  # prompts with a ticket that were too short, or known
     "num_kv_fetched",
@@ -322,15 +342,15 @@ COUNTS = (
 )
 
 
-def make_worker_connector(
-    config: EngineConfig, kv: KVCache, copies: KVConnector, fingerprint: dict[str, str]
-) -> KVConnector:
-    """The workers' side. copies: the host tier's. fingerprint: what must be alike at a peer's. Raises
-    ValueError."""
+def make_worker_connector(config: EngineConfig, kv: KVCache, copies: KVConnector) -> KVConnector:
+    """The workers' side. copies: the host tier's. Raises ValueError."""
     if config.role == "both":
         return copies
+    if config.role == "proxy":
+        raise ValueError("role is proxy: it has no engine; `python -m part13.server` starts it")
+    prints = fingerprint(asdict(config)) | {"block size": str(config.block_size)}
     kind = {"prefill": PrefillConnector, "decode": DecodeConnector}[config.role]
-    connector = kind(config, fingerprint)
+    connector = kind(config, prints)
     connector.register_kv_caches([kv.data])
     return connector
 

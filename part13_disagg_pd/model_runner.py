@@ -29,12 +29,14 @@ from common.prompt_logprobs import PromptScores
 from common.requests import Request
 from common.sampling import NO_TOKEN, SamplingParams
 
-from .block_copies import Copy, make_copies
+from .block_copies import make_copies
 from .config import EngineConfig
 from .device_queue import Work, device_queue
+from .disaggregation import make_worker_connector
 from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
+from .kv_connector import KVConnector
 from .model import CausalLM
 from .ranks import copies_header, header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
@@ -85,6 +87,7 @@ class ModelRunner:
         self.last_token_ids = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
         # How often tokens were generated; kept where a sequence has penalties.
         self.counts = torch.zeros(rows, vocab, dtype=torch.int32, device=self.device)
+        self.connector = KVConnector()
         reserved = self.profile(shape)
         num_blocks = choose_num_blocks(
             config, shape, self.dtype, self.device, reserved, draft_shape, ranks.size
@@ -92,8 +95,12 @@ class ModelRunner:
         num_blocks = self.everyone.minimum(num_blocks)  # the same on all ranks of all engines
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
-        self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
-        self.connector = make_copies(config, folders, self.kv, self.everyone.minimum, ranks.size)
+        is_shared = self.device.type == "cpu" and config.shares_kv_cache
+        self.kv = KVCache(
+            num_blocks, block_size, shape, self.dtype, self.device, draft_shape, is_shared
+        )
+        copies = make_copies(config, folders, self.kv, self.everyone.minimum, ranks.size)
+        self.connector = make_worker_connector(config, self.kv, copies)
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:
             self.drafter = Runnable(smaller, self.kv.draft_data)
@@ -202,15 +209,15 @@ class ModelRunner:
         self.inputs.launched(work)
         return work
 
-    def transfer(self, copies: list[Copy]) -> None:
-        """Begin copies when the device has done all that it was given before."""
-        if copies:
-            self.queue.aside(partial(self.start_copies, copies))
+    def transfer(self, meta: list[Any]) -> None:
+        """Begin transfers when the device has done all that it was given before."""
+        if meta:
+            self.queue.aside(partial(self.start_transfers, meta))
 
-    def start_copies(self, copies: list[Copy]) -> Sampled:
+    def start_transfers(self, meta: list[Any]) -> Sampled:
         if self.ranks.size > 1 and self.ranks.rank == 0:
-            self.ranks.control.send([*self.queue.counts, *copies_header(copies)])
-        self.connector.start_load_kv(copies)
+            self.ranks.control.send([*self.queue.counts, *copies_header(meta)])
+        self.connector.start_load_kv(meta)
         return self.nothing()
 
     @torch.inference_mode()
@@ -218,6 +225,7 @@ class ModelRunner:
         """All that the device does in a step. what: the model unless given. Rank 0 alone samples."""
         self.fill_in(batch, what)
         logits, scores = self.forward(batch, what)
+        self.connector.wait_for_save()
         if logits is None:
             return self.nothing()
         return replace(self.sample(batch, logits), prompts=scores)
@@ -252,7 +260,12 @@ class ModelRunner:
         with together(self.ranks, self.everyone):
             runs.model.start_step(self.queue.counts)
             hidden = runs.model.forward(
-                batch.token_ids, batch.positions, runs.kv_data, batch.metadata, runs.layers
+                batch.token_ids,
+                batch.positions,
+                runs.kv_data,
+                batch.metadata,
+                runs.layers,
+                self.connector.save_kv_layer,
             )
             for piece in batch.prompts:
                 if self.ranks.rank == 0:

@@ -9,7 +9,7 @@ be a folder on disk, whose blocks outlive the process.
 Blocks under way have the copy as one more owner, on the device and on the host: neither is given to
 another sequence before the copy is done, whatever becomes of the sequence.
 
-The methods have the names of vLLM's connectors (`KVConnectorBase_V1`), and keep their contracts.
+It is a connector (`kv_connector.py`): this file is the scheduler's side, `block_copies.py` the workers'.
 """
 
 import hashlib
@@ -18,68 +18,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .block_cache import BlockCache, Hold
-from .block_copies import Copied, Copy, NoCopies
+from .block_copies import BlockCopies, Copied, Copy
 from .config import EngineConfig
 from .eviction import POLICIES
 from .kv_cache import BlockPool, KVCache
+from .kv_connector import KVConnector
 from .sequence import Sequence, Status
 
 if TYPE_CHECKING:
     from .scheduler import SchedulerOutput
-
-
-class NoOffload:
-    """The scheduler's side of an engine that keeps nothing on the host."""
-
-    will_free = False  # device blocks come free when copies under way are done
-    is_busy = False  # copies are under way
-
-    def bind_block_cache(self, cache: BlockCache) -> None:
-        """cache: where the sequences' blocks come from."""
-
-    def on_new_request(self, sequence: Sequence) -> None:
-        """A sequence has come to the queue."""
-
-    def get_num_new_matched_tokens(
-        self, sequence: Sequence, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
-        """How many tokens of a sequence can be had from here beyond those that the device has, and
-        whether they come while steps go on. None: that is not known yet. Nothing is changed."""
-        return 0, False
-
-    def update_state_after_alloc(self, sequence: Sequence, num_external_tokens: int) -> None:
-        """A sequence has blocks for all of its tokens: bring the keys and values of so many, behind
-        those that are computed, or of none."""
-
-    def build_connector_meta(self, output: "SchedulerOutput") -> list[Copy]:
-        """What is to be copied, from before this step on."""
-        return []
-
-    def update_connector_output(self, finished: Iterable[Copied]) -> list[tuple[Sequence, int]]:
-        """Copies that are done. Returns sequences, and how many of their tokens have come: fewer than
-        were to come where a copy has failed."""
-        return []
-
-    def request_preempted(self, sequence: Sequence) -> bool:
-        """A sequence is about to lose its blocks, and will come back. Returns whether its keys and
-        values are kept."""
-        return False
-
-    def request_finished(self, sequence: Sequence) -> None:
-        """A sequence has ended, whatever its status, and may be about to lose its blocks."""
-
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long on the device."""
-
-    def held(self) -> list[list[int]]:
-        """Device blocks that copies own."""
-        return []
-
-    def check_integrity(self) -> None:
-        """Assert what must hold between steps."""
-
-    def stats(self) -> dict[str, Any]:
-        return {}
 
 
 class HostTier:
@@ -153,10 +100,10 @@ class Swapped:
     num_drafter_tokens: int
 
 
-class Offload(NoOffload):
+class Offload(KVConnector):
     """Decides what is copied, and keeps account of it."""
 
-    def __init__(self, config: EngineConfig, kv: KVCache, copies: NoCopies) -> None:
+    def __init__(self, config: EngineConfig, kv: KVCache, copies: BlockCopies) -> None:
         self.kv, self.block_size, self.copies = kv, kv.block_size, copies
         self.swaps = config.offload in ("swap", "both")
         self.keeps_prefixes = config.offload in ("prefix", "both")
@@ -413,6 +360,6 @@ COUNTS = (
 )
 
 
-def make_offload(config: EngineConfig, kv: KVCache, copies: NoCopies) -> NoOffload:
+def make_offload(config: EngineConfig, kv: KVCache, copies: KVConnector) -> KVConnector:
     """What `--offload` asks for."""
-    return NoOffload() if config.offload == "off" else Offload(config, kv, copies)
+    return KVConnector() if config.offload == "off" else Offload(config, kv, copies)
