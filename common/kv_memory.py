@@ -81,7 +81,7 @@ def allocate_kv(
     every page written once. is_shared: in memory that can be handed to other processes. Raises
     ValueError."""
     shape = (num_blocks, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
-    if is_shared:
+    if is_shared and device.type == "cpu":
         return allocate_shared(shape, dtype)
     try:
         return torch.empty(shape, dtype=dtype, device=device).zero_()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.kv_transfer.ticket import Ticket
+from common.kv_transfer.ticket import Ticket, accept_ticket
 from common.requests import Request
 
 from .block_cache import BlockCache
@@ -34,11 +34,14 @@ class KVConnector:
     will_free = False  # device blocks come free when transfers under way are done
     is_busy = False  # transfers are under way
     num_copied = 0  # number of the last copy that other ranks must have done before the next step
+    role, address = "both", None  # what it does for other workers, and where they find it
+    secret: bytes | None = None  # that it shares with them
 
     # the scheduler's side
 
     def bind_block_cache(self, cache: BlockCache) -> None:
         """cache: where the sequences' blocks come from."""
+        self.cache = cache
 
     def on_new_request(self, sequence: Sequence) -> None:
         """A sequence has come to the queue."""
@@ -97,10 +100,8 @@ class KVConnector:
         given until now."""
 
     def save_kv_layer(self, layer: int) -> None:
-        """The step has written its keys and values of this layer."""
-
-    def wait_for_save(self) -> None:
-        """The step has written all of them: its meta is done with."""
+        """The step that runs has written its keys and values of this layer. They are told at once, so no
+        step waits for it (no `wait_for_save`)."""
 
     def get_finished(self) -> list[Any]:
         """Transfers that are done since the last time."""
@@ -123,8 +124,8 @@ class KVConnector:
 
     def describe(self) -> dict[str, Any]:
         """What a proxy must know of this worker."""
-        return {"role": "both", "address": None}
+        return {"role": self.role, "address": self.address}
 
     def ticket_of(self, header: str | None) -> Ticket | None:
         """Where a request's prompt may be computed, as its header says; None: here."""
-        return None
+        return accept_ticket(header, self.secret)

@@ -272,6 +272,7 @@ class CausalLM:
         layers = range(config.num_layers)
         self.layers = [DecoderLayer(config, ops, layer, weights) for layer in layers]
         self.num_bytes = weights.num_bytes
+        self.on_saved: Callable[[int], None] = lambda layer: None
         report_unused(weights.unused)
         self.rotary = rotary_table(config, device)
 
@@ -282,16 +283,14 @@ class CausalLM:
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
         layers: Iterable[int] | None = None,
-        on_saved: Callable[[int], None] = lambda layer: None,
     ) -> torch.Tensor:
         """Hidden states of every token, [num_tokens, hidden].
 
-        layers: which to run, all by default; the others are stepped over. on_saved: called when a
-        layer's keys and values are in the cache; those of later layers are not yet.
+        layers: which to run, all by default; the others are stepped over.
         """
         residual = self.embed(token_ids)
         x = torch.zeros_like(residual)
-        context = Context(positions, self.rotary, kv_cache, metadata, on_saved)
+        context = Context(positions, self.rotary, kv_cache, metadata, self.on_saved)
         for layer in self.layers if layers is None else [self.layers[i] for i in layers]:
             x = layer(x, residual, context)
         return self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)

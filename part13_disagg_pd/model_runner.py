@@ -36,7 +36,6 @@ from .disaggregation import make_worker_connector
 from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
-from .kv_connector import KVConnector
 from .model import CausalLM
 from .ranks import copies_header, header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
@@ -87,7 +86,6 @@ class ModelRunner:
         self.last_token_ids = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
         # How often tokens were generated; kept where a sequence has penalties.
         self.counts = torch.zeros(rows, vocab, dtype=torch.int32, device=self.device)
-        self.connector = KVConnector()
         reserved = self.profile(shape)
         num_blocks = choose_num_blocks(
             config, shape, self.dtype, self.device, reserved, draft_shape, ranks.size
@@ -95,12 +93,13 @@ class ModelRunner:
         num_blocks = self.everyone.minimum(num_blocks)  # the same on all ranks of all engines
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
-        is_shared = self.device.type == "cpu" and config.shares_kv_cache
+        is_shared = config.role == "prefill" and config.kv_transfer == "shm"
         self.kv = KVCache(
             num_blocks, block_size, shape, self.dtype, self.device, draft_shape, is_shared
         )
         copies = make_copies(config, folders, self.kv, self.everyone.minimum, ranks.size)
         self.connector = make_worker_connector(config, self.kv, copies)
+        self.model.on_saved = self.connector.save_kv_layer
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:
             self.drafter = Runnable(smaller, self.kv.draft_data)
@@ -225,7 +224,6 @@ class ModelRunner:
         """All that the device does in a step. what: the model unless given. Rank 0 alone samples."""
         self.fill_in(batch, what)
         logits, scores = self.forward(batch, what)
-        self.connector.wait_for_save()
         if logits is None:
             return self.nothing()
         return replace(self.sample(batch, logits), prompts=scores)
@@ -260,12 +258,7 @@ class ModelRunner:
         with together(self.ranks, self.everyone):
             runs.model.start_step(self.queue.counts)
             hidden = runs.model.forward(
-                batch.token_ids,
-                batch.positions,
-                runs.kv_data,
-                batch.metadata,
-                runs.layers,
-                self.connector.save_kv_layer,
+                batch.token_ids, batch.positions, runs.kv_data, batch.metadata, runs.layers
             )
             for piece in batch.prompts:
                 if self.ranks.rank == 0:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from .block_cache import BlockCache, Hold
+from .block_cache import Hold
 from .block_copies import BlockCopies, Copied, Copy
 from .config import EngineConfig
 from .eviction import POLICIES
@@ -114,9 +114,6 @@ class Offload(KVConnector):
         self.transfers: dict[int, Transfer] = {}  # by number of the copy
         self.num_copies = 0
         self.counts = dict.fromkeys(COUNTS, 0)
-
-    def bind_block_cache(self, cache: BlockCache) -> None:
-        self.cache = cache
 
     @property
     def is_busy(self) -> bool:
