@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from common.kv_store import open_copies
 from common.kv_transfer import Fetched, PrefillRequest, Receiver, Sender
 from common.kv_transfer.options import receiver_options, sender_options
 from common.kv_transfer.outcomes import Outcomes
@@ -31,7 +32,7 @@ from .block_cache import Hold
 from .config import EngineConfig
 from .kv_cache import KVCache
 from .kv_connector import KVConnector
-from .offload import make_offload
+from .offload import Offload
 from .ranks import fingerprint
 from .sequence import Sequence
 
@@ -145,7 +146,8 @@ class PrefillConnector(PeerConnector):
             self.sender.fail(transfer_id, "the worker has dropped its KV cache")
 
     def stats(self) -> dict[str, Any]:
-        return {"num_kv_held": len(self.holds)} | self.sender.stats()
+        told = {f"kv_sender_{name}": value for name, value in self.sender.stats().items()}
+        return {"num_kv_held": len(self.holds)} | told
 
     def shutdown(self) -> None:
         self.sender.close()
@@ -231,7 +233,8 @@ class DecodeConnector(PeerConnector):
         return bool(self.sequences)
 
     def stats(self) -> dict[str, Any]:
-        return self.outcomes.counts | self.receiver.stats()
+        told = {f"kv_receiver_{name}": value for name, value in self.receiver.stats().items()}
+        return self.outcomes.counts | told
 
     def shutdown(self) -> None:
         self.receiver.close()
@@ -241,13 +244,15 @@ def refuse(request: Request) -> None:
     raise ValueError("the worker serves no prompts yet")
 
 
-def make_worker_connector(config: EngineConfig, kv: KVCache, copies: KVConnector) -> KVConnector:
-    """The workers' side. copies: the host tier's. Raises ValueError."""
+def make_worker_connector(
+    config: EngineConfig, kv: KVCache, minimum: Callable[[int], int], num_ranks: int
+) -> Any:
+    """The workers' side, on this rank. minimum: of a number, over all ranks. Raises ValueError."""
     if config.role == "both":
-        return copies
+        return open_copies(config, kv.data, minimum, num_ranks)
     return (PrefillConnector if config.role == "prefill" else DecodeConnector)(config, kv)
 
 
-def make_connector(config: EngineConfig, kv: KVCache, worker: KVConnector) -> KVConnector:
+def make_connector(config: EngineConfig, kv: KVCache, worker: Any) -> KVConnector:
     """The scheduler's side, of what `make_worker_connector` has made."""
-    return make_offload(config, kv, worker) if config.role == "both" else worker
+    return Offload(config, kv, worker) if config.role == "both" else worker

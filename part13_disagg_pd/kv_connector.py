@@ -4,7 +4,8 @@ Names and contracts are those of vLLM's KVConnectorBase_V1. A connector has two 
 decides; it lives in the engine's thread and touches no tensor. The workers' moves bytes; `start_load_kv`
 and what is called per layer come in the device's order. Between them go plain numbers and strings: down
 in a step's `connector_meta`, up in what `get_finished` returns. The host tier has an object for each
-side (`offload.py`, `block_copies.py`); what moves blocks between processes is both in one.
+side (`offload.py`, and `BlockCopies` of `common.kv_store`); what moves blocks between processes is both
+in one (`disaggregation.py`).
 
 Three contracts differ from vLLM's. Keys and values always come while other sequences run, so no layer
 waits for a load (no `wait_for_layer_load`). What has come is told as a count of tokens, so a block that
@@ -15,8 +16,6 @@ say that freeing is to be delayed.
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from common.kv_transfer.ticket import Ticket, accept_ticket
 from common.requests import Request
@@ -33,7 +32,7 @@ class KVConnector:
 
     will_free = False  # device blocks come free when transfers under way are done
     is_busy = False  # transfers are under way
-    num_copied = 0  # number of the last copy that other ranks must have done before the next step
+    num_copied = 0  # the last copy that other ranks must have done before the next step
     role, address = "both", None  # what it does for other workers, and where they find it
     secret: bytes | None = None  # that it shares with them
 
@@ -92,9 +91,6 @@ class KVConnector:
 
     # the workers' side
 
-    def register_kv_caches(self, caches: list[torch.Tensor]) -> None:
-        """caches: each [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
-
     def start_load_kv(self, meta: list[Any]) -> None:
         """Begin what a step's `build_connector_meta` has asked for, when the device has done what it was
         given until now."""
@@ -109,9 +105,6 @@ class KVConnector:
 
     def wait(self, seconds: float) -> None:
         """Return when a transfer is done, or after some time."""
-
-    def wait_until(self, number: int) -> None:
-        """Return when all copies up to this number are done."""
 
     def shutdown(self) -> None:
         """End what is under way."""
