@@ -9,7 +9,7 @@ memory there may be a folder on disk, whose blocks outlive the process.
 A copy under way is one more owner of its blocks, on the device and on the host. So neither is given
 to another sequence before the copy is done, whatever becomes of the sequence that it is for.
 
-The methods have the names of vLLM's connectors (`KVConnectorBase_V1`), and keep their contracts.
+It is the scheduler's side of a connector (`kv_connector.py`); `common.kv_store` has the workers'.
 """
 
 import hashlib
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from common.kv_store import BlockCopies, Copied, Copy, HostBlocks, Rates
 
-from .block_cache import BlockCache, Hold
+from .block_cache import Hold
 from .config import EngineConfig
 from .kv_cache import KVCache
+from .kv_connector import KVConnector
 from .sequence import Sequence, Status
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Transfer:
     keys: list[bytes] = field(default_factory=list)
 
 
-class Offload:
+class Offload(KVConnector):
     """What is copied when, on rank 0. Where the blocks are is told to all ranks."""
 
     def __init__(self, config: EngineConfig, kv: KVCache, copies: BlockCopies) -> None:
@@ -54,10 +55,6 @@ class Offload:
         self.orders: list[Copy] = []  # for the next step
         self.num_copies = 0
         self.counts = dict.fromkeys(COUNTS, 0)
-
-    def bind_block_cache(self, cache: BlockCache) -> None:
-        """cache: where the sequences' device blocks come from."""
-        self.cache = cache
 
     @property
     def is_busy(self) -> bool:
