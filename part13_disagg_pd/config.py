@@ -1,6 +1,6 @@
 """Every setting of the engine in one frozen place; each field is also a command-line flag."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,6 +13,8 @@ BACKENDS = ("allgather_reducescatter", "all_to_all")
 PREFIX_CACHES = ("hash", "radix", "off")
 PROPOSERS = ("off", "ngram", "draft", "self")
 DRAFTING, NGRAM = ("speculative", PROPOSERS[1:]), ("speculative", ("ngram",))
+ROLES, TRANSPORTS = ("both", "prefill", "decode", "proxy"), ("shm", "tcp", "nixl")
+APART = ("role", ROLES[1:])
 DRAFT, SELF = ("speculative", ("draft",)), ("speculative", ("self",))
 
 
@@ -58,6 +60,30 @@ class EngineConfig:
     data_parallel_address: str | None = option(
         None, "where they meet: a file that is not there yet, or host:port of the first", needs=EP
     )
+    # prefill and decode apart
+    role: str = option(
+        "both", "what it computes for others: all, prompts, tokens; or a proxy", choices=ROLES
+    )
+    kv_transfer: str = option(
+        "shm", "how keys and values leave a prefill worker", choices=TRANSPORTS, needs=APART
+    )
+    kv_host: str | None = option(
+        None, "tcp, nixl: address at which a prefill worker listens (loopback)", needs=APART
+    )
+    kv_port: int = option(0, "and port; 0 takes a free one", 0, 65535, needs=APART)
+    kv_secret_file: str | None = option(
+        None, "file with the secret that workers and proxy share (chmod 600)", needs=APART
+    )
+    kv_lease: float = option(
+        30.0, "seconds that a prefill worker keeps what nobody fetches", 0.1, 3600.0, needs=APART
+    )
+    kv_timeout: float = option(
+        10.0, "seconds without progress, after which a prompt is computed here", 0.1, needs=APART
+    )
+    kv_min_tokens: int = option(
+        64, "fewest tokens of a prompt, beyond what is cached, to have computed", 1, needs=APART
+    )
+    kv_secret: str | None = field(default=None, repr=False)  # from the proxy that starts it
     # memory
     block_size: int | None = option(
         None, "tokens in a block of the KV cache (16; flash: 256)", 1, 4096
@@ -113,6 +139,12 @@ class EngineConfig:
             raise ValueError(f"data_parallel_rank is {number}: data_parallel_size is {size}")
         if size > 1 and self.data_parallel_address is None:
             raise ValueError(f"data_parallel_size is {size}: data_parallel_address must be given")
+        if self.role in ("prefill", "decode"):
+            for name in ("tensor_parallel_size", "data_parallel_size"):
+                if (count := getattr(self, name)) > 1:
+                    raise ValueError(f"{name} is {count}: role {self.role} is for one rank")
+            if self.kv_secret_file is None and self.kv_secret is None:
+                raise ValueError(f"role is {self.role}: kv_secret_file must be given")
         low, high = self.prompt_lookup_min or 2, self.prompt_lookup_max or 4
         if low > high:
             raise ValueError(f"prompt_lookup_min is {low}, above prompt_lookup_max, {high}")

@@ -15,10 +15,11 @@ from common.http.app import Admission, Frontend, unless_disconnected
 from common.http.errors import ApiError
 from common.http.responses import Job, to_json
 from common.http.run import ServerConfig, serve
-from common.options import parse
+from common.kv_transfer.ticket import HEADER
+from common.options import parse, peek
 from common.sampling import MAX_N
 
-from . import worker
+from . import proxy, worker
 from .async_engine import AsyncEngine
 from .config import EngineConfig
 from .engine import LLMEngine
@@ -41,6 +42,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
 
     async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
         admission.check(job.num_choices)
+        job.kv_ticket = async_engine.kv_ticket(request.headers.get(HEADER))
         if job.stream:
             return EventSourceResponse(events(job), sep="\n", send_timeout=60)
         return await unless_disconnected(request, whole(job))
@@ -61,11 +63,14 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     frontend.route(answer)
     frontend.add_trace(engine.trace, engine.runner.expert_stats)
     frontend.add_metrics(async_engine.metrics)
+    frontend.app.add_api_route("/kv_transfer", async_engine.kv_transfer, methods=["GET"])
     page.mount(frontend.app)
     return frontend.app
 
 
 def main() -> None:
+    if peek("role") == "proxy":
+        return proxy.main()
     engine_config, server_config = parse([EngineConfig, ServerConfig], description=__doc__)
     if launched_rank() > 0:  # torchrun has started it, beside rank 0
         worker.main()
