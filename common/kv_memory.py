@@ -12,6 +12,7 @@ from common.models.architecture import ModelConfig
 
 CPU_LIMIT = 2 << 30  # bytes of the KV cache on a CPU, unless more is asked for
 CPU_SHARE = 0.25  # of the memory that is free on a CPU
+HOST_TIMES = 4  # blocks on the host for each on the device, unless more are asked for
 
 
 def choose_num_blocks(
@@ -145,3 +146,23 @@ def free_memory() -> int:
     except (OSError, ValueError, KeyError):
         pass
     return free
+
+
+def choose_num_host_blocks(
+    memory: int | None, block_bytes: int, num_blocks: int, num_ranks: int = 1
+) -> int:
+    """How many blocks one rank keeps on the host: what was asked for, or HOST_TIMES the device's, as
+    far as a share of the free memory goes.
+
+    memory: bytes for all ranks of this host; None: by default. block_bytes: of one rank's block.
+    Raises ValueError.
+    """
+    if memory is None:
+        most = int(CPU_SHARE * free_memory()) // num_ranks // block_bytes
+        return max(min(HOST_TIMES * num_blocks, most), 1)
+    if memory // num_ranks < block_bytes:
+        raise ValueError(
+            f"host_kv_memory is {memory}: a block takes {block_bytes} bytes"
+            + (f" on each of {num_ranks} ranks" if num_ranks > 1 else "")
+        )
+    return memory // num_ranks // block_bytes

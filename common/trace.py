@@ -23,6 +23,11 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 CAPACITY = 4096  # steps kept
+# Fields of a record that are empty where nothing has happened.
+HAPPENINGS = (
+    "scheduled", "finished", "arrived", "allocated", "freed", "preempted", "device", "cached",
+    "rejected",
+)  # fmt: skip
 FEW = 4  # steps: some 0.1 ms with 256 requests in each
 
 
@@ -55,6 +60,12 @@ class StepRecord:
     device: list[tuple[int, float, float]] = field(default_factory=list)
     cached: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether anything came of the step, beyond a look at what there is to schedule."""
+        happened = (getattr(self, name) for name in HAPPENINGS)
+        return any(happened) or any(name != "schedule" for name, _, _ in self.phases)
 
     def phase_seconds(self) -> dict[str, float]:
         """Name of each phase -> how long it took."""
@@ -150,7 +161,8 @@ class Trace:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[StepRecord]:
-        """Record one step; the record is kept even when the step raises."""
+        """Record one step; the record is kept even when the step raises, unless nothing has happened:
+        an engine that waits for a copy looks again and again."""
         record, self._in_step = self._next, True
         record.begin = time.perf_counter()
         try:
@@ -158,13 +170,19 @@ class Trace:
         finally:
             record.end = time.perf_counter()
             self._in_step = False
-            self._next = StepRecord(record.step + 1, 0.0)
-            with self._lock:
-                self._records.append(record)
-                while len(self._records) > self.capacity:
-                    self._first.apply(self._records.popleft())
-                for follower in self._followers:
-                    follower.append(record)
+            if record.has_news:
+                self._keep(record)
+            else:  # the next step is recorded in its place
+                record.phases.clear()
+
+    def _keep(self, record: StepRecord) -> None:
+        self._next = StepRecord(record.step + 1, 0.0)
+        with self._lock:
+            self._records.append(record)
+            while len(self._records) > self.capacity:
+                self._first.apply(self._records.popleft())
+            for follower in self._followers:
+                follower.append(record)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

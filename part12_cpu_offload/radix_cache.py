@@ -8,7 +8,7 @@ sequence has locked can be evicted, the leaf first that was not used for longest
 import heapq
 from dataclasses import dataclass, field
 
-from .block_cache import BlockCache, Match
+from .block_cache import BlockCache, Hold, Match
 from .kv_cache import BlockPool
 from .sequence import Sequence
 
@@ -21,7 +21,7 @@ class Node:
     keys: list[bytes]
     blocks: list[int]
     children: dict[bytes, "Node"] = field(default_factory=dict)
-    num_locks: int = 0  # sequences that use it or something below it
+    num_locks: int = 0  # sequences and holds that use it or something below it
     last_used: int = 0  # a number of the tree's clock
 
     @property
@@ -36,7 +36,8 @@ class RadixPrefixCache(BlockCache):
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         super().__init__(pool, block_size)
         self.root = Node(None, [], [])
-        self.ends: dict[Sequence, Node] = {}  # where each sequence's way down the tree ends so far
+        # where each sequence's way down the tree ends so far
+        self.ends: dict[Sequence | Hold, Node] = {}
         self.leaves: list[tuple[int, int, Node]] = []  # a heap by last use, with outdated entries
         self.clock = 0
         self.num_nodes = 0
@@ -108,6 +109,16 @@ class RadixPrefixCache(BlockCache):
         super().release(sequence)
         self.clock += 1
         self.unlock(self.ends.pop(sequence))
+
+    def hold(self, sequence: Sequence) -> Hold:
+        hold, end = super().hold(sequence), self.ends[sequence]
+        self.lock(end)
+        self.ends[hold] = end
+        return hold
+
+    def let_go(self, hold: Hold) -> None:
+        super().let_go(hold)
+        self.unlock(self.ends.pop(hold))
 
     def walk(self, node: Node, keys: list[bytes]) -> tuple[Node, int]:
         """Down from a node as far as the keys lead: the node at whose end they part from the tree,

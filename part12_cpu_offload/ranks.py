@@ -36,6 +36,7 @@ from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, load_config, resolve
 from common.prompt_logprobs import PromptPiece
 
+from .block_copies import Copy
 from .config import EngineConfig
 from .input_batch import Batch, InputBatch
 from .input_buffers import BatchShape
@@ -43,6 +44,9 @@ from .tensor_parallel import Shard
 
 if TYPE_CHECKING:
     from .model_runner import ModelRunner
+
+
+COPIES = 2  # in a header, in the place of what runs
 
 
 def start_ranks(config: EngineConfig, folder: Path) -> Ranks:
@@ -93,22 +97,40 @@ def fingerprint(config: dict[str, Any]) -> dict[str, str]:
     return prints
 
 
-def header_of(batch: Batch, what: int) -> list[int]:
+def header_of(batch: Batch, what: int, num_copied: int) -> list[int]:
     """What the other ranks must know before a batch's numbers come: sizes, bounds, what runs, and
-    which places of prompts are scored."""
+    which places of prompts are scored. num_copied: the last copy that must be done by then."""
     shape, metadata = batch.shape, batch.metadata
     bounds = metadata.max_query_len, metadata.max_seq_len, metadata.max_decode_query_len
     scored = [number for piece in batch.prompts for number in (piece.place, len(piece.token_ids))]
     sizes = shape.num_tokens, shape.num_seqs, shape.num_sampled, shape.num_changes
-    return [what, *sizes, *bounds, metadata.num_leading_decodes, *scored]
+    return [what, num_copied, *sizes, *bounds, metadata.num_leading_decodes, *scored]
 
 
 def batch_of(header: list[int], inputs: InputBatch) -> Batch:
     """A batch whose numbers will come into the buffers. Of its sampling nothing is known."""
-    batch = inputs.received(BatchShape(*header[1:5]), header[5:9])
-    places = zip(header[9::2], header[10::2], strict=True)
+    batch = inputs.received(BatchShape(*header[2:6]), header[6:10])
+    places = zip(header[10::2], header[11::2], strict=True)
     batch.prompts.extend(PromptPiece(0, place, 0, [0] * count, 0) for place, count in places)
     return batch
+
+
+def copies_header(copies: list[Copy]) -> list[int]:
+    """What the other ranks are to copy: the same blocks, each with its own heads."""
+    header = [COPIES]
+    for copy in copies:
+        header += [copy.number, copy.kind == "load", len(copy.host_blocks)]
+        header += [*copy.device_blocks, *copy.host_blocks]
+    return header
+
+
+def copies_of(header: list[int]) -> list[Copy]:
+    copies, rest = [], header[1:]
+    while rest:
+        number, is_load, count, *rest = rest
+        blocks, host_blocks, rest = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        copies.append(Copy(number, "load" if is_load else "save", blocks, host_blocks))
+    return copies
 
 
 def follow(runner: "ModelRunner") -> None:
@@ -118,7 +140,10 @@ def follow(runner: "ModelRunner") -> None:
         counts, header = message[:num_engines], message[num_engines:]
         if len(header) == 1:  # this engine has nothing to run, and others have
             runner.queue.submit(partial(runner.run_idle, header[0]), 0, counts=counts)
+        elif header[0] == COPIES:
+            runner.transfer(copies_of(header))
         else:
+            runner.connector.wait_until(header[1])
             what = runner.drafter if header[0] else runner.target
             runner.launch(batch_of(header, runner.inputs), what, counts)
 

@@ -22,6 +22,13 @@ class Match:
     node: Any = None  # of a radix tree, where the way down ends
 
 
+@dataclass(eq=False)
+class Hold:
+    """The blocks that a sequence had, kept for a copy that is under way."""
+
+    blocks: list[int]
+
+
 class BlockCache:
     """Where sequences get their blocks, and where they leave them. This one remembers nothing."""
 
@@ -55,6 +62,15 @@ class BlockCache:
         """Give up a sequence's blocks. Published blocks keep what is in them for now."""
         self.pool.free(sequence.block_table)
         sequence.num_published_blocks = 0
+
+    def hold(self, sequence: Sequence) -> Hold:
+        """Become one more owner of a sequence's blocks, whatever becomes of the sequence."""
+        self.pool.share(sequence.block_table)
+        return Hold(list(sequence.block_table))
+
+    def let_go(self, hold: Hold) -> None:
+        """Own them no longer."""
+        self.pool.free(hold.blocks)
 
     def check_integrity(self, tables: list[list[int]]) -> None:
         """Assert that these block tables, and the cache, own what is not free."""

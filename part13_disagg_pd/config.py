@@ -11,6 +11,8 @@ from common.options import option, validate
 EP = ("enable_expert_parallel", (True,))
 BACKENDS = ("allgather_reducescatter", "all_to_all")
 PREFIX_CACHES = ("hash", "radix", "off")
+OFFLOADS = ("off", "swap", "prefix", "both")
+OFFLOADING, KEEPING = ("offload", OFFLOADS[1:]), ("offload", ("prefix", "both"))
 PROPOSERS = ("off", "ngram", "draft", "self")
 DRAFTING, NGRAM = ("speculative", PROPOSERS[1:]), ("speculative", ("ngram",))
 ROLES, TRANSPORTS = ("both", "prefill", "decode", "proxy"), ("shm", "tcp", "nixl")
@@ -98,6 +100,20 @@ class EngineConfig:
         "hash", "how blocks of equal beginnings are found", choices=PREFIX_CACHES
     )
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory to use in all", 0.05, 1.0)
+    # offload
+    offload: str = option(
+        "off",
+        "what the host's memory keeps: preempted sequences (swap), cached prefixes, or both",
+        choices=OFFLOADS,
+    )
+    host_kv_memory: int | None = option(
+        None, "bytes for it (4 times the KV cache, as memory allows)", 1, needs=OFFLOADING
+    )
+    offload_policy: str = option(
+        "lru", "which prefixes it forgets first", choices=("lru", "arc"), needs=KEEPING
+    )
+    disk_kv: str | None = option(None, "folder for prefixes that outlive a restart", needs=KEEPING)
+    disk_kv_memory: int | None = option(None, "bytes that the folder may have (4 GiB)", 1)
     # scheduling
     max_num_seqs: int | None = option(
         None, "sequences in one batch (32 on a CPU, 256 on a GPU)", 1, 4096
@@ -145,6 +161,13 @@ class EngineConfig:
                     raise ValueError(f"{name} is {count}: role {self.role} is for one rank")
             if self.kv_secret_file is None and self.kv_secret is None:
                 raise ValueError(f"role is {self.role}: kv_secret_file must be given")
+        if self.offload in KEEPING[1] and self.prefix_cache == "off":
+            raise ValueError(f"offload is {self.offload}: prefix_cache must not be off")
+        if self.disk_kv is not None and self.tensor_parallel_size > 1:
+            number = self.tensor_parallel_size
+            raise ValueError(f"tensor_parallel_size is {number}: disk_kv is for one rank")
+        if self.disk_kv is None and self.disk_kv_memory is not None:
+            raise ValueError("disk_kv_memory has no effect without disk_kv")
         low, high = self.prompt_lookup_min or 2, self.prompt_lookup_max or 4
         if low > high:
             raise ValueError(f"prompt_lookup_min is {low}, above prompt_lookup_max, {high}")

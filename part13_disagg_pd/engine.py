@@ -26,10 +26,13 @@ from common.trace import Trace, phase
 from .config import EngineConfig
 from .device_queue import Work
 from .model_runner import Batch, load_runner
+from .offload import make_offload
 from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence, Status
 from .speculative import make_speculator
+
+WAIT_SECONDS = 0.001  # for a copy, before new requests are looked for
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class LLMEngine:
         self.sequences: dict[str, Sequence] = {}  # by request id, until they finish
         self.outbox: list[RequestOutput] = []  # what the next step returns
         self.trace = Trace(num_blocks=self.kv.num_blocks, block_size=self.kv.block_size)
-        self.scheduler = Scheduler(self.config, self.kv, self.trace)
+        self.connector = make_offload(self.config, self.kv, self.runner.connector)
+        self.scheduler = Scheduler(self.config, self.kv, self.trace, self.connector)
         self.speculator = make_speculator(self.config, self.runner, self.trace)
         self.in_flight: deque[PendingStep] = deque()
         # steps that are launched before the first of them is read
@@ -111,6 +115,7 @@ class LLMEngine:
         with self.trace.step() as record:
             self.scheduled = None  # so that fail_step knows, should scheduling fail
             self.scheduled = scheduled = self.schedule()
+            self.runner.transfer(scheduled.connector_meta)
             if scheduled.num_tokens:
                 batch = self.prepare(scheduled)
                 work = self.launch(batch)
@@ -123,6 +128,8 @@ class LLMEngine:
                 self.postprocess(scheduled, self.wait(pending))
                 seconds = time.perf_counter() - record.begin
                 self.speculator.propose(self.scheduler, scheduled.num_tokens, seconds)
+            elif not scheduled.num_tokens:
+                self.runner.connector.wait(WAIT_SECONDS)  # a copy is all there is to do
             outputs, self.outbox = self.outbox, []
             self.trace.outputs(outputs)
         return outputs
@@ -130,6 +137,7 @@ class LLMEngine:
     @phase
     def schedule(self) -> SchedulerOutput:
         """The sequences to run, each with its number of new tokens."""
+        self.scheduler.update_connector_output(self.runner.connector.get_finished())
         return self.scheduler.schedule()
 
     @phase
@@ -147,7 +155,9 @@ class LLMEngine:
         """The next tokens of each sampled sequence, when the device has them; and the scores of
         prompts that ask for them."""
         sampled = pending.work.result()
-        self.trace.device(pending.number, *pending.work.times())
+        begin, end = pending.work.times()
+        self.trace.device(pending.number, begin, end)
+        self.connector.observe_step(pending.scheduled.num_tokens, end - begin)
         return sampled
 
     @phase
@@ -200,14 +210,17 @@ class LLMEngine:
 
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do, to read or to return."""
-        return bool(self.sequences) or bool(self.outbox) or bool(self.in_flight)
+        has_work = bool(self.sequences) or bool(self.outbox) or bool(self.in_flight)
+        return has_work or self.connector.is_busy
 
     def stats(self) -> dict[str, Any]:
         """Counts, and what is held in memory, in bytes."""
         return {
             "num_running": len(self.scheduler.running) + len(self.scheduler.ending),
             "num_waiting": len(self.scheduler.waiting),
+            "num_loading": len(self.scheduler.loading),
             "num_preemptions": self.scheduler.num_preemptions,
+            "num_recomputed_tokens": self.scheduler.num_recomputed_tokens,
             "weight_bytes": self.runner.num_weight_bytes,
             "kv_cache_bytes": self.kv.num_bytes,
             "buffer_bytes": self.runner.num_buffer_bytes,
@@ -218,13 +231,15 @@ class LLMEngine:
             "num_used_blocks": self.kv.num_blocks - self.scheduler.cache.num_free,
             "num_prefix_cache_queries": self.scheduler.num_cache_queries,
             "num_prefix_cache_hits": self.scheduler.num_cache_hits,
+            **self.connector.stats(),
             **self.speculator.stats(),
             **self.runner.expert_stats(),
         }
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps."""
-        known = [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.ending]
+        scheduler = self.scheduler
+        known = [*scheduler.running, *scheduler.waiting, *scheduler.loading, *scheduler.ending]
         assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
         for sequence in known:
             assert self.sequences.get(sequence.request_id) is sequence, sequence.request_id
@@ -240,9 +255,13 @@ class LLMEngine:
         self.drain()
 
     def drain(self) -> None:
-        """Wait for the steps in flight, and drop what they give."""
+        """Wait for the steps in flight, and drop what they give; and for copies."""
         while self.in_flight:
             self.in_flight.popleft().work.wait()
+        while self.connector.is_busy:
+            self.runner.transfer(self.connector.build_connector_meta(SchedulerOutput()))
+            self.runner.connector.wait(WAIT_SECONDS)
+            self.scheduler.update_connector_output(self.runner.connector.get_finished())
 
     def problem(self) -> str | None:
         """Which rank is lost, or None while all live."""
@@ -252,4 +271,5 @@ class LLMEngine:
         """Drop every request, and end the other ranks. The engine is not to be used after."""
         self.drop_requests()
         self.runner.queue.close()
+        self.runner.connector.shutdown()
         self.runner.ranks.close()

@@ -29,13 +29,14 @@ from common.prompt_logprobs import PromptScores
 from common.requests import Request
 from common.sampling import NO_TOKEN, SamplingParams
 
+from .block_copies import Copy, make_copies
 from .config import EngineConfig
 from .device_queue import Work, device_queue
 from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
 from .model import CausalLM
-from .ranks import header_of, meet_engines, start_ranks, together
+from .ranks import copies_header, header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
@@ -68,9 +69,10 @@ class ModelRunner:
         self.model = self.load_model(folder, max_model_len)
         shape = self.model.local
         self.num_weight_bytes = self.model.num_bytes
-        smaller, draft_shape = None, None
+        smaller, draft_shape, folders = None, None, [folder]
         if config.speculative == "draft":
             folder = resolve_draft_model(config.draft_model, max_model_len, shape.vocab_size)
+            folders.append(folder)
             smaller = self.load_model(folder, max_model_len)
             draft_shape = smaller.local
             self.num_weight_bytes += smaller.num_bytes
@@ -91,6 +93,7 @@ class ModelRunner:
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
+        self.connector = make_copies(config, folders, self.kv, self.everyone.minimum, ranks.size)
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:
             self.drafter = Runnable(smaller, self.kv.draft_data)
@@ -199,13 +202,24 @@ class ModelRunner:
         self.inputs.launched(work)
         return work
 
+    def transfer(self, copies: list[Copy]) -> None:
+        """Begin copies when the device has done all that it was given before."""
+        if copies:
+            self.queue.aside(partial(self.start_copies, copies))
+
+    def start_copies(self, copies: list[Copy]) -> Sampled:
+        if self.ranks.size > 1 and self.ranks.rank == 0:
+            self.ranks.control.send([*self.queue.counts, *copies_header(copies)])
+        self.connector.start_load_kv(copies)
+        return self.nothing()
+
     @torch.inference_mode()
     def run(self, batch: Batch, what: Runnable | None = None) -> Sampled:
         """All that the device does in a step. what: the model unless given. Rank 0 alone samples."""
         self.fill_in(batch, what)
         logits, scores = self.forward(batch, what)
         if logits is None:
-            return Sampled(batch.rows[:0], SampledLogprobs([]))
+            return self.nothing()
         return replace(self.sample(batch, logits), prompts=scores)
 
     def fill_in(self, batch: Batch, what: Runnable | None = None) -> None:
@@ -225,7 +239,8 @@ class ModelRunner:
         if self.ranks.size > 1:
             if self.ranks.rank == 0 and self.is_ready:
                 is_draft = what is not None and what is self.drafter
-                self.ranks.control.send([*self.queue.counts, *header_of(batch, is_draft)])
+                header = header_of(batch, is_draft, self.connector.num_copied)
+                self.ranks.control.send([*self.queue.counts, *header])
             self.ranks.group.broadcast(batch.packed)
 
     def forward(
@@ -256,6 +271,10 @@ class ModelRunner:
                 self.ranks.control.send([*self.queue.counts, kind])
             runs.model.start_step(self.queue.counts)
             runs.model.serve(runs.layers)
+        return self.nothing()
+
+    def nothing(self) -> Sampled:
+        """What work gives that draws no token."""
         return Sampled(self.last_token_ids[:0], SampledLogprobs([]))
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> Sampled:

@@ -13,6 +13,9 @@ it joins again, prompt and output run as one prompt (recomputation, as in vLLM).
 A sequence that joins takes the cached blocks of its longest known beginning, and computes the rest.
 The full blocks of a step are published when its tokens are read: before that it may yet fail.
 
+What the host's memory has of a sequence beyond that is copied into its blocks first. It holds them
+and a row meanwhile, and waits for keys and values (`Status.LOADING`); then it runs.
+
 Drafts run behind a sequence's last token, and count like other tokens. They get what is left: no
 block is taken for them that would leave another sequence without one for its next token.
 
@@ -24,6 +27,7 @@ sequence gives up can be given to the next at once, though a step in flight stil
 
 import sys
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.trace import Trace
@@ -31,6 +35,7 @@ from common.trace import Trace
 from .block_cache import Match
 from .config import EngineConfig
 from .kv_cache import KVCache
+from .offload import Copied, Copy, NoOffload
 from .prefix_cache import make_block_cache
 from .sequence import TRANSITIONS, Sequence, Status
 
@@ -45,6 +50,7 @@ class SchedulerOutput:
     num_tokens: int = 0
     admitted: list[Sequence] = field(default_factory=list)  # joined in this step, or came back
     new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)  # at its table's end
+    connector_meta: list[Copy] = field(default_factory=list)  # copies that begin before the step
 
     def run(self, sequence: Sequence, count: int) -> None:
         """Let a sequence run its next `count` tokens."""
@@ -57,7 +63,9 @@ class SchedulerOutput:
 class Scheduler:
     """The waiting and the running sequences, and the blocks and table rows that these hold."""
 
-    def __init__(self, config: EngineConfig, kv: KVCache, trace: Trace) -> None:
+    def __init__(
+        self, config: EngineConfig, kv: KVCache, trace: Trace, connector: NoOffload
+    ) -> None:
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.long_prefill_threshold = config.long_prefill_threshold or sys.maxsize
         self.kv, self.trace = kv, trace
@@ -66,12 +74,17 @@ class Scheduler:
         # In the order in which they joined. A list would be searched for each one that leaves.
         self.running: dict[Sequence, None] = {}
         self.ending: set[Sequence] = set()  # their last tokens are launched
+        self.connector = connector
+        connector.bind_block_cache(self.cache)
+        self.loading: dict[Sequence, None] = {}  # in the order in which they were given blocks
+        self.resumed: list[Sequence] = []  # were loading, and run from the next step on
         self.most_drafts = config.num_speculative_tokens or 0
         # A model that drafts writes keys and values of its drafts before they are scheduled.
         self.num_lookahead = self.most_drafts if config.speculative in ("draft", "self") else 0
         self.num_rows = config.max_num_seqs
         self.free_rows = deque(range(self.num_rows))
         self.num_preemptions = 0
+        self.num_recomputed_tokens = 0  # after preemptions
         self.num_cache_queries = 0  # tokens of sequences that joined for the first time
         self.num_cache_hits = 0  # of these tokens, found in the cache
 
@@ -79,12 +92,27 @@ class Scheduler:
         """Put a new sequence at the end of the queue."""
         self.trace.arrived(sequence.request_id, sequence.num_tokens)
         self.waiting.append(sequence)
+        self.connector.on_new_request(sequence)
+
+    def update_connector_output(self, finished: Iterable[Copied]) -> None:
+        """Sequences whose keys and values have come run from the next step on, with what is there."""
+        for sequence, num_tokens in self.connector.update_connector_output(finished):
+            if sequence in self.loading:
+                self.resume(sequence)
+                sequence.num_computed_tokens += num_tokens
+                self.cache.publish(sequence, sequence.num_computed_tokens)
 
     def schedule(self) -> SchedulerOutput:
         """The next step's work; empty when there is none."""
         output = SchedulerOutput()
-        if self.run_running(output):
+        was_room = self.run_running(output)
+        for sequence in self.resumed:
+            if sequence.status is Status.RUNNING:
+                self.join(sequence, output)
+        self.resumed = []
+        if was_room:
             self.admit(output)
+        output.connector_meta = self.connector.build_connector_meta(output)
         counts = output.num_new_tokens.items()
         self.trace.scheduled_all({sequence.request_id: count for sequence, count in counts})
         return output
@@ -110,8 +138,8 @@ class Scheduler:
         """Give a running sequence blocks for all of its tokens, if need be by preempting the sequences
         that joined last; False when it does not run in this step."""
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
-            if self.ending:
-                return False  # their blocks come free when their last tokens are read
+            if self.ending or self.connector.will_free:
+                return False  # blocks come free when last tokens are read, or copies are done
             self.preempt(next(reversed(self.running)))
         return sequence.status is Status.RUNNING
 
@@ -128,14 +156,21 @@ class Scheduler:
             if sequence.num_placeholders:
                 break
             found = self.cache.match(sequence)
-            needed = self.kv.blocks_for(sequence.num_total_tokens) - len(found.blocks)
-            if needed + len(self.running) > self.cache.num_free - found.num_free:
+            num_found = len(found.blocks) * self.kv.block_size
+            num_external, _ = self.connector.get_num_new_matched_tokens(sequence, num_found)
+            if num_external is None:
                 break
-            self.start(sequence)
+            needed = self.kv.blocks_for(sequence.num_total_tokens) - len(found.blocks)
+            others = len(self.running) + len(self.loading)
+            if needed + others > self.cache.num_free - found.num_free:
+                break
+            self.start(sequence, Status.LOADING if num_external else Status.RUNNING)
             self.take(sequence, found)
             self.grow(sequence, output)
-            output.admitted.append(sequence)
-            output.run(sequence, self.slice_of(sequence, output))
+            self.connector.update_state_after_alloc(sequence, num_external)
+            if not num_external:
+                self.join(sequence, output)
+                output.run(sequence, self.slice_of(sequence, output))
 
     def take(self, sequence: Sequence, found: Match) -> None:
         """Let a sequence begin with the blocks that were found for it."""
@@ -143,11 +178,19 @@ class Scheduler:
         sequence.block_table = found.blocks
         sequence.num_computed_tokens = len(found.blocks) * self.kv.block_size
         self.trace.allocated(sequence.request_id, found.blocks)
-        self.trace.cached(sequence.request_id, sequence.num_computed_tokens)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_cache_queries += sequence.num_tokens
             self.num_cache_hits += sequence.num_cached_tokens
+
+    def join(self, sequence: Sequence, output: SchedulerOutput) -> None:
+        """A sequence begins to run, with the keys and values that there are."""
+        self.trace.cached(sequence.request_id, sequence.num_computed_tokens)
+        self.num_recomputed_tokens += max(
+            sequence.num_lost_tokens - sequence.num_computed_tokens, 0
+        )
+        sequence.num_lost_tokens = 0
+        output.admitted.append(sequence)
 
     def slice_of(self, sequence: Sequence, output: SchedulerOutput) -> int:
         """How many tokens a sequence runs: what is not computed, as far as the step's budget goes.
@@ -218,16 +261,26 @@ class Scheduler:
 
     # The life of a sequence: nothing else changes its status.
 
-    def start(self, sequence: Sequence) -> None:
-        """The head of the queue joins the running sequences."""
-        self.become(sequence, Status.RUNNING)
-        self.running[self.waiting.popleft()] = None
+    def start(self, sequence: Sequence, status: Status) -> None:
+        """The head of the queue joins the running sequences, or those that are loading."""
+        self.become(sequence, status)
+        joined = self.running if status is Status.RUNNING else self.loading
+        joined[self.waiting.popleft()] = None
         sequence.row = self.free_rows.popleft()
+
+    def resume(self, sequence: Sequence) -> None:
+        """A sequence that was loading joins the running sequences."""
+        self.become(sequence, Status.RUNNING)
+        del self.loading[sequence]
+        self.running[sequence] = None
+        self.resumed.append(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take the blocks of a running sequence, and put it at the head of the queue."""
         self.become(sequence, Status.WAITING)
         self.stop(sequence)
+        is_kept = self.connector.request_preempted(sequence)
+        sequence.num_lost_tokens = 0 if is_kept else sequence.num_computed_tokens
         self.release(sequence)
         self.waiting.appendleft(sequence)
         self.trace.preempted(sequence.request_id)
@@ -242,6 +295,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence, whatever its status."""
         was = sequence.status
+        self.connector.request_finished(sequence)
         self.become(sequence, Status.FINISHED)
         if was is Status.WAITING:
             self.waiting.remove(sequence)
@@ -259,8 +313,8 @@ class Scheduler:
         sequence.status = status
 
     def stop(self, sequence: Sequence) -> None:
-        """Take a running sequence's row."""
-        del self.running[sequence]
+        """Take the row of a sequence that runs or is loading."""
+        del (self.loading if sequence in self.loading else self.running)[sequence]
         self.free_rows.append(sequence.row)
         sequence.row = None
         sequence.draft_token_ids, sequence.draft_probs = [], None
@@ -270,7 +324,7 @@ class Scheduler:
         self.cache.release(sequence)
         self.trace.freed(sequence.request_id, sequence.block_table)
         sequence.block_table = []
-        sequence.num_computed_tokens = sequence.num_drafter_tokens = 0
+        sequence.num_computed_tokens = sequence.num_drafter_tokens = sequence.num_saved_blocks = 0
 
     def check_integrity(self) -> None:
         """Assert that statuses are true, and that rows and blocks have one owner each or are free."""
@@ -281,7 +335,9 @@ class Scheduler:
             assert sequence.status is Status.ENDING, f"{sequence.request_id}: {sequence.status}"
         for sequence in [*self.waiting, *self.ending]:
             assert sequence.row is None, f"{sequence.request_id} does not run and has a row"
-        rows = [*self.free_rows, *(sequence.row for sequence in self.running)]
+        for sequence in self.loading:
+            assert sequence.status is Status.LOADING, f"{sequence.request_id}: {sequence.status}"
+        rows = [*self.free_rows, *(s.row for s in [*self.running, *self.loading])]
         assert sorted(rows) == list(range(self.num_rows)), f"rows lost or given twice: {rows}"
         for sequence in self.running:
             assert sequence.status is Status.RUNNING, f"{sequence.request_id}: {sequence.status}"
@@ -290,5 +346,7 @@ class Scheduler:
             longest = min(total + 2 * self.most_drafts, sequence.limit)
             room, most = len(sequence.block_table), self.kv.blocks_for(longest)
             assert self.kv.blocks_for(computed) <= room <= most, f"{sequence.request_id}: {room}"
-        owners = [*self.running, *self.ending]
-        self.cache.check_integrity([sequence.block_table for sequence in owners])
+        owners = [*self.running, *self.ending, *self.loading]
+        tables = [sequence.block_table for sequence in owners]
+        self.cache.check_integrity(tables + self.connector.held())
+        self.connector.check_integrity()

@@ -13,14 +13,16 @@ from common.sampling import NO_TOKEN
 class Status(Enum):
     """Where a sequence is in its life. `scheduler.py` alone changes it."""
 
-    WAITING = "waiting"  # in the queue; it holds nothing
+    WAITING = "waiting"  # in the queue; it holds nothing on the device
+    LOADING = "loading"  # it holds blocks and a row, and waits for keys and values from elsewhere
     RUNNING = "running"  # it holds blocks, and a row in the runner's tables
     ENDING = "ending"  # its last token is launched and not read; it holds blocks until it is
     FINISHED = "finished"
 
 
 TRANSITIONS = {
-    Status.WAITING: {Status.RUNNING, Status.FINISHED},
+    Status.WAITING: {Status.LOADING, Status.RUNNING, Status.FINISHED},
+    Status.LOADING: {Status.RUNNING, Status.FINISHED},
     Status.RUNNING: {Status.WAITING, Status.ENDING, Status.FINISHED},
     Status.ENDING: {Status.FINISHED},
     Status.FINISHED: set(),
@@ -47,6 +49,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     row: int | None = None  # its row in the runner's tables while it runs
     num_cached_tokens: int | None = None  # found in the cache when it first joined
+    num_lost_tokens: int = 0  # computed before it was preempted, and not kept
 
     # set by the speculator
     draft_token_ids: list[int] = field(default_factory=list)  # guesses that the next step verifies
@@ -57,6 +60,10 @@ class Sequence:
     # set by the prefix cache
     block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks
     num_published_blocks: int = 0  # of its table, that other sequences can find
+
+    # set by the host tier
+    host_keys: list[bytes] = field(default_factory=list)  # of its first full blocks
+    num_saved_blocks: int = 0  # published ones that were looked at for the host
 
     def __post_init__(self) -> None:
         """What each step asks of each sequence is kept here, and not computed anew."""
