@@ -103,7 +103,7 @@ def row(one: Contender, first: Contender) -> dict[str, Any]:
 
     def copied(answer: Answer) -> float:
         counters = answer["counters"]
-        return sum(counters.get(f"offload_bytes_{way}", 0) for way in ("in", "out")) / 1e6
+        return sum(counters.get(f"offload_bytes_{way}", 0) for way in ("save", "load")) / 1e6
 
     return {
         "engine": one.name,
@@ -111,8 +111,8 @@ def row(one: Contender, first: Contender) -> dict[str, Any]:
         "recomputed": one.count("num_recomputed_tokens"),
         "swapped": one.count("num_swapped_tokens"),
         "copied_mb": one.median(copied),
-        "out_gbps": one.median(lambda answer: rate(answer, "out")),
-        "in_gbps": one.median(lambda answer: rate(answer, "in")),
+        "out_gbps": one.median(lambda answer: rate(answer, "save")),
+        "in_gbps": one.median(lambda answer: rate(answer, "load")),
         "gap_ms": one.median(gap),
         "total_s": one.median(seconds),
         "ratio": times_less(one, first, seconds),

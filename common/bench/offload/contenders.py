@@ -111,7 +111,7 @@ def outputs(answer: Answer, order: Answer | None = None) -> list[list[int]]:
 
 
 def rate(answer: Answer, way: str) -> float | None:
-    """Copied bytes a second, "in" or "out", in GB/s; None where nothing was copied."""
+    """Copied bytes a second, "save" to the host or "load" from there, in GB/s; None where nothing was."""
     counters = answer["counters"]
     seconds = counters.get(f"offload_seconds_{way}")
     return counters[f"offload_bytes_{way}"] / seconds / 1e9 if seconds else None

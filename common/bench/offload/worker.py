@@ -13,8 +13,8 @@ from common.bench.prefix.worker import Driver, warm_up_requests
 
 COUNTERS = (
     "num_preemptions", "num_recomputed_tokens", "num_swapped_tokens", "num_prefix_cache_queries",
-    "num_prefix_cache_hits", "num_host_hits", "num_disk_hits", "offload_bytes_out",
-    "offload_bytes_in", "offload_seconds_out", "offload_seconds_in",
+    "num_prefix_cache_hits", "num_host_hits", "num_disk_hits", "offload_bytes_save",
+    "offload_bytes_load", "offload_seconds_save", "offload_seconds_load",
 )  # fmt: skip
 
 
