@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from common.kv_transfer.memory import allocate_shared
 from common.models.architecture import ModelConfig
 
 CPU_LIMIT = 2 << 30  # bytes of the KV cache on a CPU, unless more is asked for
@@ -69,11 +70,19 @@ def longest_sequence(config: Any, model: ModelConfig, num_blocks: int) -> int:
 
 
 def allocate_kv(
-    model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    model: ModelConfig,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_shared: bool = False,
 ) -> torch.Tensor:
     """Keys and values of all layers, [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim],
-    every page written once. Raises ValueError."""
+    every page written once. is_shared: in memory that can be handed to other processes. Raises
+    ValueError."""
     shape = (num_blocks, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
+    if is_shared and device.type == "cpu":
+        return allocate_shared(shape, dtype)
     try:
         return torch.empty(shape, dtype=dtype, device=device).zero_()
     except RuntimeError as error:

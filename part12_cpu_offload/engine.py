@@ -26,7 +26,7 @@ from common.trace import Trace, phase
 from .config import EngineConfig
 from .device_queue import Work
 from .model_runner import Batch, load_runner
-from .offload import make_offload
+from .offload import Offload
 from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence, Status
@@ -62,7 +62,7 @@ class LLMEngine:
         self.sequences: dict[str, Sequence] = {}  # by request id, until they finish
         self.outbox: list[RequestOutput] = []  # what the next step returns
         self.trace = Trace(num_blocks=self.kv.num_blocks, block_size=self.kv.block_size)
-        self.connector = make_offload(self.config, self.kv, self.runner.connector)
+        self.connector = Offload(self.config, self.kv, self.runner.connector)
         self.scheduler = Scheduler(self.config, self.kv, self.trace, self.connector)
         self.speculator = make_speculator(self.config, self.runner, self.trace)
         self.in_flight: deque[PendingStep] = deque()

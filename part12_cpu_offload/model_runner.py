@@ -21,6 +21,7 @@ from common.distributed.expert_placement import ExpertPlacement
 from common.distributed.lockstep import Counts, Lockstep
 from common.kernels import select_ops
 from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
+from common.kv_store import Copy, open_copies, to_numbers
 from common.logprobs import SampledLogprobs
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, load_config, resolve_draft_model
@@ -29,14 +30,13 @@ from common.prompt_logprobs import PromptScores
 from common.requests import Request
 from common.sampling import NO_TOKEN, SamplingParams
 
-from .block_copies import Copy, make_copies
 from .config import EngineConfig
 from .device_queue import Work, device_queue
 from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
 from .model import CausalLM
-from .ranks import copies_header, header_of, meet_engines, start_ranks, together
+from .ranks import COPIES, header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
@@ -69,10 +69,9 @@ class ModelRunner:
         self.model = self.load_model(folder, max_model_len)
         shape = self.model.local
         self.num_weight_bytes = self.model.num_bytes
-        smaller, draft_shape, folders = None, None, [folder]
+        smaller, draft_shape = None, None
         if config.speculative == "draft":
             folder = resolve_draft_model(config.draft_model, max_model_len, shape.vocab_size)
-            folders.append(folder)
             smaller = self.load_model(folder, max_model_len)
             draft_shape = smaller.local
             self.num_weight_bytes += smaller.num_bytes
@@ -93,7 +92,7 @@ class ModelRunner:
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
-        self.connector = make_copies(config, folders, self.kv, self.everyone.minimum, ranks.size)
+        self.connector = open_copies(config, self.kv.data, self.everyone.minimum, ranks.size)
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:
             self.drafter = Runnable(smaller, self.kv.draft_data)
@@ -209,7 +208,7 @@ class ModelRunner:
 
     def start_copies(self, copies: list[Copy]) -> Sampled:
         if self.ranks.size > 1 and self.ranks.rank == 0:
-            self.ranks.control.send([*self.queue.counts, *copies_header(copies)])
+            self.ranks.control.send([*self.queue.counts, COPIES, *to_numbers(copies)])
         self.connector.start_load_kv(copies)
         return self.nothing()
 

@@ -32,11 +32,11 @@ from common.distributed import (
     project_fingerprint,
 )
 from common.distributed.expert_placement import check_division
+from common.kv_store import from_numbers
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, load_config, resolve
 from common.prompt_logprobs import PromptPiece
 
-from .block_copies import Copy
 from .config import EngineConfig
 from .input_batch import Batch, InputBatch
 from .input_buffers import BatchShape
@@ -115,24 +115,6 @@ def batch_of(header: list[int], inputs: InputBatch) -> Batch:
     return batch
 
 
-def copies_header(copies: list[Copy]) -> list[int]:
-    """What the other ranks are to copy: the same blocks, each with its own heads."""
-    header = [COPIES]
-    for copy in copies:
-        header += [copy.number, copy.kind == "load", len(copy.host_blocks)]
-        header += [*copy.device_blocks, *copy.host_blocks]
-    return header
-
-
-def copies_of(header: list[int]) -> list[Copy]:
-    copies, rest = [], header[1:]
-    while rest:
-        number, is_load, count, *rest = rest
-        blocks, host_blocks, rest = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        copies.append(Copy(number, "load" if is_load else "save", blocks, host_blocks))
-    return copies
-
-
 def follow(runner: "ModelRunner") -> None:
     """Run what rank 0 runs, until it says that there is no more. Raises RankError."""
     num_engines = runner.config.data_parallel_size
@@ -141,7 +123,7 @@ def follow(runner: "ModelRunner") -> None:
         if len(header) == 1:  # this engine has nothing to run, and others have
             runner.queue.submit(partial(runner.run_idle, header[0]), 0, counts=counts)
         elif header[0] == COPIES:
-            runner.transfer(copies_of(header))
+            runner.transfer(from_numbers(header[1:]))
         else:
             runner.connector.wait_until(header[1])
             what = runner.drafter if header[0] else runner.target

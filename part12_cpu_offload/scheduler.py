@@ -30,12 +30,13 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from common.kv_store import Copied, Copy
 from common.trace import Trace
 
 from .block_cache import Match
 from .config import EngineConfig
 from .kv_cache import KVCache
-from .offload import Copied, Copy, NoOffload
+from .offload import Offload
 from .prefix_cache import make_block_cache
 from .sequence import TRANSITIONS, Sequence, Status
 
@@ -63,9 +64,7 @@ class SchedulerOutput:
 class Scheduler:
     """The waiting and the running sequences, and the blocks and table rows that these hold."""
 
-    def __init__(
-        self, config: EngineConfig, kv: KVCache, trace: Trace, connector: NoOffload
-    ) -> None:
+    def __init__(self, config: EngineConfig, kv: KVCache, trace: Trace, connector: Offload) -> None:
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.long_prefill_threshold = config.long_prefill_threshold or sys.maxsize
         self.kv, self.trace = kv, trace
@@ -92,7 +91,6 @@ class Scheduler:
         """Put a new sequence at the end of the queue."""
         self.trace.arrived(sequence.request_id, sequence.num_tokens)
         self.waiting.append(sequence)
-        self.connector.on_new_request(sequence)
 
     def update_connector_output(self, finished: Iterable[Copied]) -> None:
         """Sequences whose keys and values have come run from the next step on, with what is there."""

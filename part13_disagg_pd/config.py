@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from common.device import DTYPES
+from common.kv_transfer.options import ROLES, TRANSPORTS, check_role
 from common.models.generation_config import USES
 from common.options import option, validate
 
@@ -15,7 +16,6 @@ OFFLOADS = ("off", "swap", "prefix", "both")
 OFFLOADING, KEEPING = ("offload", OFFLOADS[1:]), ("offload", ("prefix", "both"))
 PROPOSERS = ("off", "ngram", "draft", "self")
 DRAFTING, NGRAM = ("speculative", PROPOSERS[1:]), ("speculative", ("ngram",))
-ROLES, TRANSPORTS = ("both", "prefill", "decode", "proxy"), ("shm", "tcp", "nixl")
 APART = ("role", ROLES[1:])
 DRAFT, SELF = ("speculative", ("draft",)), ("speculative", ("self",))
 
@@ -63,28 +63,14 @@ class EngineConfig:
         None, "where they meet: a file that is not there yet, or host:port of the first", needs=EP
     )
     # prefill and decode apart
-    role: str = option(
-        "both", "what it computes for others: all, prompts, tokens; or a proxy", choices=ROLES
-    )
-    kv_transfer: str = option(
-        "shm", "how keys and values leave a prefill worker", choices=TRANSPORTS, needs=APART
-    )
-    kv_host: str | None = option(
-        None, "tcp, nixl: address at which a prefill worker listens (loopback)", needs=APART
-    )
-    kv_port: int = option(0, "and port; 0 takes a free one", 0, 65535, needs=APART)
-    kv_secret_file: str | None = option(
-        None, "file with the secret that workers and proxy share (chmod 600)", needs=APART
-    )
-    kv_lease: float = option(
-        30.0, "seconds that a prefill worker keeps what nobody fetches", 0.1, 3600.0, needs=APART
-    )
-    kv_timeout: float = option(
-        10.0, "seconds without progress, after which a prompt is computed here", 0.1, needs=APART
-    )
-    kv_min_tokens: int = option(
-        64, "fewest tokens of a prompt, beyond what is cached, to have computed", 1, needs=APART
-    )
+    role: str = option("both", "prompts, tokens, both, or a proxy of such workers", choices=ROLES)
+    kv_transfer: str = option("shm", "how blocks leave a worker", choices=TRANSPORTS, needs=APART)
+    kv_host: str | None = option(None, "address for tcp and nixl (loopback)", needs=APART)
+    kv_port: int = option(0, "port for tcp and nixl; 0 takes a free one", 0, 65535, needs=APART)
+    kv_secret_file: str | None = option(None, "the workers' secret (chmod 600)", needs=APART)
+    kv_lease: float = option(30.0, "seconds that blocks wait to be fetched", 0.1, needs=APART)
+    kv_timeout: float = option(10.0, "seconds without progress of a fetch", 0.1, needs=APART)
+    kv_min_tokens: int = option(64, "fewest tokens to fetch, not to compute", 1, needs=APART)
     kv_secret: str | None = field(default=None, repr=False)  # from the proxy that starts it
     # memory
     block_size: int | None = option(
@@ -155,12 +141,7 @@ class EngineConfig:
             raise ValueError(f"data_parallel_rank is {number}: data_parallel_size is {size}")
         if size > 1 and self.data_parallel_address is None:
             raise ValueError(f"data_parallel_size is {size}: data_parallel_address must be given")
-        if self.role in ("prefill", "decode"):
-            for name in ("tensor_parallel_size", "data_parallel_size"):
-                if (count := getattr(self, name)) > 1:
-                    raise ValueError(f"{name} is {count}: role {self.role} is for one rank")
-            if self.kv_secret_file is None and self.kv_secret is None:
-                raise ValueError(f"role is {self.role}: kv_secret_file must be given")
+        check_role(self)
         if self.offload in KEEPING[1] and self.prefix_cache == "off":
             raise ValueError(f"offload is {self.offload}: prefix_cache must not be off")
         if self.disk_kv is not None and self.tensor_parallel_size > 1:

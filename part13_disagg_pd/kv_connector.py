@@ -4,7 +4,8 @@ Names and contracts are those of vLLM's KVConnectorBase_V1. A connector has two 
 decides; it lives in the engine's thread and touches no tensor. The workers' moves bytes; `start_load_kv`
 and what is called per layer come in the device's order. Between them go plain numbers and strings: down
 in a step's `connector_meta`, up in what `get_finished` returns. The host tier has an object for each
-side (`offload.py`, `block_copies.py`); what moves blocks between processes is both in one.
+side (`offload.py`, and `BlockCopies` of `common.kv_store`); what moves blocks between processes is both
+in one (`disaggregation.py`).
 
 Three contracts differ from vLLM's. Keys and values always come while other sequences run, so no layer
 waits for a load (no `wait_for_layer_load`). What has come is told as a count of tokens, so a block that
@@ -16,9 +17,7 @@ say that freeing is to be delayed.
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from common.kv_transfer.ticket import Ticket
+from common.kv_transfer.ticket import Ticket, accept_ticket
 from common.requests import Request
 
 from .block_cache import BlockCache
@@ -33,12 +32,15 @@ class KVConnector:
 
     will_free = False  # device blocks come free when transfers under way are done
     is_busy = False  # transfers are under way
-    num_copied = 0  # number of the last copy that other ranks must have done before the next step
+    num_copied = 0  # the last copy that other ranks must have done before the next step
+    role, address = "both", None  # what it does for other workers, and where they find it
+    secret: bytes | None = None  # that it shares with them
 
     # the scheduler's side
 
     def bind_block_cache(self, cache: BlockCache) -> None:
         """cache: where the sequences' blocks come from."""
+        self.cache = cache
 
     def on_new_request(self, sequence: Sequence) -> None:
         """A sequence has come to the queue."""
@@ -89,18 +91,13 @@ class KVConnector:
 
     # the workers' side
 
-    def register_kv_caches(self, caches: list[torch.Tensor]) -> None:
-        """caches: each [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
-
     def start_load_kv(self, meta: list[Any]) -> None:
         """Begin what a step's `build_connector_meta` has asked for, when the device has done what it was
         given until now."""
 
     def save_kv_layer(self, layer: int) -> None:
-        """The step has written its keys and values of this layer."""
-
-    def wait_for_save(self) -> None:
-        """The step has written all of them: its meta is done with."""
+        """The step that runs has written its keys and values of this layer. They are told at once, so no
+        step waits for it (no `wait_for_save`)."""
 
     def get_finished(self) -> list[Any]:
         """Transfers that are done since the last time."""
@@ -108,9 +105,6 @@ class KVConnector:
 
     def wait(self, seconds: float) -> None:
         """Return when a transfer is done, or after some time."""
-
-    def wait_until(self, number: int) -> None:
-        """Return when all copies up to this number are done."""
 
     def shutdown(self) -> None:
         """End what is under way."""
@@ -123,8 +117,8 @@ class KVConnector:
 
     def describe(self) -> dict[str, Any]:
         """What a proxy must know of this worker."""
-        return {"role": "both", "address": None}
+        return {"role": self.role, "address": self.address}
 
     def ticket_of(self, header: str | None) -> Ticket | None:
         """Where a request's prompt may be computed, as its header says; None: here."""
-        return None
+        return accept_ticket(header, self.secret)

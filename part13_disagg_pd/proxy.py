@@ -15,13 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.kv_transfer.ticket import HEADER, new_ticket, write_ticket
-from common.router.config import RouterConfig
-from common.router.launching import Launcher
-from common.router.link import Link
-from common.router.proxy_config import ProxyConfig, kv_transfer_of
+from common.router.proxy_config import ProxyConfig
 from common.router.request import RoutedRequest
 from common.router.run import run
-from common.router.upstream import UpstreamFailed
 
 from .config import EngineConfig
 from .policies import POLICIES
@@ -32,11 +28,11 @@ from .router import Router
 class Worker(Replica):
     """A prefill or a decode worker."""
 
-    def __init__(self, link: Link, config: RouterConfig) -> None:
-        super().__init__(link, config)
-        self.role = config.roles[self.index]
-        self.address: str | None = None  # from which a prefill worker's blocks are fetched
-        self.num_tickets = 0  # that name it, since it was last asked how it is
+    num_tickets = 0  # that name it, since it was last asked how it is
+
+    @property
+    def role(self) -> str:
+        return self.config.roles[self.index]
 
     @property
     def load(self) -> int:
@@ -47,18 +43,10 @@ class Worker(Replica):
         told = self.num_tickets
         await super().look(expected_model)
         self.num_tickets -= told
-        if self.is_well:
-            role, self.address = await kv_transfer_of(self.link.upstream, self.config)
-            if role != self.role:
-                self.is_well = False
-                raise UpstreamFailed(f"its role is {role[:20]!r}, and not {self.role!r}")
 
 
 class WorkerSet(ReplicaSet):
     make_member = Worker
-
-    def prefill_workers(self) -> list[Worker]:
-        return [w for w in self.available() if w.role == "prefill" and w.address is not None]
 
 
 class PrefillAndDecode:
@@ -74,10 +62,11 @@ class PrefillAndDecode:
         decode = [w for w in replicas if w.role == "decode"]
         chosen = self.decode.choose(request, decode or replicas)
         request.added.pop(HEADER, None)
-        if decode and (workers := self.workers.prefill_workers()):
-            worker = self.prefill.choose(request, workers)
+        prefill = [w for w in self.workers.available() if w.status.address is not None]
+        if decode and prefill:
+            worker = self.prefill.choose(request, prefill)
             worker.num_tickets += 1
-            request.added[HEADER] = write_ticket(new_ticket(worker.address), self.secret)
+            request.added[HEADER] = write_ticket(new_ticket(worker.status.address), self.secret)
         return chosen
 
     def forget(self, index: int) -> None:
@@ -95,10 +84,8 @@ class Proxy(Router):
 
     def __init__(self, workers: WorkerSet, config: ProxyConfig, requests_each: int) -> None:
         super().__init__(workers, config, requests_each)
-        launcher: Launcher = workers.launcher
-        secret = launcher.kv_secret.encode("latin-1")
-        decode = self.policy
-        self.policy = PrefillAndDecode(POLICIES[config.policy](config), decode, workers, secret)
+        prefill, secret = POLICIES[config.policy](config), workers.launcher.kv_secret
+        self.policy = PrefillAndDecode(prefill, self.policy, workers, secret.encode("latin-1"))
         workers.on_lost = self.policy.forget
 
 

@@ -50,6 +50,7 @@ class Sequence:
     row: int | None = None  # its row in the runner's tables while it runs
     num_cached_tokens: int | None = None  # found in the cache when it first joined
     num_lost_tokens: int = 0  # computed before it was preempted, and not kept
+    num_kept_tokens: int = 0  # those that were kept on the host
 
     # set by the speculator
     draft_token_ids: list[int] = field(default_factory=list)  # guesses that the next step verifies

@@ -42,7 +42,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
 
     async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
         admission.check(job.num_choices)
-        job.kv_ticket = async_engine.kv_ticket(request.headers.get(HEADER))
+        job.kv_ticket = engine.connector.ticket_of(request.headers.get(HEADER))
         if job.stream:
             return EventSourceResponse(events(job), sep="\n", send_timeout=60)
         return await unless_disconnected(request, whole(job))
@@ -63,7 +63,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     frontend.route(answer)
     frontend.add_trace(engine.trace, engine.runner.expert_stats)
     frontend.add_metrics(async_engine.metrics)
-    frontend.app.add_api_route("/kv_transfer", async_engine.kv_transfer, methods=["GET"])
+    frontend.app.add_api_route("/kv_transfer", engine.connector.describe, methods=["GET"])
     page.mount(frontend.app)
     return frontend.app
 

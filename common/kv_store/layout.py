@@ -8,14 +8,10 @@ import torch
 from common.distributed.rendezvous import checkpoint_fingerprint
 
 
-def layout_of(folders: list[Path], caches: list[torch.Tensor]) -> str:
+def layout_of(folder: Path, cache: torch.Tensor) -> str:
     """A text that is the same where a block of one engine can be used by another.
 
-    folders: the models'. caches: their tensors, [num_blocks, …]. Raises ValueError.
+    folder: the model's. cache: [num_blocks, …]. Raises ValueError.
     """
-    return json.dumps(
-        {
-            "models": [checkpoint_fingerprint(folder)["checkpoint"] for folder in folders],
-            "blocks": [[str(cache.dtype), *cache.shape[1:]] for cache in caches],
-        }
-    )
+    checkpoint = checkpoint_fingerprint(folder)["checkpoint"]
+    return json.dumps([checkpoint, str(cache.dtype), *cache.shape[1:]])

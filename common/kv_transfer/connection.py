@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -47,7 +47,7 @@ class Connection:
         self.is_open = False  # the greeting is over
         self.welcome: Welcome | None = None  # a sender's
         self.began = self.heard = time.monotonic()
-        self.bytes_received = 0
+        self.handle: Callable[[int], object]  # what the loop calls
 
     def greet(self, payload_limit: int) -> None:
         """The first message, where it is ours."""
@@ -101,7 +101,6 @@ class Connection:
             if count == 0:
                 raise Closed("the peer is gone")
             self.heard = time.monotonic()
-            self.bytes_received += count
             try:
                 frame = self._parser.advance(count)
                 if frame is None:

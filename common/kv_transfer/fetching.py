@@ -33,6 +33,7 @@ class Transfer:
     first: int = 0
     local: list[int] | None = None  # None: no fetch yet
     done: list[int] = field(default_factory=list)  # per layer: blocks that are written
+    asked: bool = False  # the sender sends (tcp)
     checks: bool = False  # the sender has been asked whether it held the blocks
     progress: float = 0.0  # when it last came nearer to its end
     renewed: float = 0.0
@@ -98,4 +99,4 @@ class Transfer:
     def result(self, error: str | None) -> Fetched:
         self.note("ended")
         times = {**self.times, "copying": self.copying}
-        return Fetched(self.id, min(self.done) if error is None else 0, error, times)
+        return Fetched(self.id, (self.wanted or 0) if error is None else 0, error, times)

@@ -10,7 +10,7 @@ from common.kv_transfer import memory
 from common.kv_transfer.connection import Connection
 from common.kv_transfer.fetching import Transfer
 from common.kv_transfer.frames import PAYLOAD_LIMIT
-from common.kv_transfer.layout import Layout, runs
+from common.kv_transfer.layout import Layout, copy
 from common.kv_transfer.messages import Pieces, Pull, Welcome
 from common.kv_transfer.outlets import refuse_other_users
 
@@ -66,8 +66,7 @@ class ShmInlet(Inlet):
         if layout.device.type != "cpu":
             raise ValueError("kv_transfer is shm, and the KV cache lies on a GPU")
         self._name = name
-        self._theirs: list[np.ndarray] = []
-        self._ours = layout.views()
+        self._maps: list[np.ndarray] = []
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -86,12 +85,10 @@ class ShmInlet(Inlet):
         if len(descriptors) != len(self.layout.caches):
             super().open(welcome, descriptors)
             raise ValueError(f"{len(descriptors)} descriptors for {len(self.layout.caches)} caches")
-        sizes = [welcome.num_blocks * v[0].size for v in self._ours]
-        maps = []
-        for descriptor, size in zip(descriptors, sizes, strict=True):
-            maps.append(memory.map_shared(descriptor, size))
         super().open(welcome, [])
-        self._theirs = self.layout.views_of(maps, welcome.num_blocks)
+        for descriptor, cache in zip(descriptors, self.layout.caches, strict=True):
+            size = welcome.num_blocks * cache[0].numel() * cache.element_size()
+            self._maps.append(memory.map_shared(descriptor, size))
 
     def read(self, transfer: Transfer, connection: Connection) -> tuple[int, float]:
         num_bytes = 0
@@ -108,31 +105,33 @@ class ShmInlet(Inlet):
         done, ready = max(transfer.done), min(map(transfer.available, range(len(layers))))
         if done == min(transfer.done) and ready > done:
             count = min(ready - done, max(1, TURN_BYTES // self.layout.block_bytes))
-            for ours, theirs in zip(self._ours, self._theirs, strict=True):
-                self._copy(transfer, ours, theirs, done, done + count)
+            for cache in range(len(self._maps)):
+                num_layers = self.layout.caches[cache].shape[1]
+                self._copy(transfer, cache, 0, num_layers, done, done + count)
             for layer in range(len(layers)):
                 transfer.written(layer, done + count)
             return count * self.layout.block_bytes
         for layer, (cache, place) in enumerate(layers):
             begin, end = transfer.done[layer], transfer.available(layer)
             if end > begin:
-                self._copy(
-                    transfer, self._ours[cache][:, place], self._theirs[cache][:, place], begin, end
-                )
+                self._copy(transfer, cache, place, 1, begin, end)
                 transfer.written(layer, end)
                 return (end - begin) * self.layout.piece_bytes[cache]
         return 0
 
     def _copy(
-        self, transfer: Transfer, ours: np.ndarray, theirs: np.ndarray, begin: int, end: int
+        self, transfer: Transfer, cache: int, layer: int, num_layers: int, begin: int, end: int
     ) -> None:
+        """Of blocks [begin, end) of the fetch what lies in so many layers from this one on."""
         assert transfer.local is not None
-        sources = transfer.remote[transfer.first + begin : transfer.first + end]
-        for source, target, count in runs(sources, transfer.local[begin:end]):
-            np.copyto(ours[target : target + count], theirs[source : source + count])
+        blocks = transfer.remote[transfer.first + begin : transfer.first + end]
+        theirs, ours = self._maps[cache].ctypes.data, self.layout.caches[cache].data_ptr()
+        sources = self.layout.places(theirs, cache, layer, blocks)
+        targets = self.layout.places(ours, cache, layer, transfer.local[begin:end])
+        copy(sources, targets, num_layers * self.layout.piece_bytes[cache])
 
     def close(self) -> None:
-        self._theirs = []
+        self._maps = []
 
 
 class TcpInlet(Inlet):
@@ -144,21 +143,15 @@ class TcpInlet(Inlet):
     def __init__(self, layout: Layout, host: str, port: int) -> None:
         super().__init__(layout)
         self._host, self._port = host, port
-        self._ours = layout.views() if layout.device.type == "cpu" else None
-        self._asked: set[str] = set()
 
     def connect(self) -> socket.socket:
         return connect_tcp(self._host, self._port)
 
     def read(self, transfer: Transfer, connection: Connection) -> tuple[int, float]:
-        if transfer.id not in self._asked and transfer.local:
-            self._asked.add(transfer.id)
+        if not transfer.asked and transfer.local:
+            transfer.asked = True
             connection.send(Pull(transfer.id, transfer.first, len(transfer.local)))
         return 0, 1.0
-
-    def is_reading(self, transfer: Transfer) -> bool:
-        self._asked.discard(transfer.id)
-        return False
 
     def take(self, transfer: Transfer, message: Pieces, payload: memoryview) -> None:
         if message.layer >= transfer.num_layers or transfer.local is None:
@@ -174,14 +167,12 @@ class TcpInlet(Inlet):
         transfer.written(message.layer, begin + message.count)
 
     def _write(self, cache: int, place: int, blocks: list[int], payload: memoryview) -> None:
-        data = np.frombuffer(payload, dtype=np.uint8).reshape(len(blocks), -1)
-        if self._ours is not None:
-            for source, target, count in runs(range(len(blocks)), blocks):
-                np.copyto(
-                    self._ours[cache][target : target + count, place], data[source : source + count]
-                )
+        data = np.frombuffer(payload, dtype=np.uint8)
+        whole, piece = self.layout.caches[cache], self.layout.piece_bytes[cache]
+        if whole.device.type == "cpu":
+            sources = data.ctypes.data + piece * np.arange(len(blocks), dtype=np.int64)
+            copy(sources, self.layout.places(whole.data_ptr(), cache, place, blocks), piece)
             return
-        whole = self.layout.caches[cache]
         pieces = torch.from_numpy(data.copy()).view(whole.dtype).view(len(blocks), *whole.shape[2:])
         whole[torch.tensor(blocks, device=whole.device), place] = pieces.to(whole.device)
         torch.cuda.current_stream(whole.device).synchronize()
@@ -207,8 +198,9 @@ def split_host(text: str) -> tuple[str, int]:
 
 
 def connect_tcp(host: str, port: int) -> socket.socket:
-    """Begins to. Raises OSError. Give an address, not a name: looking a name up may take seconds."""
-    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    """Begins to. host: an address, not a name, which might take seconds to look up. Raises OSError."""
+    flags = socket.AI_NUMERICHOST
+    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)[0]
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)

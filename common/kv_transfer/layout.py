@@ -5,11 +5,13 @@ piece of memory across its layers, and a layer's share of it is one piece too. T
 caches (a draft model's behind the model's) are counted on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from common.kernels.cpu.compile import compile_kernel
+from common.kernels.cpu.copies import copy_pieces
 
 
 class Layout:
@@ -28,6 +30,8 @@ class Layout:
         self.layers = [(i, layer) for i, c in enumerate(caches) for layer in range(c.shape[1])]
         self.piece_bytes = [c[0, 0].numel() * c.element_size() for c in caches]
         self.num_layers = len(self.layers)
+        if self.device.type == "cpu":
+            compile_kernel("copy_pieces")  # or from the cache: not when the first pieces wait
         self.block_bytes = sum(self.piece_bytes[cache] for cache, _ in self.layers)
 
     @property
@@ -41,25 +45,22 @@ class Layout:
         names = (str(c.dtype).removeprefix("torch.") for c in self.caches)
         return ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
 
-    def views(self) -> list[np.ndarray]:
-        """The caches' bytes, uint8 [num_blocks, num_layers, piece_bytes], on a CPU."""
-        flat = [c.view(*c.shape[:2], -1).view(torch.uint8).numpy() for c in self.caches]
-        return [view.reshape(*view.shape[:2], -1) for view in flat]
+    @property
+    def addresses(self) -> list[int]:
+        """Where each cache begins."""
+        return [c.data_ptr() for c in self.caches]
 
-    def views_of(self, memories: Sequence[np.ndarray], num_blocks: int) -> list[np.ndarray]:
-        """The same of a peer's memory, uint8 [bytes] each, whose pool has another size."""
-        shapes = [
-            (num_blocks, c.shape[1], n) for c, n in zip(self.caches, self.piece_bytes, strict=True)
-        ]
-        return [m.reshape(shape) for m, shape in zip(memories, shapes, strict=True)]
+    def places(self, base: int, cache: int, layer: int, blocks: Sequence[int]) -> np.ndarray:
+        """Addresses of these blocks' pieces in one layer of a cache, int64 [len(blocks)]. base: where the
+        cache begins, ours or a peer's."""
+        piece = self.piece_bytes[cache]
+        block = self.caches[cache].shape[1] * piece
+        return base + layer * piece + block * np.array(blocks, dtype=np.int64)
 
 
-def runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Blocks that follow each other on both sides, as (source, target, count): each is one copy."""
-    begin = 0
-    for i in range(1, len(sources) + 1):
-        whole = i < len(sources)
-        if whole and sources[i] == sources[i - 1] + 1 and targets[i] == targets[i - 1] + 1:
-            continue
-        yield sources[begin], targets[begin], i - begin
-        begin = i
+def copy(sources: np.ndarray, targets: np.ndarray, num_bytes: int) -> None:
+    """From each address to the one at the same place of `targets`, int64 [count], without the
+    interpreter's lock."""
+    assert sources.dtype == targets.dtype == np.int64 and len(sources) == len(targets)
+    if len(sources):
+        copy_pieces(sources.ctypes.data, targets.ctypes.data, len(sources), num_bytes)

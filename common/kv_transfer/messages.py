@@ -49,6 +49,7 @@ class Welcome(Message):
     fingerprint: Fingerprint
     transport: Text
     num_blocks: Count
+    lease: Annotated[float, Meta(gt=0)]  # seconds
     agent: bytes = b""  # nixl's description of the sender
     addresses: Annotated[list[Address], Meta(max_length=8)] = []  # of each cache
     device: Count = 0  # number of its GPU

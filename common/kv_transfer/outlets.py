@@ -7,16 +7,17 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from common.kv_transfer import memory
 from common.kv_transfer.connection import Connection
 from common.kv_transfer.frames import PAYLOAD_LIMIT
-from common.kv_transfer.layout import Layout
+from common.kv_transfer.layout import Layout, copy
 from common.kv_transfer.messages import Pieces, Welcome
 
 if TYPE_CHECKING:
-    from common.kv_transfer.sender import Transfer
+    from common.kv_transfer.ledger import Transfer
 
 TRANSPORTS = ("shm", "tcp", "nixl")
 CHUNK = 1 << 20  # bytes of pieces in a frame, or one piece
@@ -49,13 +50,12 @@ class Outlet:
         """Of a connection that has just come."""
         return None
 
-    def welcome_with(self, fingerprint: dict[str, str]) -> Callable[[bytes], Welcome]:
+    def welcome_with(self, fingerprint: dict[str, str], lease: float) -> Callable[[bytes], Welcome]:
         """Makes the greeting's message from a proof."""
+        known = {"transport": self.transport, "num_blocks": self.layout.num_blocks, "lease": lease}
 
         def welcome(proof: bytes) -> Welcome:
-            return Welcome(
-                proof, fingerprint, self.transport, self.layout.num_blocks, **self.where()
-            )
+            return Welcome(proof, fingerprint, **known, **self.where())
 
         return welcome
 
@@ -106,7 +106,6 @@ class TcpOutlet(Outlet):
         self.socket = listen(host, port)
         name = self.socket.getsockname()
         self.address = f"{self.transport}:{join_host(name[0], name[1])}"
-        self._views = layout.views() if layout.device.type == "cpu" else None
 
     def push(self, connection: Connection, transfers: list["Transfer"]) -> None:
         """Pieces that are ready, of each transfer in turn, as long as the socket takes them."""
@@ -119,7 +118,7 @@ class TcpOutlet(Outlet):
         first, wanted = transfer.pull
         for layer, (cache, place) in enumerate(self.layout.layers):
             begin = transfer.sent[layer]
-            end = min(wanted, transfer.counts[layer] - first)
+            end = min(wanted, transfer.told[layer] - first)
             end = min(end, begin + max(1, CHUNK // self.layout.piece_bytes[cache]))
             if end <= begin:
                 continue
@@ -133,10 +132,14 @@ class TcpOutlet(Outlet):
 
     def _read(self, cache: int, place: int, blocks: list[int]) -> memoryview:
         """A copy: the blocks may be given away while the frame waits."""
-        if self._views is not None:
-            return memoryview(self._views[cache][blocks, place]).cast("B")
-        pieces = self.layout.caches[cache][blocks, place].contiguous().view(torch.uint8)
-        return memoryview(pieces.cpu().numpy()).cast("B")
+        whole, piece = self.layout.caches[cache], self.layout.piece_bytes[cache]
+        if whole.device.type != "cpu":
+            pieces = whole[blocks, place].contiguous().view(torch.uint8)
+            return memoryview(pieces.cpu().numpy()).cast("B")
+        data = np.empty(len(blocks) * piece, dtype=np.uint8)
+        targets = data.ctypes.data + piece * np.arange(len(blocks), dtype=np.int64)
+        copy(self.layout.places(whole.data_ptr(), cache, place, blocks), targets, piece)
+        return memoryview(data)
 
 
 def make_outlet(transport: str, layout: Layout, host: str | None, port: int) -> Outlet:

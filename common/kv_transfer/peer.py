@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 GREETING_SECONDS = 5.0
+LONG_TURN = 2.0  # seconds between two turns, which are a second apart at most
 
 
 class Peer:
@@ -27,7 +28,8 @@ class Peer:
         self.transfers: dict[str, Transfer] = {}
         self._ending: list[tuple[Transfer, str | None]] = []  # a read is still under way
         self._prompts: list[m.Prefill] = []  # until the greeting is over
-        self._pinged = time.monotonic()
+        self._pinged = self._turned = time.monotonic()
+        self._lease = 0.0  # the sender's
         greeting = receiver_side(receiver.secret, receiver.fingerprint)
         takes = self.inlet.takes_descriptors
         self.connection = Connection(self.inlet.connect(), m.from_sender, greeting, takes)
@@ -59,6 +61,7 @@ class Peer:
     def turn(self, now: float) -> float:
         """Whatever is due. In how many seconds there is more."""
         self._finish_ending()
+        self._excuse_pause(now)
         try:
             return self._work(now)
         except Closed as end:
@@ -94,6 +97,14 @@ class Peer:
         except ValueError as error:
             self.lose(f"refused: {error}")
 
+    def _excuse_pause(self, now: float) -> None:
+        """A sender is not silent while this process is stopped."""
+        pause, self._turned = now - self._turned, now
+        if pause > LONG_TURN:
+            self.connection.heard += pause
+            for transfer in self.transfers.values():
+                transfer.progress += pause
+
     def _work(self, now: float) -> float:
         limit = self.receiver.timeout
         connection = self.connection
@@ -128,7 +139,7 @@ class Peer:
         if transfer.is_whole:
             transfer.checks = True
             self.connection.send(m.Check(transfer.id))
-        elif transfer.progress > transfer.renewed and now - transfer.renewed > 0.5:
+        elif transfer.progress > transfer.renewed and now - transfer.renewed > self._lease / 4:
             transfer.renewed = now
             self.connection.send(m.Renew(transfer.id))
         return waits
@@ -151,6 +162,7 @@ class Peer:
             return
         welcome = self.connection.welcome
         assert welcome is not None
+        self._lease = welcome.lease
         descriptors, self.connection.descriptors = self.connection.descriptors, []
         try:
             self.inlet.open(welcome, descriptors)

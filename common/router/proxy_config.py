@@ -1,6 +1,5 @@
 """The settings of a proxy before prefill and decode workers: a router's, and how many there are of each."""
 
-import json
 import secrets
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,8 +7,6 @@ from typing import Any, ClassVar
 from common.kv_transfer.ticket import read_secret
 from common.options import option, validate
 from common.router.config import RouterConfig
-from common.router.link import ask
-from common.router.upstream import Upstream, UpstreamFailed
 
 NOT_HERE = ("data_parallel_size", "min_replicas", "max_replicas", "ray_address")
 
@@ -69,14 +66,3 @@ def shared_secret(engine: Any, config: RouterConfig) -> str:
     if config.replica:
         raise ValueError("kv_secret_file must be given: the secret of the workers that run already")
     return secrets.token_urlsafe(32)
-
-
-async def kv_transfer_of(upstream: Upstream, config: RouterConfig) -> tuple[str, str | None]:
-    """A worker's role, and the address from which its blocks are fetched. Raises UpstreamFailed."""
-    body = await ask(upstream, "/kv_transfer", config.health_timeout)
-    try:
-        told = json.loads(body)
-        address = told["address"]
-        return str(told["role"]), None if address is None else str(address)
-    except (ValueError, LookupError, TypeError):
-        raise UpstreamFailed(f"{upstream.url} has no role") from None

@@ -13,21 +13,15 @@ been written, and one that is loaded is written by no earlier step.
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from common.kv_memory import choose_num_host_blocks
-from common.kv_store import DiskStore
-from common.kv_store.layout import layout_of
-
-from .config import EngineConfig
-from .kv_cache import KVCache
+from common.kv_store.disk import DiskStore
 
 
 @dataclass(frozen=True)
@@ -45,6 +39,25 @@ class Copy:
     disk_keys: list[bytes | None] = field(default_factory=list)
 
 
+def to_numbers(copies: list[Copy]) -> list[int]:
+    """Copies between device and host as plain numbers, for other ranks."""
+    numbers = []
+    for copy in copies:
+        numbers += [copy.number, copy.kind == "load", len(copy.host_blocks)]
+        numbers += [*copy.device_blocks, *copy.host_blocks]
+    return numbers
+
+
+def from_numbers(numbers: list[int]) -> list[Copy]:
+    """The reverse."""
+    copies = []
+    while numbers:
+        number, is_load, count, *blocks = numbers
+        device, host, numbers = blocks[:count], blocks[count : 2 * count], blocks[2 * count :]
+        copies.append(Copy(number, "load" if is_load else "save", device, host))
+    return copies
+
+
 @dataclass(frozen=True)
 class Copied:
     """What has become of a copy. num_blocks: how many of the first ones are there."""
@@ -58,73 +71,50 @@ class Copied:
 Orders = queue.SimpleQueue[tuple[Copy, Any] | None]
 
 
-class NoCopies:
-    """The workers' side of an engine that keeps nothing on the host."""
-
-    num_host_blocks = num_bytes = num_copied = 0
-    disk: DiskStore | None = None
-
-    def register_kv_caches(self, caches: list[torch.Tensor]) -> None:
-        """caches: each [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
-
-    def start_load_kv(self, copies: list[Copy]) -> None:
-        """Begin copies when the device has done what it was given until now."""
-
-    def get_finished(self) -> list[Copied]:
-        """Copies that are done since the last time."""
-        return []
-
-    def wait(self, seconds: float) -> None:
-        """Return when a copy is done, or after some time."""
-
-    def wait_until(self, number: int) -> None:
-        """Return when all copies up to this number are done."""
-
-    def shutdown(self) -> None:
-        """End what is under way."""
-
-
-class BlockCopies(NoCopies):
+class BlockCopies:
     """A rank's blocks on the host, and the thread that copies."""
 
-    def __init__(self, num_host_blocks: int, disk: DiskStore | None) -> None:
+    def __init__(self, num_host_blocks: int = 0, disk: DiskStore | None = None) -> None:
+        """num_host_blocks: 0 where nothing will ever be copied."""
         self.num_host_blocks, self.disk = num_host_blocks, disk
+        self.num_bytes = 0  # on the host
         self.num_copied = 0  # number of the last copy that was seen to be done
         self.orders: Orders = queue.SimpleQueue()
         self.stores: Orders = queue.SimpleQueue()  # which nobody waits for
         self.done: queue.SimpleQueue[Copied] = queue.SimpleQueue()
         self.seen: list[Copied] = []  # by `wait`
-        self.threads = [
-            threading.Thread(target=self.run, args=(orders,), name="block copies", daemon=True)
-            for orders in (self.orders, self.stores)
-        ]
+        self.threads: list[threading.Thread] = []
 
     def register_kv_caches(self, caches: list[torch.Tensor]) -> None:
-        """Have room on the host for as many blocks as there are to be. Raises ValueError."""
+        """Have room on the host for as many blocks as there are to be.
+
+        caches: each [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]. Raises ValueError.
+        """
+        if not self.num_host_blocks:
+            return
         self.device = caches[0].device
         is_cuda = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if is_cuda else None
         try:
+            shapes = [(self.num_host_blocks, *cache.shape[1:]) for cache in caches]
             host = [
-                torch.zeros(self.num_host_blocks, *cache.shape[1:], dtype=cache.dtype)
-                for cache in caches
+                torch.zeros(shape, dtype=cache.dtype, pin_memory=is_cuda)
+                for shape, cache in zip(shapes, caches, strict=True)
             ]
-            self.host_tensors = [tensor.pin_memory() if is_cuda else tensor for tensor in host]
         except RuntimeError as error:
-            raise ValueError(
-                f"host_kv_memory: no memory for {self.num_host_blocks} blocks"
-            ) from error
-        self.num_bytes = sum(tensor.nbytes for tensor in self.host_tensors)
-        self.host = [bytes_of(tensor).numpy() for tensor in self.host_tensors]
-        self.pairs = [
-            (bytes_of(cache), bytes_of(tensor))
-            for cache, tensor in zip(caches, self.host_tensors, strict=True)
-        ]
-        self.block_bytes = sum(block.nbytes for block in (tensor[0] for tensor in self.host))
-        for thread in self.threads:
+            number = self.num_host_blocks
+            raise ValueError(f"host_kv_memory: no memory for {number} blocks") from error
+        self.num_bytes = sum(tensor.nbytes for tensor in host)
+        self.block_bytes = self.num_bytes // self.num_host_blocks
+        self.host = [bytes_of(tensor).numpy() for tensor in host]
+        self.pairs = [(bytes_of(a), bytes_of(b)) for a, b in zip(caches, host, strict=True)]
+        for orders in (self.orders, self.stores):
+            thread = threading.Thread(target=self.run, args=(orders,), name="copies", daemon=True)
+            self.threads.append(thread)
             thread.start()
 
     def start_load_kv(self, copies: list[Copy]) -> None:
+        """Begin copies when the device has done what it was given until now."""
         event = None
         if self.stream is not None:
             event = torch.cuda.Event()
@@ -132,17 +122,25 @@ class BlockCopies(NoCopies):
         for copy in copies:
             (self.stores if copy.kind == "store" else self.orders).put((copy, event))
 
+    def save_kv_layer(self, layer: int) -> None:
+        """A step has written a layer's keys and values. Here blocks are copied whole."""
+
     def get_finished(self) -> list[Copied]:
+        """Copies that are done since the last time."""
         while not self.done.empty():
             self.note(self.done.get())
         seen, self.seen = self.seen, []
         return seen
 
     def wait(self, seconds: float) -> None:
+        """Return when a copy is done, or after some time; at once where there are no copies."""
+        if not self.threads:
+            return
         with suppress(queue.Empty):
             self.note(self.done.get(timeout=seconds))
 
     def wait_until(self, number: int) -> None:
+        """Return when all copies up to this number are done. Nobody else asks then what is finished."""
         while self.num_copied < number:
             self.note(self.done.get())
         self.seen.clear()
@@ -193,35 +191,11 @@ class BlockCopies(NoCopies):
 
     def shutdown(self) -> None:
         """Wait for what was begun."""
-        for orders, thread in zip((self.orders, self.stores), self.threads, strict=True):
+        for orders, thread in zip((self.orders, self.stores), self.threads, strict=False):
             orders.put(None)
             thread.join()
         if self.disk is not None:
             self.disk.close()
-
-
-def make_copies(
-    config: EngineConfig,
-    folders: list[Path],
-    kv: KVCache,
-    minimum: Callable[[int], int],
-    num_ranks: int,
-) -> NoCopies:
-    """What `--offload` asks for, on this rank. folders: of the model, and of one that drafts.
-    minimum: of a number, over all ranks. Raises ValueError."""
-    if config.offload == "off":
-        return NoCopies()
-    block_bytes = kv.num_bytes // kv.num_blocks
-    memory = config.host_kv_memory
-    num_blocks = choose_num_host_blocks(memory, block_bytes, kv.num_blocks, num_ranks)
-    caches = [cache for cache in (kv.data, kv.draft_data) if cache is not None]
-    disk = None
-    if config.disk_kv is not None:
-        layout = layout_of(folders, caches)
-        disk = DiskStore(Path(config.disk_kv), config.disk_kv_memory or 4 << 30, layout)
-    copies = BlockCopies(minimum(num_blocks), disk)
-    copies.register_kv_caches(caches)
-    return copies
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
