@@ -35,8 +35,8 @@ NUM_PROMPTS, MAX_TOKENS = 24, 24
 VOCABULARY = 512  # of the tiny models
 KILL, STOP, STOP_LONG, CUT = "kill", "stop", "stop long", "cut"
 FAULTS = (
-    (CUT, PREFILL), (KILL, PREFILL), (STOP, DECODE), (CUT, DECODE), (STOP_LONG, PREFILL),
-    (KILL, DECODE), (STOP, PREFILL), (CUT, PREFILL),
+    (CUT, PREFILL), (STOP_LONG, PREFILL), (KILL, PREFILL), (STOP, DECODE), (CUT, DECODE),
+    (KILL, DECODE), (STOP, PREFILL), (CUT, PREFILL), (STOP_LONG, DECODE),
 )  # fmt: skip
 STOP_SECONDS, LONG_SECONDS = 0.7, 3.0  # shorter and longer than what a decode worker waits
 FLAGS = (
@@ -177,24 +177,22 @@ class Soak:
         self.faults[f"{kind} {worker}"] += 1
 
     async def all_faults(self, workers: Workers, seconds: float, every: float) -> None:
-        """One after the other. A fault waits until both workers are well: each request has a worker
-        that can finish it."""
-        end, number = time.monotonic() + seconds, 0
+        """One after the other. A kill waits until both workers are well: each request has a worker that
+        can finish it."""
+        end, faults = time.monotonic() + seconds, list(FAULTS)
         while time.monotonic() + every < end:
             await asyncio.sleep(every)
-            while not await asyncio.to_thread(workers.are_well):
-                await asyncio.sleep(0.1)
-                if time.monotonic() > end:
-                    return
-            await self.fault(*FAULTS[number % len(FAULTS)], workers)
-            number += 1
+            are_well = await asyncio.to_thread(workers.are_well)
+            number = next(i for i, (kind, _) in enumerate(faults) if are_well or kind != KILL)
+            faults.append(faults.pop(number))
+            await self.fault(*faults[-1], workers)
 
 
 def held(pid: int) -> dict[str, int]:
+    """Files, without connections by TCP, of which clients keep as many as they like; threads; bytes."""
     process = psutil.Process(pid)
-    with process.oneshot():
-        sizes = {"files": process.num_fds(), "threads": process.num_threads()}
-    return {**sizes, "bytes": memory(pid)}
+    num_files = process.num_fds() - len(process.net_connections("tcp"))
+    return {"files": num_files, "threads": process.num_threads(), "bytes": memory(pid)}
 
 
 async def settle(server: RunningServer, workers: Workers) -> dict[str, float]:
