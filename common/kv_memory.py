@@ -70,25 +70,25 @@ def longest_sequence(config: Any, model: ModelConfig, num_blocks: int) -> int:
 
 
 def allocate_kv(
-    model: ModelConfig,
-    num_blocks: int,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    is_shared: bool = False,
+    model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Keys and values of all layers, [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim],
-    every page written once. is_shared: in memory that can be handed to other processes. Raises
-    ValueError."""
+    every page written once. Raises ValueError."""
     shape = (num_blocks, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
-    if is_shared and device.type == "cpu":
-        return allocate_shared(shape, dtype)
     try:
         return torch.empty(shape, dtype=dtype, device=device).zero_()
     except RuntimeError as error:
         gib = torch.Size(shape).numel() * dtype.itemsize / (1 << 30)
         message = f"num_blocks is {num_blocks}: no memory for {gib:.1f} GiB"
         raise ValueError(message) from error
+
+
+def share_kv(kv: Any, transport: str) -> None:
+    """Put a KV cache that is new, `kv.data`, where this transport can read it: shm in memory that can be
+    handed to other processes. Raises ValueError."""
+    if transport == "shm" and kv.data.device.type == "cpu":
+        shape, dtype, kv.data = tuple(kv.data.shape), kv.data.dtype, None  # both would be too much
+        kv.data = allocate_shared(shape, dtype)
 
 
 def kv_cache_budget(device: torch.device, gpu_memory_utilization: float, reserved: int = 0) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from common.kv_memory import share_kv
 from common.kv_store import open_copies
 from common.kv_transfer import Fetched, PrefillRequest, Receiver, Sender
 from common.kv_transfer.options import receiver_options, sender_options
@@ -50,9 +51,6 @@ class PeerConnector(KVConnector):
         self.holds: dict[str, Hold] = {}
         self.prints = fingerprint(asdict(config)) | {"block size": str(kv.block_size)}
 
-    def hold(self, transfer_id: str, sequence: Sequence) -> None:
-        self.holds[transfer_id] = self.cache.hold(sequence)
-
     def let_go(self, transfer_id: str) -> None:
         if (hold := self.holds.pop(transfer_id, None)) is not None:
             self.cache.let_go(hold)
@@ -66,10 +64,10 @@ class PrefillConnector(PeerConnector):
 
     def __init__(self, config: EngineConfig, kv: KVCache) -> None:
         super().__init__(config, kv)
-        self.add: Callable[[Request], None] = refuse
-        self.abort: Callable[[str], None] = lambda request_id: None
+        self.add = self.abort = refuse
         self.asked: dict[str, str] = {}  # transfers by the request that computes their prompt
         self.saves: list[tuple[str, list[int], int]] = []  # of the step that runs
+        share_kv(kv, config.kv_transfer)
         self.sender = Sender(
             [kv.data],
             fingerprint=self.prints,
@@ -116,7 +114,7 @@ class PrefillConnector(PeerConnector):
         if (transfer_id := self.asked.pop(sequence.request_id, None)) is None:
             return
         if sequence.output_token_ids:
-            self.hold(transfer_id, sequence)
+            self.holds[transfer_id] = self.cache.hold(sequence)
             num_blocks = self.kv.blocks_for(len(sequence.prompt_token_ids) - 1)
             self.sender.finish(transfer_id, num_blocks)
         else:
@@ -206,7 +204,7 @@ class DecodeConnector(PeerConnector):
         if (transfer_id := self.wanted.pop(sequence, None)) is not None:
             self.receiver.cancel(transfer_id)
             if sequence.block_table:
-                self.hold(transfer_id, sequence)
+                self.holds[transfer_id] = self.cache.hold(sequence)
 
     def request_finished(self, sequence: Sequence) -> None:
         self.cancel(sequence)
@@ -240,11 +238,11 @@ class DecodeConnector(PeerConnector):
         self.receiver.close()
 
 
-def refuse(request: Request) -> None:
+def refuse(request: Any) -> None:
     raise ValueError("the worker serves no prompts yet")
 
 
-def make_worker_connector(
+def make_workers_side(
     config: EngineConfig, kv: KVCache, minimum: Callable[[int], int], num_ranks: int
 ) -> Any:
     """The workers' side, on this rank. minimum: of a number, over all ranks. Raises ValueError."""
@@ -254,5 +252,5 @@ def make_worker_connector(
 
 
 def make_connector(config: EngineConfig, kv: KVCache, worker: Any) -> KVConnector:
-    """The scheduler's side, of what `make_worker_connector` has made."""
+    """The scheduler's side, of what `make_workers_side` has made."""
     return Offload(config, kv, worker) if config.role == "both" else worker

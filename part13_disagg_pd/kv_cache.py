@@ -87,11 +87,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         draft_model: ModelConfig | None = None,
-        is_shared: bool = False,
     ) -> None:
-        """Allocate the cache. is_shared: where other processes can map it. Raises ValueError."""
+        """Allocate the cache. Raises ValueError."""
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.data = allocate_kv(model, num_blocks, block_size, dtype, device, is_shared)
+        self.data = allocate_kv(model, num_blocks, block_size, dtype, device)
         self.draft_data, self.num_bytes = None, self.data.nbytes
         if draft_model is not None:
             self.draft_data = allocate_kv(draft_model, num_blocks, block_size, dtype, device)

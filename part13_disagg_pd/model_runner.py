@@ -32,7 +32,7 @@ from common.sampling import NO_TOKEN, SamplingParams
 
 from .config import EngineConfig
 from .device_queue import Work, device_queue
-from .disaggregation import make_worker_connector
+from .disaggregation import make_workers_side
 from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
@@ -92,12 +92,8 @@ class ModelRunner:
         num_blocks = self.everyone.minimum(num_blocks)  # the same on all ranks of all engines
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
-        is_shared = config.role == "prefill" and config.kv_transfer == "shm"
-        self.kv = KVCache(
-            num_blocks, block_size, shape, self.dtype, self.device, draft_shape, is_shared
-        )
-        minimum = self.everyone.minimum
-        self.connector = make_worker_connector(config, self.kv, minimum, ranks.size)
+        self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
+        self.connector = make_workers_side(config, self.kv, self.everyone.minimum, ranks.size)
         self.model.on_saved = self.connector.save_kv_layer
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:

@@ -28,21 +28,10 @@ from .router import Router
 class Worker(Replica):
     """A prefill or a decode worker."""
 
-    num_tickets = 0  # that name it, since it was last asked how it is
-
-    @property
-    def role(self) -> str:
-        return self.config.roles[self.index]
-
     @property
     def load(self) -> int:
-        """A prefill worker's requests come from decode workers: the proxy knows of its tickets."""
-        return super().load + 4 * self.num_tickets
-
-    async def look(self, expected_model: str | None) -> None:
-        told = self.num_tickets
-        await super().look(expected_model)
-        self.num_tickets -= told
+        """A prefill worker's requests come from decode workers; the proxy knows of its own tickets."""
+        return super().load + 4 * self.num_referred
 
 
 class WorkerSet(ReplicaSet):
@@ -65,7 +54,7 @@ class PrefillAndDecode:
         prefill = [w for w in self.workers.available() if w.status.address is not None]
         if decode and prefill:
             worker = self.prefill.choose(request, prefill)
-            worker.num_tickets += 1
+            worker.num_referred += 1
             request.added[HEADER] = write_ticket(new_ticket(worker.status.address), self.secret)
         return chosen
 
