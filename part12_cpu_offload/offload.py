@@ -46,7 +46,8 @@ class Offload:
         self.kv, self.block_size, self.copies = kv, kv.block_size, copies
         self.swaps = config.offload in ("swap", "both")
         self.keeps_prefixes = config.offload in ("prefix", "both")
-        self.host = HostBlocks(copies.num_host_blocks, config.offload_policy, copies.disk)
+        self.policy = config.offload_policy
+        self.host = HostBlocks(copies.num_host_blocks, self.policy, copies.disk)
         self.rates = Rates()
         self.swapped: dict[Sequence, list[int]] = {}  # host blocks of what waits for its return
         self.transfers: dict[int, Transfer] = {}  # by number of the copy
@@ -209,16 +210,24 @@ class Offload:
     def finish_load(self, transfer: Transfer, num_blocks: int) -> int:
         """num_blocks: those that have come. Returns how many tokens these are."""
         copy, sequence = transfer.copy, transfer.sequence
-        num_tokens = min(num_blocks * self.block_size, transfer.num_tokens)
         if not transfer.keys:  # it was swapped
-            if num_tokens < transfer.num_tokens:
-                sequence.num_lost_tokens = sequence.num_kept_tokens
-            return num_tokens
+            if num_blocks == len(copy.host_blocks):
+                return transfer.num_tokens
+            sequence.num_lost_tokens = sequence.num_kept_tokens
+            return num_blocks * self.block_size
         self.host.arrived(copy.host_blocks[:num_blocks], copy.disk_keys)
+        num_tokens = num_blocks * self.block_size
         self.counts["num_host_hits"] += num_tokens
         if not sequence.num_lost_tokens:  # it joins for the first time
             sequence.num_cached_tokens += num_tokens
         return num_tokens
+
+    def forget(self) -> None:
+        """Know nothing of what is on the host: its memory is about to go. No copy is under way."""
+        for sequence in self.swapped:
+            sequence.num_lost_tokens = sequence.num_kept_tokens
+        self.swapped.clear()
+        self.host = HostBlocks(self.copies.num_host_blocks, self.policy, self.copies.disk)
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long on the device."""

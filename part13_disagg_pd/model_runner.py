@@ -21,7 +21,7 @@ from common.distributed.expert_placement import ExpertPlacement
 from common.distributed.lockstep import Counts, Lockstep
 from common.kernels import select_ops
 from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
-from common.kv_store import Copy, open_copies, to_numbers
+from common.kv_store import to_numbers
 from common.logprobs import SampledLogprobs
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, load_config, resolve_draft_model
@@ -32,6 +32,7 @@ from common.sampling import NO_TOKEN, SamplingParams
 
 from .config import EngineConfig
 from .device_queue import Work, device_queue
+from .disaggregation import make_workers_side
 from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
@@ -41,6 +42,7 @@ from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
+from .sleep import RankSleep
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class ModelRunner:
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
         self.everyone, leaders = meet_engines(ranks, config)
         max_model_len = context_length(load_config(folder), config.max_model_len)
+        self.sources: dict[CausalLM, tuple[Path, int]] = {}  # what each model was loaded from
         self.model = self.load_model(folder, max_model_len)
         shape = self.model.local
         self.num_weight_bytes = self.model.num_bytes
@@ -92,7 +95,8 @@ class ModelRunner:
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
-        self.connector = open_copies(config, self.kv.data, self.everyone.minimum, ranks.size)
+        self.connector = make_workers_side(config, self.kv, self.everyone.minimum, ranks.size)
+        self.model.on_saved = self.connector.save_kv_layer
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:
             self.drafter = Runnable(smaller, self.kv.draft_data)
@@ -106,6 +110,7 @@ class ModelRunner:
         release_openmp_workers()  # from now on the queue's thread does the work
         held = torch.tensor([self.num_weight_bytes, self.kv.num_bytes], device=self.device)
         self.rank_bytes = ranks.group.gather(held, [held.shape] * ranks.size)
+        self.rank_sleep = RankSleep(self)
         ranks.loaded()
         self.is_ready = True  # from now on other ranks are told what comes
         self.queue.start()
@@ -116,7 +121,15 @@ class ModelRunner:
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
         weights = open_weights(folder, self.device)
         group, experts = self.ranks.group, self.expert_parallel(shape)
-        return CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
+        model = CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
+        self.sources[model] = folder, max_model_len
+        return model
+
+    def reload(self, model: CausalLM) -> None:
+        """Read a model's weights again, in the place of those that it has. Raises ValueError."""
+        fresh = self.load_model(*self.sources[model])
+        del self.sources[fresh]
+        vars(model).update(vars(fresh))
 
     def expert_parallel(self, shape: ModelConfig) -> ExpertParallel | None:
         """This rank's part in a model's experts, where they are spread. Raises ValueError."""
@@ -201,15 +214,15 @@ class ModelRunner:
         self.inputs.launched(work)
         return work
 
-    def transfer(self, copies: list[Copy]) -> None:
-        """Begin copies when the device has done all that it was given before."""
-        if copies:
-            self.queue.aside(partial(self.start_copies, copies))
+    def transfer(self, meta: list[Any]) -> None:
+        """Begin transfers when the device has done all that it was given before."""
+        if meta:
+            self.queue.aside(partial(self.start_transfers, meta))
 
-    def start_copies(self, copies: list[Copy]) -> Sampled:
+    def start_transfers(self, meta: list[Any]) -> Sampled:
         if self.ranks.size > 1 and self.ranks.rank == 0:
-            self.ranks.control.send([*self.queue.counts, COPIES, *to_numbers(copies)])
-        self.connector.start_load_kv(copies)
+            self.ranks.control.send([*self.queue.counts, COPIES, *to_numbers(meta)])
+        self.connector.start_load_kv(meta)
         return self.nothing()
 
     @torch.inference_mode()

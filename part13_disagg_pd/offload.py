@@ -9,7 +9,7 @@ memory there may be a folder on disk, whose blocks outlive the process.
 A copy under way is one more owner of its blocks, on the device and on the host. So neither is given
 to another sequence before the copy is done, whatever becomes of the sequence that it is for.
 
-The methods have the names of vLLM's connectors (`KVConnectorBase_V1`), and keep their contracts.
+It is the scheduler's side of a connector (`kv_connector.py`); `common.kv_store` has the workers'.
 """
 
 import hashlib
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from common.kv_store import BlockCopies, Copied, Copy, HostBlocks, Rates
 
-from .block_cache import BlockCache, Hold
+from .block_cache import Hold
 from .config import EngineConfig
 from .kv_cache import KVCache
+from .kv_connector import KVConnector
 from .sequence import Sequence, Status
 
 if TYPE_CHECKING:
@@ -39,24 +40,21 @@ class Transfer:
     keys: list[bytes] = field(default_factory=list)
 
 
-class Offload:
+class Offload(KVConnector):
     """What is copied when, on rank 0. Where the blocks are is told to all ranks."""
 
     def __init__(self, config: EngineConfig, kv: KVCache, copies: BlockCopies) -> None:
         self.kv, self.block_size, self.copies = kv, kv.block_size, copies
         self.swaps = config.offload in ("swap", "both")
         self.keeps_prefixes = config.offload in ("prefix", "both")
-        self.host = HostBlocks(copies.num_host_blocks, config.offload_policy, copies.disk)
+        self.policy = config.offload_policy
+        self.host = HostBlocks(copies.num_host_blocks, self.policy, copies.disk)
         self.rates = Rates()
         self.swapped: dict[Sequence, list[int]] = {}  # host blocks of what waits for its return
         self.transfers: dict[int, Transfer] = {}  # by number of the copy
         self.orders: list[Copy] = []  # for the next step
         self.num_copies = 0
         self.counts = dict.fromkeys(COUNTS, 0)
-
-    def bind_block_cache(self, cache: BlockCache) -> None:
-        """cache: where the sequences' device blocks come from."""
-        self.cache = cache
 
     @property
     def is_busy(self) -> bool:
@@ -208,13 +206,23 @@ class Offload:
         """num_blocks: those that have come. Returns how many tokens these are."""
         copy, sequence = transfer.copy, transfer.sequence
         if not transfer.keys:  # it was swapped
-            return transfer.num_tokens if num_blocks == len(copy.host_blocks) else 0
+            if num_blocks == len(copy.host_blocks):
+                return transfer.num_tokens
+            sequence.num_lost_tokens = sequence.num_kept_tokens
+            return num_blocks * self.block_size
         self.host.arrived(copy.host_blocks[:num_blocks], copy.disk_keys)
         num_tokens = num_blocks * self.block_size
         self.counts["num_host_hits"] += num_tokens
         if not sequence.num_lost_tokens:  # it joins for the first time
             sequence.num_cached_tokens += num_tokens
         return num_tokens
+
+    def forget(self) -> None:
+        """Know nothing of what is on the host: its memory is about to go. No copy is under way."""
+        for sequence in self.swapped:
+            sequence.num_lost_tokens = sequence.num_kept_tokens
+        self.swapped.clear()
+        self.host = HostBlocks(self.copies.num_host_blocks, self.policy, self.copies.disk)
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long on the device."""

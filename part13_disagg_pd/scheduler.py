@@ -29,14 +29,14 @@ import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from common.kv_store import Copied, Copy
 from common.trace import Trace
 
 from .block_cache import Match
 from .config import EngineConfig
-from .kv_cache import KVCache
-from .offload import Offload
+from .kv_cache import BlockPool, KVCache
+from .kv_connector import KVConnector
 from .prefix_cache import make_block_cache
 from .sequence import TRANSITIONS, Sequence, Status
 
@@ -51,7 +51,7 @@ class SchedulerOutput:
     num_tokens: int = 0
     admitted: list[Sequence] = field(default_factory=list)  # joined in this step, or came back
     new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)  # at its table's end
-    connector_meta: list[Copy] = field(default_factory=list)  # copies that begin before the step
+    connector_meta: list[Any] = field(default_factory=list)  # what begins before the step
 
     def run(self, sequence: Sequence, count: int) -> None:
         """Let a sequence run its next `count` tokens."""
@@ -64,17 +64,18 @@ class SchedulerOutput:
 class Scheduler:
     """The waiting and the running sequences, and the blocks and table rows that these hold."""
 
-    def __init__(self, config: EngineConfig, kv: KVCache, trace: Trace, connector: Offload) -> None:
+    def __init__(
+        self, config: EngineConfig, kv: KVCache, trace: Trace, connector: KVConnector
+    ) -> None:
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.long_prefill_threshold = config.long_prefill_threshold or sys.maxsize
         self.kv, self.trace = kv, trace
-        self.cache = make_block_cache(config.prefix_cache, kv.pool, kv.block_size)
+        self.connector, self.kind_of_cache = connector, config.prefix_cache
+        self.forget_cache()
         self.waiting: deque[Sequence] = deque()
         # In the order in which they joined. A list would be searched for each one that leaves.
         self.running: dict[Sequence, None] = {}
         self.ending: set[Sequence] = set()  # their last tokens are launched
-        self.connector = connector
-        connector.bind_block_cache(self.cache)
         self.loading: dict[Sequence, None] = {}  # in the order in which they were given blocks
         self.resumed: list[Sequence] = []  # were loading, and run from the next step on
         self.most_drafts = config.num_speculative_tokens or 0
@@ -87,12 +88,19 @@ class Scheduler:
         self.num_cache_queries = 0  # tokens of sequences that joined for the first time
         self.num_cache_hits = 0  # of these tokens, found in the cache
 
+    def forget_cache(self) -> None:
+        """All blocks are free, and nothing is known of what is in them. No sequence may have any."""
+        self.kv.pool = BlockPool(self.kv.num_blocks)
+        self.cache = make_block_cache(self.kind_of_cache, self.kv.pool, self.kv.block_size)
+        self.connector.bind_block_cache(self.cache)
+
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
         self.trace.arrived(sequence.request_id, sequence.num_tokens)
         self.waiting.append(sequence)
+        self.connector.on_new_request(sequence)
 
-    def update_connector_output(self, finished: Iterable[Copied]) -> None:
+    def update_connector_output(self, finished: Iterable[Any]) -> None:
         """Sequences whose keys and values have come run from the next step on, with what is there."""
         for sequence, num_tokens in self.connector.update_connector_output(finished):
             if sequence in self.loading:

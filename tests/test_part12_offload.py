@@ -9,7 +9,8 @@ request must give is known beforehand. Blocks are poisoned when they are given o
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from common.kv_store import Copied, Copy
+from common.kv_store import BlockCopies, Copy, block_copies
+from common.kv_store.block_copies import move
 from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.parts import module_of
@@ -69,19 +71,19 @@ class Disk:
     def __contains__(self, key: bytes) -> bool:
         return key in self.blocks
 
-    def write(self, key: bytes, block: np.ndarray) -> None:
+    def write(self, key: bytes, pieces: list[np.ndarray]) -> None:
         while len(self.blocks) >= self.capacity and key not in self.blocks:
             self.bad.discard(oldest := next(iter(self.blocks)))
             del self.blocks[oldest]
-        self.blocks.setdefault(key, block.copy())
+        self.blocks.setdefault(key, pieces[0].copy())
 
-    def read(self, key: bytes, into: np.ndarray) -> bool:
+    def read(self, key: bytes, into: list[np.ndarray]) -> bool:
         if key not in self.blocks or key in self.bad:
             self.blocks.pop(key, None)
             self.bad.discard(key)
-            into[:] = POISON
+            into[0][:] = 255
             return False
-        into[:] = self.blocks[key]
+        into[0][:] = self.blocks[key]
         return True
 
     def stats(self) -> dict[str, int]:
@@ -90,58 +92,47 @@ class Disk:
     def close(self) -> None: ...
 
 
-class Copies:
-    """In the place of `BlockCopies`: orders are carried out by `carry_out` alone, the oldest first,
+class Copies(BlockCopies):
+    """The real ones, without their threads: orders are carried out by `do` alone, the oldest first,
     and those for the disk in a queue of their own."""
 
     def __init__(self, num_host_blocks: int, disk: Disk | None, kv: Any) -> None:
-        self.num_host_blocks, self.disk, self.kv = num_host_blocks, disk, kv
-        self.num_bytes = self.num_copied = 0
-        self.host = np.full((num_host_blocks, kv.block_size), POISON, np.int64)
-        self.orders: deque[Copy] = deque()
-        self.stores: deque[Copy] = deque()
-        self.done: list[Copied] = []
-        self.seconds = 1e-6  # for each block
-        self.fails = False  # the next one, half-way
+        super().__init__(num_host_blocks, disk)
+        self.register_kv_caches([kv.data])
+        self.numbers = self.host[0].view(np.int64) if num_host_blocks else np.zeros((0, 1))
+        self.block_seconds = 1e-6
+        self.fails_after: int | None = None  # pieces of the next copy
         self.help: Callable[[], None] = lambda: None  # lets the device go on
 
-    def start_load_kv(self, copies: list[Copy]) -> None:
-        for copy in copies:
-            (self.stores if copy.kind == "store" else self.orders).append(copy)
-
-    def get_finished(self) -> list[Copied]:
-        done, self.done = self.done, []
-        return done
+    def run(self, orders: Any) -> None: ...
 
     def wait(self, seconds: float) -> None:
         self.help()
-        if not self.done and not self.carry_out(self.orders):
-            self.carry_out(self.stores)
+        if self.done.empty() and not self.do(self.orders):
+            self.do(self.stores)
 
-    def carry_out(self, orders: deque[Copy]) -> bool:
+    def do(self, orders: Any) -> bool:
         """Whether there was an order."""
-        if not orders:
+        if orders.empty():
             return False
-        copy = orders.popleft()
-        pairs = list(enumerate(copy.host_blocks))
-        count = len(pairs) // 2 if self.fails else len(pairs)
-        self.fails = False
-        for i, block in pairs[:count]:
-            key = copy.disk_keys[i] if copy.disk_keys else None
-            if copy.kind == "store":
-                self.disk.write(key, self.host[block])
-            elif copy.kind == "save":
-                self.host[block] = self.kv.data[copy.device_blocks[i]]
-            elif key is not None and not self.disk.read(key, self.host[block]):
-                count = i
-                break
-        if copy.kind == "load":
-            for device, block in zip(copy.device_blocks[:count], copy.host_blocks, strict=False):
-                self.kv.data[device] = self.host[block]
-        self.done.append(Copied(copy.number, count, count, count * self.seconds))
+        done = self.carry_out(*orders.get())
+        self.done.put(replace(done, seconds=done.num_blocks * self.block_seconds))
         return True
 
-    def shutdown(self) -> None: ...
+    def copy(self, copy: Copy, event: Any) -> int:
+        left, self.fails_after = self.fails_after, None
+        if left is None:
+            return super().copy(copy, event)
+        moves = iter(range(left))
+
+        def failing(to: torch.Tensor, source: torch.Tensor) -> None:
+            if next(moves, None) is None:
+                raise RuntimeError("a copy fails")
+            move(to, source)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(block_copies, "move", failing)
+            return super().copy(copy, event)
 
 
 @dataclass
@@ -237,7 +228,7 @@ class Runner:
         if isinstance(item, list):
             self.connector.start_load_kv(item)
         elif isinstance(item, tuple):
-            self.kv.data[list(item)] = POISON
+            self.kv.numbers[list(item)] = POISON
         else:
             item.token_ids = [new for row in item.rows for new in self.forward(row)]
 
@@ -248,8 +239,8 @@ class Runner:
         places = [(row.table[i // size], i % size) for i in range(end)]
         for place, number in zip(places[row.begin :], expected[row.begin :], strict=True):
             assert place[0] != POISON, "a token has no block"
-            self.kv.data[place] = number
-        read = [int(self.kv.data[place]) for place in places]
+            self.kv.numbers[place] = number
+        read = [int(self.kv.numbers[place]) for place in places]
         wrong = [i for i in range(end) if read[i] != expected[i]]
         where = f"{row.sequence.request_id}: {row.begin} + {row.count}"
         assert not wrong, f"{where}: wrong keys and values at {wrong}, {[read[i] for i in wrong]}"
@@ -260,13 +251,17 @@ class Runner:
         return [known[-1:]]
 
 
+read_config = lru_cache(module_of(PART, "engine").load_config)
+
+
 class Kv:
     """In the place of the KV cache."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size, self.num_bytes = num_blocks, block_size, 0
         self.pool = module_of(PART, "kv_cache").BlockPool(num_blocks)
-        self.data = np.full((num_blocks, block_size), POISON, np.int64)
+        self.data = torch.full((num_blocks, block_size), POISON, dtype=torch.int64)
+        self.numbers = self.data.numpy()
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -284,6 +279,7 @@ class Rig:
         engine = module_of(PART, "engine")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "load_runner", lambda config, folder: self.runner)
+            patch.setattr(engine, "load_config", read_config)
             self.engine = engine.LLMEngine(config)
         self.connector = self.engine.connector
         self.expected: dict[str, list[int]] = {}
@@ -306,7 +302,7 @@ class Rig:
 
         def allocate_host(count: int) -> list[int] | None:
             blocks = give_host(count)
-            self.copies.host[blocks or []] = POISON
+            self.copies.numbers[blocks or []] = POISON
             return blocks
 
         pool.allocate, host.allocate = allocate, allocate_host
@@ -391,7 +387,9 @@ class Rig:
         host = self.connector.host
         for key, block in host.of_key.items():
             if host.ref_counts[block] == 1:
-                assert tuple(self.copies.host[block]) == self.meaning[key], "a spoiled host block"
+                assert tuple(self.copies.numbers[block]) == self.meaning[key], (
+                    "a spoiled host block"
+                )
 
 
 def family(kind: int, length: int) -> list[int]:
@@ -474,16 +472,16 @@ class Tier(RuleBasedStateMachine):
         for _ in range(count):
             self.rig.runner.advance()
 
-    @precondition(lambda self: self.rig.copies.orders)
+    @precondition(lambda self: not self.rig.copies.orders.empty())
     @rule(count=st.integers(1, 4))
     def copy(self, count: int) -> None:
         for _ in range(count):
-            self.rig.copies.carry_out(self.rig.copies.orders)
+            self.rig.copies.do(self.rig.copies.orders)
 
-    @precondition(lambda self: self.rig.copies.stores)
+    @precondition(lambda self: not self.rig.copies.stores.empty())
     @rule()
     def store(self) -> None:
-        self.rig.copies.carry_out(self.rig.copies.stores)
+        self.rig.copies.do(self.rig.copies.stores)
 
     @precondition(lambda self: self.disk is not None and self.disk.blocks)
     @rule(data=st.data(), is_lost=st.booleans())
@@ -495,11 +493,11 @@ class Tier(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1e-6, 1e-6, 1e6]))
     def copies_take(self, seconds: float) -> None:
-        self.rig.copies.seconds = seconds
+        self.rig.copies.block_seconds = seconds
 
-    @rule()
-    def next_copy_fails(self) -> None:
-        self.rig.copies.fails = True
+    @rule(num_pieces=st.integers(0, 2))
+    def next_copy_fails(self, num_pieces: int) -> None:
+        self.rig.copies.fails_after = num_pieces
 
     @invariant()
     def is_whole(self) -> None:

@@ -89,6 +89,8 @@ class BlockCopies:
         self.seen: list[Copied] = []  # by `wait`
         self.threads: list[threading.Thread] = []
         self.spoiled: set[int] = set()  # host blocks whose save has failed; for loads behind it
+        # bytes of a cache, and on the host
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def register_kv_caches(self, caches: list[torch.Tensor]) -> None:
         """Have room on the host for as many blocks as there are to be.
@@ -127,6 +129,9 @@ class BlockCopies:
         for copy in copies:
             (self.stores if copy.kind == "store" else self.orders).put((copy, event))
 
+    def save_kv_layer(self, layer: int) -> None:
+        """A step has written a layer's keys and values. Here blocks are copied whole."""
+
     def get_finished(self) -> list[Copied]:
         """Copies that are done since the last time."""
         while not self.done.empty():
@@ -164,7 +169,7 @@ class BlockCopies:
         begin, num_blocks, wanted = time.perf_counter(), 0, len(copy.host_blocks)
         try:
             num_blocks = self.store(copy) if copy.kind == "store" else self.copy(copy, event)
-        except Exception as error:  # the disk's or the device's: what was to come is computed instead
+        except Exception as error:  # what was to come is computed instead
             logger.warning("a copy of %d KV blocks (%s) has failed: %s", wanted, copy.kind, error)
         if copy.kind == "save":
             if num_blocks < wanted:
