@@ -115,14 +115,14 @@ class Copies(BlockCopies):
         """Whether there was an order."""
         if orders.empty():
             return False
-        done = self.carry_out(*orders.get())
+        done = self.attempt(*orders.get())
         self.done.put(replace(done, seconds=done.num_blocks * self.block_seconds))
         return True
 
-    def copy(self, copy: Copy, event: Any) -> int:
+    def carry_out(self, copy: Copy, event: Any) -> int:
         left, self.fails_after = self.fails_after, None
         if left is None:
-            return super().copy(copy, event)
+            return super().carry_out(copy, event)
         moves = iter(range(left))
 
         def failing(to: torch.Tensor, source: torch.Tensor) -> None:
@@ -132,7 +132,7 @@ class Copies(BlockCopies):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(block_copies, "move", failing)
-            return super().copy(copy, event)
+            return super().carry_out(copy, event)
 
 
 @dataclass

@@ -162,13 +162,13 @@ class BlockCopies:
     def run(self, orders: Orders) -> None:
         """A thread: one order after the other."""
         while order := orders.get():
-            self.done.put(self.carry_out(*order))
+            self.done.put(self.attempt(*order))
 
-    def carry_out(self, copy: Copy, event: Any) -> Copied:
+    def attempt(self, copy: Copy, event: Any) -> Copied:
         """Do it, or as much of it as can be done."""
         begin, num_blocks, wanted = time.perf_counter(), 0, len(copy.host_blocks)
         try:
-            num_blocks = self.store(copy) if copy.kind == "store" else self.copy(copy, event)
+            num_blocks = self.carry_out(copy, event)
         except Exception as error:  # what was to come is computed instead
             logger.warning("a copy of %d KV blocks (%s) has failed: %s", wanted, copy.kind, error)
         if copy.kind == "save":
@@ -179,14 +179,12 @@ class BlockCopies:
         seconds, num_bytes = time.perf_counter() - begin, num_blocks * self.block_bytes
         return Copied(copy.number, num_blocks, num_bytes, seconds, num_blocks == wanted)
 
-    def store(self, copy: Copy) -> int:
-        """Write host blocks to disk."""
-        for block, key in zip(copy.host_blocks, copy.disk_keys, strict=True):
-            self.disk.write(key, self.rows(block))
-        return len(copy.host_blocks)
-
-    def copy(self, copy: Copy, event: Any) -> int:
-        """Between device and host. Returns how many of the first blocks are there."""
+    def carry_out(self, copy: Copy, event: Any) -> int:
+        """Returns how many of the first blocks are there. Raises what the device and the disk do."""
+        if copy.kind == "store":
+            for block, key in zip(copy.host_blocks, copy.disk_keys, strict=True):
+                self.disk.write(key, self.rows(block))
+            return len(copy.host_blocks)
         count = len(copy.device_blocks)
         if copy.kind == "load":
             count = self.count_ready(copy)
