@@ -115,7 +115,7 @@ class Offload:
         """A sequence has blocks for all of its tokens: bring so many behind those that are computed."""
         first = sequence.num_computed_tokens // self.block_size
         table = sequence.block_table[first:]
-        if self.keeps_prefixes and not sequence.num_lost_tokens:
+        if self.keeps_prefixes and not (sequence in self.swapped or sequence.num_lost_tokens):
             self.counts["num_external_queries"] += sequence.num_tokens - first * self.block_size
         if (kept := self.swapped.pop(sequence, None)) is not None:
             first = first if num_external_tokens else len(kept)
