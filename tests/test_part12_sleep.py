@@ -6,6 +6,8 @@ import mmap
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -749,3 +751,34 @@ def test_smollm2_gives_most_of_its_memory_back() -> None:
                 if level == 1:
                     assert asleep <= 0.1 * awake, f"{asleep} of {awake} bytes remain"
                     assert woken["seconds"] <= start / 10, woken
+
+
+ON_A_GPU = f"""
+from common.testing import cuda_on_cpu
+cuda_on_cpu.install()
+from common.sampling import SamplingParams
+from part12.config import EngineConfig
+from part12.engine import LLMEngine
+
+flags = dict(device="cuda", dtype="float32", kernels="reference", num_blocks=40, block_size=16)
+params = SamplingParams(seed=3, temperature=0.9, max_tokens=12, ignore_eos=True)
+with cuda_on_cpu.OnCpu():
+    for more in ({{}}, {{"offload": "both"}}):
+        engine = LLMEngine(EngineConfig(model={MODEL!r}, max_num_seqs=4, **flags, **more))
+        run = lambda: [c.token_ids for c in engine.generate({PROMPTS!r}, params, progress=False)]
+        expected = run()
+        for level in (1, 2, 1):
+            engine.sleep(level)
+            assert engine.kv.data.untyped_storage().nbytes() == 0
+            assert engine.runner.model.norm.untyped_storage().nbytes() == 0
+            engine.wake_up()
+            assert run() == expected
+        engine.shutdown()
+print("the same tokens")
+"""
+
+
+def test_on_a_gpu_storages_are_emptied() -> None:
+    """On one that is not there (see `cuda_on_cpu`)."""
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU], capture_output=True, text=True)
+    assert done.stdout.endswith("the same tokens\n"), done.stderr
