@@ -17,6 +17,8 @@ PEERS ?= --peer transformers
 TORCH := torch==2.13.0
 # Where torch has brought no triton, tests run its interpreter, which before 3.9 fails with numpy 2.4.
 TRITON := $(if $(filter Linux,$(shell uname)),triton==3.9.0)
+# NIXL, one of part 13's transports: of its own dependencies it needs torch and numpy alone, so without them.
+NIXL := $(if $(filter Linux,$(shell uname)),nixl==1.5.2 nixl-cu12==1.5.1)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 INSTALL := -m pip install --quiet --disable-pip-version-check --prefer-binary
 # Whole files to two workers, in the order of tests/conftest.py: the longest first.
@@ -137,5 +139,6 @@ $(VENV)/.base: $(VENV)/.venv pyproject.toml requirements.txt
 $(VENV)/.dev: $(VENV)/.base requirements-dev.txt
 	@echo "== Installing what the tests and notebooks need (once)"
 	$(BIN)/python $(INSTALL) --no-deps --requirement requirements-dev.txt $(if $(HAS_GPU),,$(TRITON))
+	-$(if $(NIXL),$(BIN)/python $(INSTALL) --no-deps $(NIXL))
 	$(BIN)/python -m common.kernels.cpu.compile
 	@touch $@

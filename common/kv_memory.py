@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from common.kv_transfer.memory import allocate_shared
 from common.models.architecture import ModelConfig
 
 CPU_LIMIT = 2 << 30  # bytes of the KV cache on a CPU, unless more is asked for
@@ -80,6 +81,14 @@ def allocate_kv(
         gib = torch.Size(shape).numel() * dtype.itemsize / (1 << 30)
         message = f"num_blocks is {num_blocks}: no memory for {gib:.1f} GiB"
         raise ValueError(message) from error
+
+
+def share_kv(kv: Any, transport: str) -> None:
+    """Put a KV cache that is new, `kv.data`, where this transport can read it: shm in memory that can be
+    handed to other processes. Raises ValueError."""
+    if transport == "shm" and kv.data.device.type == "cpu":
+        shape, dtype, kv.data = tuple(kv.data.shape), kv.data.dtype, None  # both would be too much
+        kv.data = allocate_shared(shape, dtype)
 
 
 def kv_cache_budget(device: torch.device, gpu_memory_utilization: float, reserved: int = 0) -> int:

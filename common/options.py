@@ -144,6 +144,15 @@ def _with_dashes(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
+def peek(name: str, argv: Sequence[str] | None = None) -> str | None:
+    """What `argv` gives as a flag's value, before anything is known of the others; None: nothing."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--" + name.replace("_", "-"), dest=name, nargs="?")
+    words = sys.argv[1:] if argv is None else argv
+    known, _ = parser.parse_known_args([_with_dashes(word) for word in words])
+    return getattr(known, name)
+
+
 def parse(
     config_classes: Sequence[type[Config]],
     argv: Sequence[str] | None = None,

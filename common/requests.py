@@ -7,9 +7,12 @@ passes it on unopened, so a new option is one field here and one use there.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.sampling import SamplingParams, shown
+
+if TYPE_CHECKING:
+    from common.kv_transfer.ticket import Ticket
 
 Prompt = str | list[int]
 Prompts = Prompt | Sequence[Prompt]
@@ -24,6 +27,7 @@ class Request:
     cache_salt: keys and values are shared only between requests of the same salt.
     may_draft: whether its tokens may be speculated on. That changes nothing but speed and, for a
         request without a seed, which of the equally right draws is made.
+    kv_ticket: where its prompt's keys and values may be computed.
     """
 
     request_id: str
@@ -32,6 +36,7 @@ class Request:
     choice: int = 0
     cache_salt: str | None = None
     may_draft: bool = True
+    kv_ticket: "Ticket | None" = None
 
     def limit(self, max_model_len: int) -> int:
         """Tokens that it may have, prompt and output together."""

@@ -115,6 +115,8 @@ class Offload:
         """A sequence has blocks for all of its tokens: bring so many behind those that are computed."""
         first = sequence.num_computed_tokens // self.block_size
         table = sequence.block_table[first:]
+        if self.keeps_prefixes and not (sequence in self.swapped or sequence.num_lost_tokens):
+            self.counts["num_external_queries"] += sequence.num_tokens - first * self.block_size
         if (kept := self.swapped.pop(sequence, None)) is not None:
             first = first if num_external_tokens else len(kept)
             self.host.free(kept[:first])
@@ -209,7 +211,10 @@ class Offload:
         """num_blocks: those that have come. Returns how many tokens these are."""
         copy, sequence = transfer.copy, transfer.sequence
         if not transfer.keys:  # it was swapped
-            return transfer.num_tokens if num_blocks == len(copy.host_blocks) else 0
+            if num_blocks == len(copy.host_blocks):
+                return transfer.num_tokens
+            sequence.num_lost_tokens = sequence.num_kept_tokens
+            return num_blocks * self.block_size
         self.host.arrived(copy.host_blocks[:num_blocks], copy.disk_keys)
         num_tokens = num_blocks * self.block_size
         self.counts["num_host_hits"] += num_tokens
@@ -247,6 +252,7 @@ class Offload:
 
 COUNTS = (
     "num_swapped_tokens",  # of preempted sequences
+    "num_external_queries",  # tokens that were looked for
     "num_host_hits",  # tokens found on the host or on disk
     "num_disk_hits",  # tokens of these that were read from disk
     "offload_bytes_save",

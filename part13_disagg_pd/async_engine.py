@@ -22,7 +22,7 @@ import torch
 from common.completions import Delta, OutputProcessor, RequestOutput
 from common.distributed.group import RankError
 from common.metrics import EngineMetrics
-from common.requests import Request
+from common.requests import Request, check_request
 
 from .engine import LLMEngine
 
@@ -64,6 +64,7 @@ class AsyncEngine:
         self.streams: dict[str, tuple[int, asyncio.Queue[tuple[int, RequestOutput]]]] = {}
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.stopped = False
+        engine.connector.serve(self._take, lambda id: self.inbox.put(AbortRequest(id)))
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -161,6 +162,11 @@ class AsyncEngine:
             self.engine.shutdown()
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now
                 self.loop.call_soon_threadsafe(self._fail_streams)
+
+    def _take(self, request: Request) -> None:
+        """A request that another worker sends; its outputs go nowhere. Raises ValueError."""
+        check_request(request, self.engine.max_model_len, self.engine.vocab_size)
+        self.inbox.put(request)
 
     def _messages(self) -> list[Any]:
         """What has come in; waits for something when the engine is idle."""

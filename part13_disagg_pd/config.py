@@ -1,10 +1,11 @@
 """Every setting of the engine in one frozen place; each field is also a command-line flag."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from common.device import DTYPES
+from common.kv_transfer.options import ROLES, TRANSPORTS, check_role
 from common.models.generation_config import USES
 from common.options import option, validate
 
@@ -16,6 +17,7 @@ OFFLOADING, KEEPING = ("offload", OFFLOADS[1:]), ("offload", ("prefix", "both"))
 SLEEP_REQUESTS = ("wait", "refuse")
 PROPOSERS = ("off", "ngram", "draft", "self")
 DRAFTING, NGRAM = ("speculative", PROPOSERS[1:]), ("speculative", ("ngram",))
+APART = ("role", ROLES[1:])
 DRAFT, SELF = ("speculative", ("draft",)), ("speculative", ("self",))
 
 
@@ -61,6 +63,16 @@ class EngineConfig:
     data_parallel_address: str | None = option(
         None, "where they meet: a file that is not there yet, or host:port of the first", needs=EP
     )
+    # prefill and decode apart
+    role: str = option("both", "prompts, tokens, both, or a proxy of such workers", choices=ROLES)
+    kv_transfer: str = option("shm", "how blocks leave a worker", choices=TRANSPORTS, needs=APART)
+    kv_host: str | None = option(None, "address for tcp and nixl (loopback)", needs=APART)
+    kv_port: int = option(0, "port for tcp and nixl; 0 takes a free one", 0, 65535, needs=APART)
+    kv_secret_file: str | None = option(None, "the workers' secret (chmod 600)", needs=APART)
+    kv_lease: float = option(30.0, "seconds that blocks wait to be fetched", 0.1, needs=APART)
+    kv_timeout: float = option(10.0, "seconds without progress of a fetch", 0.1, needs=APART)
+    kv_min_tokens: int = option(64, "fewest tokens to fetch, not to compute", 1, needs=APART)
+    kv_secret: str | None = field(default=None, repr=False)  # from the proxy that starts it
     # memory
     block_size: int | None = option(
         None, "tokens in a block of the KV cache (16; flash: 256)", 1, 4096
@@ -136,6 +148,7 @@ class EngineConfig:
             raise ValueError(f"data_parallel_rank is {number}: data_parallel_size is {size}")
         if size > 1 and self.data_parallel_address is None:
             raise ValueError(f"data_parallel_size is {size}: data_parallel_address must be given")
+        check_role(self)
         if self.offload in KEEPING[1] and self.prefix_cache == "off":
             raise ValueError(f"offload is {self.offload}: prefix_cache must not be off")
         if self.disk_kv is not None and self.tensor_parallel_size > 1:

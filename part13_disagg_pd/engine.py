@@ -25,8 +25,8 @@ from common.trace import Trace, phase
 
 from .config import EngineConfig
 from .device_queue import Work
+from .disaggregation import make_connector
 from .model_runner import Batch, load_runner
-from .offload import Offload
 from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence, Status
@@ -63,7 +63,7 @@ class LLMEngine:
         self.sequences: dict[str, Sequence] = {}  # by request id, until they finish
         self.outbox: list[RequestOutput] = []  # what the next step returns
         self.trace = Trace(num_blocks=self.kv.num_blocks, block_size=self.kv.block_size)
-        self.connector = Offload(self.config, self.kv, self.runner.connector)
+        self.connector = make_connector(self.config, self.kv, self.runner.connector)
         self.scheduler = Scheduler(self.config, self.kv, self.trace, self.connector)
         self.speculator = make_speculator(self.config, self.runner, self.trace)
         self.in_flight: deque[PendingStep] = deque()
@@ -277,9 +277,10 @@ class LLMEngine:
         self.drain()
 
     def drain(self) -> None:
-        """Wait for the steps in flight, and drop what they give; and for copies."""
+        """Wait for the steps in flight, and drop what they give; and for transfers."""
         while self.in_flight:
             self.in_flight.popleft().work.wait()
+        self.connector.drop()
         while self.connector.is_busy:
             self.runner.transfer(self.connector.build_connector_meta(SchedulerOutput()))
             self.runner.connector.wait(WAIT_SECONDS)

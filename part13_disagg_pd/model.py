@@ -10,7 +10,7 @@ logits.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,7 @@ class Context(NamedTuple):
     rotary: torch.Tensor  # cosines and sines by position
     kv_cache: torch.Tensor
     metadata: AttentionMetadata
+    on_saved: Callable[[int], None]  # told a layer whose keys and values are in the cache
 
 
 class Attention:
@@ -132,6 +133,7 @@ class Attention:
             metadata.slot_mapping,
             **self.norms,
         )
+        context.on_saved(self.layer)
         out = self.ops.attention(query, cache, self.layer, metadata, self.scale, self.window)
         return self.group.all_reduce(self.ops.linear(out, self.out))
 
@@ -270,6 +272,7 @@ class CausalLM:
         layers = range(config.num_layers)
         self.layers = [DecoderLayer(config, ops, layer, weights) for layer in layers]
         self.num_bytes = weights.num_bytes
+        self.on_saved: Callable[[int], None] = lambda layer: None
         report_unused(weights.unused)
         self.rotary = rotary_table(config, device)
 
@@ -287,7 +290,7 @@ class CausalLM:
         """
         residual = self.embed(token_ids)
         x = torch.zeros_like(residual)
-        context = Context(positions, self.rotary, kv_cache, metadata)
+        context = Context(positions, self.rotary, kv_cache, metadata, self.on_saved)
         for layer in self.layers if layers is None else [self.layers[i] for i in layers]:
             x = layer(x, residual, context)
         return self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)

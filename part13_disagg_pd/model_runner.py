@@ -21,7 +21,7 @@ from common.distributed.expert_placement import ExpertPlacement
 from common.distributed.lockstep import Counts, Lockstep
 from common.kernels import select_ops
 from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
-from common.kv_store import Copy, open_copies, to_numbers
+from common.kv_store import to_numbers
 from common.logprobs import SampledLogprobs
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, load_config, resolve_draft_model
@@ -32,6 +32,7 @@ from common.sampling import NO_TOKEN, SamplingParams
 
 from .config import EngineConfig
 from .device_queue import Work, device_queue
+from .disaggregation import make_workers_side
 from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
@@ -94,7 +95,8 @@ class ModelRunner:
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
-        self.connector = open_copies(config, self.kv.data, self.everyone.minimum, ranks.size)
+        self.connector = make_workers_side(config, self.kv, self.everyone.minimum, ranks.size)
+        self.model.on_saved = self.connector.save_kv_layer
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:
             self.drafter = Runnable(smaller, self.kv.draft_data)
@@ -212,15 +214,15 @@ class ModelRunner:
         self.inputs.launched(work)
         return work
 
-    def transfer(self, copies: list[Copy]) -> None:
-        """Begin copies when the device has done all that it was given before."""
-        if copies:
-            self.queue.aside(partial(self.start_copies, copies))
+    def transfer(self, meta: list[Any]) -> None:
+        """Begin transfers when the device has done all that it was given before."""
+        if meta:
+            self.queue.aside(partial(self.start_transfers, meta))
 
-    def start_copies(self, copies: list[Copy]) -> Sampled:
+    def start_transfers(self, meta: list[Any]) -> Sampled:
         if self.ranks.size > 1 and self.ranks.rank == 0:
-            self.ranks.control.send([*self.queue.counts, COPIES, *to_numbers(copies)])
-        self.connector.start_load_kv(copies)
+            self.ranks.control.send([*self.queue.counts, COPIES, *to_numbers(meta)])
+        self.connector.start_load_kv(meta)
         return self.nothing()
 
     @torch.inference_mode()

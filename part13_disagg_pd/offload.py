@@ -9,7 +9,7 @@ memory there may be a folder on disk, whose blocks outlive the process.
 A copy under way is one more owner of its blocks, on the device and on the host. So neither is given
 to another sequence before the copy is done, whatever becomes of the sequence that it is for.
 
-The methods have the names of vLLM's connectors (`KVConnectorBase_V1`), and keep their contracts.
+It is the scheduler's side of a connector (`kv_connector.py`); `common.kv_store` has the workers'.
 """
 
 import hashlib
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from common.kv_store import BlockCopies, Copied, Copy, HostBlocks, Rates
 
-from .block_cache import BlockCache, Hold
+from .block_cache import Hold
 from .config import EngineConfig
 from .kv_cache import KVCache
+from .kv_connector import KVConnector
 from .sequence import Sequence, Status
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Transfer:
     keys: list[bytes] = field(default_factory=list)
 
 
-class Offload:
+class Offload(KVConnector):
     """What is copied when, on rank 0. Where the blocks are is told to all ranks."""
 
     def __init__(self, config: EngineConfig, kv: KVCache, copies: BlockCopies) -> None:
@@ -54,10 +55,6 @@ class Offload:
         self.orders: list[Copy] = []  # for the next step
         self.num_copies = 0
         self.counts = dict.fromkeys(COUNTS, 0)
-
-    def bind_block_cache(self, cache: BlockCache) -> None:
-        """cache: where the sequences' device blocks come from."""
-        self.cache = cache
 
     @property
     def is_busy(self) -> bool:
@@ -115,6 +112,8 @@ class Offload:
         """A sequence has blocks for all of its tokens: bring so many behind those that are computed."""
         first = sequence.num_computed_tokens // self.block_size
         table = sequence.block_table[first:]
+        if self.keeps_prefixes and not (sequence in self.swapped or sequence.num_lost_tokens):
+            self.counts["num_external_queries"] += sequence.num_tokens - first * self.block_size
         if (kept := self.swapped.pop(sequence, None)) is not None:
             first = first if num_external_tokens else len(kept)
             self.host.free(kept[:first])
@@ -209,7 +208,10 @@ class Offload:
         """num_blocks: those that have come. Returns how many tokens these are."""
         copy, sequence = transfer.copy, transfer.sequence
         if not transfer.keys:  # it was swapped
-            return transfer.num_tokens if num_blocks == len(copy.host_blocks) else 0
+            if num_blocks == len(copy.host_blocks):
+                return transfer.num_tokens
+            sequence.num_lost_tokens = sequence.num_kept_tokens
+            return num_blocks * self.block_size
         self.host.arrived(copy.host_blocks[:num_blocks], copy.disk_keys)
         num_tokens = num_blocks * self.block_size
         self.counts["num_host_hits"] += num_tokens
@@ -247,6 +249,7 @@ class Offload:
 
 COUNTS = (
     "num_swapped_tokens",  # of preempted sequences
+    "num_external_queries",  # tokens that were looked for
     "num_host_hits",  # tokens found on the host or on disk
     "num_disk_hits",  # tokens of these that were read from disk
     "offload_bytes_save",

@@ -29,14 +29,14 @@ import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from common.kv_store import Copied, Copy
 from common.trace import Trace
 
 from .block_cache import Match
 from .config import EngineConfig
 from .kv_cache import BlockPool, KVCache
-from .offload import Offload
+from .kv_connector import KVConnector
 from .prefix_cache import make_block_cache
 from .sequence import TRANSITIONS, Sequence, Status
 
@@ -51,7 +51,7 @@ class SchedulerOutput:
     num_tokens: int = 0
     admitted: list[Sequence] = field(default_factory=list)  # joined in this step, or came back
     new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)  # at its table's end
-    connector_meta: list[Copy] = field(default_factory=list)  # copies that begin before the step
+    connector_meta: list[Any] = field(default_factory=list)  # what begins before the step
 
     def run(self, sequence: Sequence, count: int) -> None:
         """Let a sequence run its next `count` tokens."""
@@ -64,7 +64,9 @@ class SchedulerOutput:
 class Scheduler:
     """The waiting and the running sequences, and the blocks and table rows that these hold."""
 
-    def __init__(self, config: EngineConfig, kv: KVCache, trace: Trace, connector: Offload) -> None:
+    def __init__(
+        self, config: EngineConfig, kv: KVCache, trace: Trace, connector: KVConnector
+    ) -> None:
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.long_prefill_threshold = config.long_prefill_threshold or sys.maxsize
         self.kv, self.trace = kv, trace
@@ -96,8 +98,9 @@ class Scheduler:
         """Put a new sequence at the end of the queue."""
         self.trace.arrived(sequence.request_id, sequence.num_tokens)
         self.waiting.append(sequence)
+        self.connector.on_new_request(sequence)
 
-    def update_connector_output(self, finished: Iterable[Copied]) -> None:
+    def update_connector_output(self, finished: Iterable[Any]) -> None:
         """Sequences whose keys and values have come run from the next step on, with what is there."""
         for sequence, num_tokens in self.connector.update_connector_output(finished):
             if sequence in self.loading:

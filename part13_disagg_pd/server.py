@@ -16,10 +16,11 @@ from common.http.errors import ApiError
 from common.http.responses import Job, to_json
 from common.http.run import ServerConfig, serve
 from common.http.sleep_routes import add_sleep_routes, check_awake
-from common.options import parse
+from common.kv_transfer.ticket import HEADER
+from common.options import parse, peek
 from common.sampling import MAX_N
 
-from . import worker
+from . import proxy, worker
 from .async_engine import AsyncEngine
 from .config import EngineConfig
 from .engine import LLMEngine
@@ -43,6 +44,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
         check_awake(engine, engine.config.sleep_requests)
         admission.check(job.num_choices)
+        job.kv_ticket = engine.connector.ticket_of(request.headers.get(HEADER))
         if job.stream:
             return EventSourceResponse(events(job), sep="\n", send_timeout=60)
         return await unless_disconnected(request, whole(job))
@@ -64,11 +66,14 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     frontend.add_trace(engine.trace, engine.runner.expert_stats)
     frontend.add_metrics(async_engine.metrics)
     add_sleep_routes(frontend.app, engine, async_engine.call)
+    frontend.app.add_api_route("/kv_transfer", engine.connector.describe, methods=["GET"])
     page.mount(frontend.app)
     return frontend.app
 
 
 def main() -> None:
+    if peek("role") == "proxy":
+        return proxy.main()
     engine_config, server_config = parse([EngineConfig, ServerConfig], description=__doc__)
     if launched_rank() > 0:  # torchrun has started it, beside rank 0
         worker.main()

@@ -16,7 +16,15 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from common.metrics import CACHE_CONFIG, COUNTERS, HISTOGRAMS, READINGS, EngineMetrics
+from common.metrics import (
+    CACHE_CONFIG,
+    COUNTERS,
+    DIRECTIONS,
+    HISTOGRAMS,
+    OFFLOADED,
+    READINGS,
+    EngineMetrics,
+)
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text"
@@ -63,6 +71,12 @@ class EngineCollector(Collector):
                 family = kinds[reading.kind](reading.name, reading.text, labels=LABELS)
                 unit = stats[reading.per] if reading.per is not None else 1
                 family.add_metric(self.values, stats[reading.key] / (unit or 1))
+                yield family
+        if "offload_bytes_save" in stats:
+            for name, (text, key) in OFFLOADED.items():
+                family = CounterMetricFamily(name, text, labels=[*LABELS, "transfer_type"])
+                for direction, end in DIRECTIONS.items():
+                    family.add_metric([*self.values, direction], stats[f"offload_{key}_{end}"])
                 yield family
         if "sleep_level" in stats:
             yield self._sleep_state(stats["sleep_level"])

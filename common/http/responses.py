@@ -15,6 +15,7 @@ from typing import Any
 
 from common.completions import Completion, Delta, OutputProcessor, TokenLogprobs
 from common.http.errors import failure
+from common.kv_transfer.ticket import Ticket
 from common.models.tokenizer import Tokenizer
 from common.requests import Request, fan_out
 from common.sampling import SamplingParams
@@ -91,6 +92,7 @@ class Job:
     echoes: list[str] | None = None  # the prompts' texts, to come back before the completions
     is_prompt_alone: bool = False  # and without them
     prompt_logprobs: int | None = None  # how many are shown in vLLM's form, beside an echo's
+    kv_ticket: Ticket | None = None  # where the prompt may be computed
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, "TextOffsets"] = field(default_factory=dict)  # of each choice streamed
@@ -102,7 +104,10 @@ class Job:
     def requests(self) -> list[Request]:
         """What an engine is asked for: a request for each choice, prompt by prompt."""
         prompts = [(prompt, self.params) for prompt in self.prompts]
-        return fan_out(prompts, self.cache_salt, self.may_draft)
+        requests = fan_out(prompts, self.cache_salt, self.may_draft)
+        if (ticket := self.kv_ticket) is None:
+            return requests
+        return [replace(r, kv_ticket=ticket.child(i)) for i, r in enumerate(requests)]
 
     def response(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The whole answer, for `to_json`: log probabilities are functions that make them.

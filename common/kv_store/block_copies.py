@@ -125,6 +125,9 @@ class BlockCopies:
         for copy in copies:
             (self.stores if copy.kind == "store" else self.orders).put((copy, event))
 
+    def save_kv_layer(self, layer: int) -> None:
+        """A step has written a layer's keys and values. Here blocks are copied whole."""
+
     def get_finished(self) -> list[Copied]:
         """Copies that are done since the last time."""
         while not self.done.empty():

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from common.options import option, validate
 
@@ -72,6 +73,13 @@ class RouterConfig:
             raise ValueError("min_replicas has no effect without max_replicas")
         if self.least > self.most:
             raise ValueError(f"min_replicas is {self.least}, above max_replicas, {self.most}")
+
+    engine_fields: ClassVar[tuple[str, ...]] = ()  # that matter to the router itself
+
+    @property
+    def roles(self) -> list[str]:
+        """Of each replica by its index, where they differ."""
+        return []
 
     @property
     def least(self) -> int:

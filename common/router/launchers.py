@@ -9,6 +9,7 @@ from typing import Any
 from common.http.run import ServerConfig
 from common.router.config import RouterConfig
 from common.router.launching import ChildServer, GivenLauncher, Launcher
+from common.router.proxy_config import shared_secret
 from common.router.resources import gpu_environment, share
 
 DEFAULT_NUM_SEQS = 256  # of an engine, where nothing is known
@@ -19,9 +20,11 @@ def make_launcher(module: str, engine: Any, config: RouterConfig, server: Server
     """module: what runs one engine. Raises ValueError."""
     if config.replica:
         changed = [k for k, v in asdict(engine).items() if v != getattr(type(engine)(), k)]
-        if changed:
+        if changed := [name for name in changed if name not in config.engine_fields]:
             raise ValueError(f"{changed[0]} has no effect on the servers that --replica names")
-        return GivenLauncher(config.replica, config.replica_api_key)
+        given = GivenLauncher(config.replica, config.replica_api_key)
+        given.kv_secret = shared_secret(engine, config) if config.roles else None
+        return given
     if config.replica_api_key is not None:
         raise ValueError("replica_api_key is for the servers that --replica names")
     check_experts(engine, config)
@@ -44,6 +47,10 @@ def make_launcher(module: str, engine: Any, config: RouterConfig, server: Server
 
         return RayLauncher(module, job, engine, config)
     environments = [gpu_environment(engine, i, config.most) for i in range(config.most)]
+    if config.roles:
+        launcher = RoleLauncher(module, job, environments, config.roles)
+        launcher.kv_secret = shared_secret(engine, config)
+        return launcher
     if getattr(engine, "enable_expert_parallel", False) and config.most > 1:
         return JointLauncher(module, job, environments)
     return LocalLauncher(module, job, environments)
@@ -85,6 +92,26 @@ class LocalLauncher:
     def kill(self) -> None:
         for child in self.children.values():
             child.kill()
+
+
+class RoleLauncher(LocalLauncher):
+    """Engines that differ in their role, and share a secret."""
+
+    def __init__(
+        self,
+        module: str,
+        job: dict[str, Any],
+        environments: list[dict[str, str]],
+        roles: list[str],
+    ) -> None:
+        super().__init__(module, job, environments)
+        self.roles, self.kv_secret = roles, ""
+
+    def job_of(self, index: int) -> dict[str, Any]:
+        own = {"role": self.roles[index]}
+        if self.job["engine"]["kv_secret_file"] is None:
+            own["kv_secret"] = self.kv_secret
+        return self.job | {"engine": self.job["engine"] | own}
 
 
 class JointLauncher(LocalLauncher):

@@ -73,6 +73,7 @@ class Given:
 class GivenLauncher:
     def __init__(self, urls: tuple[str, ...], api_key: str | None) -> None:
         self.urls, self.api_key = urls, api_key
+        self.kv_secret: str | None = None  # that servers share which fetch keys and values
 
     def launch(self, index: int) -> Given:
         return Given(self.urls[index].rstrip("/"))

@@ -11,11 +11,15 @@ from common.router.upstream import Upstream, UpstreamFailed
 
 @dataclass(frozen=True)
 class Status:
-    """What a replica that is well says: its model, and what it has to do (zeros where unknown)."""
+    """What a replica that is well says: its model, and what it has to do (zeros where unknown).
+
+    address: from which other workers fetch the keys and values that it computes, if they do.
+    """
 
     model: str = ""
     waiting: int = 0
     running: int = 0
+    address: str | None = None
 
 
 class Link:
@@ -48,7 +52,10 @@ class Link:
         waiting, running = (
             int(total(text, f"vllm:num_requests_{name}") or 0) for name in ("waiting", "running")
         )
-        return Status(model, waiting, running)
+        address = None
+        if self.config.roles:
+            address = await address_of(upstream, self.config.roles[self.index], timeout)
+        return Status(model, waiting, running, address)
 
     async def cut(self) -> None:
         """Break off what the replica runs for the router. A late answer must not come."""
@@ -71,3 +78,14 @@ async def model_of(upstream: Upstream, timeout: float) -> str:
         return str(json.loads(await ask(upstream, "/v1/models", timeout))["data"][0]["id"])
     except (ValueError, LookupError, TypeError):
         raise UpstreamFailed(f"{upstream.url} names no model") from None
+
+
+async def address_of(upstream: Upstream, role: str, timeout: float) -> str | None:
+    """From where a worker's blocks are fetched. Raises UpstreamFailed where its role is another."""
+    try:
+        told = json.loads(await ask(upstream, "/kv_transfer", timeout))
+        if told["role"] == role:
+            return None if told["address"] is None else str(told["address"])
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise UpstreamFailed(f"{upstream.url} is no {role} worker")

@@ -22,6 +22,8 @@ class Member:
         self.well_since = 0.0
         self.misses = self.num_deaths = self.num_restarts = 0
         self.status, self.seen = Status(), 0  # `seen`: what was outstanding when it was asked
+        self.role = config.roles[self.index] if config.roles else None
+        self.num_referred = 0  # requests for which others were sent to it, since it was asked
         # set as requests come and go
         self.outstanding = self.num_requests = self.num_failures = 0
         self.suspected = asyncio.Event()  # a request failed: look at once
@@ -39,7 +41,7 @@ class Member:
 
     async def look(self, expected_model: str | None) -> None:
         """Ask how it is. Raises ReplicaDied, and UpstreamFailed where it is not well."""
-        seen = self.outstanding
+        seen, told = self.outstanding, self.num_referred
         status = await self.link.look()
         if status is None:
             self.is_well = False
@@ -50,6 +52,7 @@ class Member:
             self.is_well, self.well_since = True, time.monotonic()
             self.recover()
         self.status, self.seen, self.misses = status, seen, 0
+        self.num_referred -= told
 
     def recover(self) -> None:
         """It is well again: what it did before does not count."""

@@ -12,7 +12,7 @@ PIECE_CHARACTERS, PIECE_TOKENS = 64, 16  # of a prompt as text, and as token ids
 NOT_FORWARDED = frozenset(
     (b"accept-encoding", b"authorization", b"connection", b"content-length", b"cookie", b"expect",
      b"host", b"keep-alive", b"origin", b"proxy-authorization", b"proxy-connection", b"referer",
-     b"te", b"trailer", b"transfer-encoding", b"upgrade")
+     b"te", b"trailer", b"transfer-encoding", b"upgrade", b"x-kv-transfer")
 )  # fmt: skip
 NOT_RETURNED = frozenset(
     (b"connection", b"content-length", b"date", b"keep-alive", b"server", b"trailer",
@@ -28,6 +28,7 @@ class RoutedRequest:
     target: str
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     body: bytes = b""
+    added: dict[str, str] = field(default_factory=dict)  # headers of the router's own
 
     @cached_property
     def fields(self) -> dict[str, Any]:
@@ -63,8 +64,9 @@ class RoutedRequest:
 
     def forwarded_headers(self) -> list[tuple[str, str]]:
         """Those that a replica should see. It gets a key of the router's own."""
-        return [
+        kept = [
             (name.decode("latin-1"), value.decode("latin-1"))
             for name, value in self.headers
             if name not in NOT_FORWARDED
         ]
+        return [*kept, *self.added.items()]

@@ -15,13 +15,20 @@ from common.router.serving import create_app
 from common.router.upstream import UpstreamFailed
 
 
-def run(router: Any, replicas: Any, engine: Any, package: str, description: str) -> None:
+def run(
+    router: Any,
+    replicas: Any,
+    engine: Any,
+    package: str,
+    description: str,
+    settings: type[RouterConfig] = RouterConfig,
+) -> None:
     """Serve until SIGTERM or Ctrl+C, as the command line says.
 
-    router, replicas, engine: the classes of a part's Router, ReplicaSet and EngineConfig. A replica
-    that does not start ends all with one line and status 1.
+    router, replicas, engine: the classes of a part's Router, ReplicaSet and EngineConfig. settings:
+    the router's own. A replica that does not start ends all with one line and status 1.
     """
-    configs = parse([RouterConfig, engine, ServerConfig], description=description)
+    configs = parse([settings, engine, ServerConfig], description=description)
     config, engine, server = configs
 
     def build() -> FastAPI:

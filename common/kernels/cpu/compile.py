@@ -28,6 +28,7 @@ from common.device import usable_cores
 # Every module that defines kernels, so that KERNELS has them all.
 from common.kernels.cpu import (  # noqa: F401
     attention,
+    copies,
     elementwise,
     exchange,
     experts,

@@ -1,0 +1,48 @@
+"""What became of the prompts that a decode worker might have had computed, and where their time went.
+
+asked --queue-- first layer of the first slice --prefill-- all computed --room-- blocks here
+                                                           --transfer-- all is here
+"""
+
+from collections.abc import Mapping
+
+from common.kv_transfer.fetching import Fetched
+
+PHASES = ("queue", "prefill", "room", "transfer", "copying")
+
+
+class Outcomes:
+    """Counts and sums of seconds, one after the other; `copying` lies within them."""
+
+    def __init__(self) -> None:
+        names = (*(f"num_kv_{n}" for n in ("local", "fetched", "failed", "cancelled", "tokens")),)
+        self.counts: dict[str, float] = dict.fromkeys(names, 0)
+        self.counts |= dict.fromkeys((f"kv_seconds_{phase}" for phase in PHASES), 0.0)
+
+    def local(self) -> None:
+        """A prompt was too short, or too well known here, to ask for it."""
+        self.counts["num_kv_local"] += 1
+
+    def ended(self, fetched: Fetched, num_tokens: int) -> None:
+        """So many tokens of a prompt have come; what was missing is computed here."""
+        if fetched.error is not None:
+            self.counts[
+                "num_kv_cancelled" if fetched.error == "cancelled" else "num_kv_failed"
+            ] += 1
+            return
+        self.counts["num_kv_fetched"] += 1
+        self.counts["num_kv_tokens"] += num_tokens
+        for phase, seconds in split(fetched.times).items():
+            self.counts[f"kv_seconds_{phase}"] += seconds
+
+
+def split(times: Mapping[str, float]) -> dict[str, float]:
+    """How long each phase of a transfer took, in seconds."""
+    begin = max(times["computed"], times["fetch"])
+    return {
+        "queue": times["ready"] - times["requested"],
+        "prefill": times["computed"] - times["ready"],
+        "room": begin - times["computed"],
+        "transfer": times["ended"] - begin,
+        "copying": times["copying"],
+    }
