@@ -23,6 +23,8 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
     ),
     "parallel": ("parallel.run", "ranks that work together: collectives, engines, a cost model"),
     "router": ("router.run", "several engines behind a router: what policies find; what it costs"),
+    "offload": ("offload.run", "a host tier: bursts, conversations that return, restarts"),
+    "disagg": ("disagg.run", "long prompts among streams: prefill apart from decode, and not"),
     "kv": ("kv.run", "how many sequences a piece of KV memory holds, in strips and in blocks"),
     "host": ("host", "what a decode step costs the host"),
     "startup": ("startup", "how long parts take to start, and their memory"),

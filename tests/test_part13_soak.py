@@ -1,0 +1,83 @@
+"""Part 13 under load and faults: in the short form a minute, a fault every five seconds."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from common.testing import disagg_soak as soak
+from common.testing.disagg_workers import cut_connections
+
+WARM_UP = 1.5  # times the memory after the first seconds
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("transfer", ["shm"])
+def test_a_minute_of_load_and_faults(transfer: str) -> None:
+    result, found = soak.run_soak(60, 5, 0.8, 0, WARM_UP, "--kv-transfer", transfer)
+    assert found == [], result
+    assert result["done"]["whole"] > 20 and result["done"]["streamed"] > 20
+    assert result["done"]["left"] > 3
+    kinds = {name.split()[0] for name in result["faults"]}
+    assert {soak.CUT, soak.KILL, soak.STOP} <= kinds, result["faults"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("transfer", ["shm", "tcp"])
+def test_a_quarter_of_an_hour(transfer: str) -> None:
+    result, found = soak.run_soak(900, 20, 0.8, 1, 1.1, "--kv-transfer", transfer)
+    assert found == [], result
+
+
+CHILD = """
+import socket, sys
+kind, address = sys.argv[1:]
+if kind == "unix":
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect("\\0" + address)
+else:
+    connection = socket.create_connection(("127.0.0.1", int(address)))
+print("connected", flush=True)
+print("end" if connection.recv(1) == b"" else "data", flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_a_connection_of_another_process_is_cut(kind: str) -> None:
+    """The control: else the soak's cuts would show nothing."""
+    with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as listener:
+        name = f"soak-{os.getpid()}"
+        listener.bind("\0" + name if kind == "unix" else ("127.0.0.1", 0))
+        listener.listen()
+        address = name if kind == "unix" else str(listener.getsockname()[1])
+        command = [sys.executable, "-c", CHILD, kind, address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            accepted, _ = listener.accept()
+            assert child.stdout is not None and child.stdout.readline() == "connected\n"
+            assert cut_connections(psutil.Process(child.pid), psutil.Process()) == 1
+            assert child.stdout.readline() == "end\n" and accepted.recv(1) == b""
+            accepted.close()
+
+
+FINE = {
+    "errors": [], "left": {"running": 0.0, "kv_usage": 0.0},
+    "growth": [{
+        "process": "proxy",
+        "early": {"files": 20, "threads": 9, "bytes": 100},
+        "late": {"files": 21, "threads": 9, "bytes": 105},
+    }],
+}  # fmt: skip
+
+
+def test_complaints() -> None:
+    assert soak.complaints(FINE, 1.1) == []
+    assert soak.complaints(FINE | {"errors": ["x"]}, 1.1)
+    assert soak.complaints(FINE | {"left": {"kv_usage": 0.1}}, 1.1)
+    for name, value in {"files": 90, "threads": 30, "bytes": 120}.items():
+        [one] = FINE["growth"]
+        grown = one | {"late": one["late"] | {name: value}}
+        assert soak.complaints(FINE | {"growth": [grown]}, 1.1), name
