@@ -165,7 +165,7 @@ def unwaited(job: dict[str, Any]) -> dict[str, Any]:
 
 def swapping_engine(job: dict[str, Any]) -> tuple[Any, list[list[int]], int]:
     """(an engine with a quarter of the blocks that all prompts need, these, tokens of each)."""
-    count, length, most = (6, 24, 24) if job["quick"] else (64, 256, 256)
+    count, length, most = (6, 24, 60) if job["quick"] else (64, 256, 256)
     blocks = count * -(-(length + most) // 16) // 4 + 2
     engine, _ = engine_of(
         job, max_num_seqs=count, num_blocks=blocks, block_size=16, max_model_len=length + most,
