@@ -126,6 +126,37 @@ READINGS = (
         "Tokens of requests that were found in the prefix cache.",
         "num_prefix_cache_hits",
     ),
+    Reading(
+        "vllm:external_prefix_cache_queries",
+        "counter",
+        "Tokens of requests, not in the prefix cache, that were looked for beyond the device.",
+        "num_external_queries",
+    ),
+    Reading(
+        "vllm:external_prefix_cache_hits",
+        "counter",
+        "Tokens of requests that were found beyond the device.",
+        "num_host_hits",
+    ),
+    Reading(
+        "vllm:kv_offload_cpu_cache_usage_perc",
+        "gauge",
+        "Blocks in use in the host's memory; 1 is all of them.",
+        "num_used_host_blocks",
+        per="num_host_blocks",
+    ),
+    Reading(
+        "engine:swapped_tokens",
+        "counter",
+        "Tokens of preempted requests whose keys and values went to the host.",
+        "num_swapped_tokens",
+    ),
+    Reading(
+        "engine:recomputed_tokens",
+        "counter",
+        "Tokens that were computed once more after a preemption.",
+        "num_recomputed_tokens",
+    ),
     Reading("vllm:spec_decode_num_drafts", "counter", "Drafts that were verified.", "num_drafts"),
     Reading(
         "vllm:spec_decode_num_draft_tokens",
@@ -166,6 +197,13 @@ READINGS = (
         "num_expert_moves",
     ),
 )
+
+# vLLM's names for what is copied between the device and the host -> ends of the keys of stats().
+OFFLOADED = {
+    "vllm:kv_offload_total_bytes": ("Bytes copied, by direction.", "bytes"),
+    "vllm:kv_offload_total_time": ("Seconds that copies took, by direction.", "seconds"),
+}
+DIRECTIONS = {"GPU_to_CPU": "save", "CPU_to_GPU": "load"}
 
 # Label of vllm:cache_config_info -> key of stats().
 CACHE_CONFIG = {"block_size": "block_size", "num_gpu_blocks": "num_blocks"}

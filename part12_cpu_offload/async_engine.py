@@ -12,8 +12,9 @@ import logging
 import queue
 import sys
 import threading
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ class AbortRequest:
     request_id: str
 
 
+@dataclass(frozen=True)
+class Call:
+    """What the engine's thread is to do between two steps."""
+
+    run: Callable[[], Any]
+    result: Future[Any] = field(default_factory=Future)
+
+
 class Shutdown:
     """The engine's thread is to end."""
 
@@ -49,7 +58,9 @@ class AsyncEngine:
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
         self.metrics = EngineMetrics(engine.stats, engine.max_model_len)
-        self.inbox: queue.SimpleQueue[Request | AbortRequest | Shutdown] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Request | AbortRequest | Call | Shutdown] = (
+            queue.SimpleQueue()
+        )
         self.streams: dict[str, tuple[int, asyncio.Queue[tuple[int, RequestOutput]]]] = {}
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.stopped = False
@@ -71,6 +82,17 @@ class AsyncEngine:
     def problem(self) -> str | None:
         """What is wrong with the engine, or None while it lives."""
         return self.engine.problem() or ("the engine has stopped" if self.stopped else None)
+
+    async def call(self, run: Callable[[], Any]) -> Any:
+        """What `run` gives in the engine's thread, where it has the engine for itself. Raises what it
+        raises, and RankError when the engine has ended."""
+        call = Call(run)
+        self.inbox.put(call)
+        result = asyncio.wrap_future(call.result)
+        while not (await asyncio.wait({result}, timeout=1.0))[0]:
+            if self.stopped:
+                raise RankError(str(self.problem()))
+        return result.result()
 
     async def generate(
         self, requests: list[Request]
@@ -150,7 +172,10 @@ class AsyncEngine:
                 messages.append(self.inbox.get_nowait())
         return messages
 
-    def _handle(self, message: Request | AbortRequest) -> None:
+    def _handle(self, message: Request | AbortRequest | Call) -> None:
+        if isinstance(message, Call):
+            self._answer(message)
+            return
         if isinstance(message, AbortRequest):
             self.engine.abort(message.request_id)
             return
@@ -160,6 +185,16 @@ class AsyncEngine:
             logger.exception("request %s was not taken", message.request_id)
             failed = RequestOutput(message.request_id, finish_reason="error")
             self.loop.call_soon_threadsafe(self._deliver, [failed])
+
+    def _answer(self, call: Call) -> None:
+        if not call.result.set_running_or_notify_cancel():
+            return  # nobody waits for it any more
+        try:
+            call.result.set_result(call.run())
+        except Exception as error:
+            call.result.set_exception(error)
+            if isinstance(error, torch.AcceleratorError | RankError):
+                raise
 
     def _step(self) -> list[RequestOutput]:
         """One step; an exception ends the requests it ran, not the engine."""

@@ -30,6 +30,7 @@ from .offload import Offload
 from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence, Status
+from .sleep import fall_asleep, wake_up
 from .speculative import make_speculator
 
 WAIT_SECONDS = 0.001  # for a copy, before new requests are looked for
@@ -69,6 +70,7 @@ class LLMEngine:
         # steps that are launched before the first of them is read
         self.num_in_flight = self.speculator.num_in_flight
         self.scheduled: SchedulerOutput | None = None  # what is being launched or read
+        self.sleep_level = 0  # awake
 
     def generate(
         self,
@@ -79,6 +81,8 @@ class LLMEngine:
         may_draft: bool = True,
     ) -> list[Completion]:
         """Complete each prompt, text or token ids, `n` times. Raises ValueError before any work."""
+        if self.sleep_level:
+            raise ValueError("the engine sleeps: wake_up comes first")
         options = {"cache_salt": cache_salt, "may_draft": may_draft}
         requests = make_requests(
             self, prompts, sampling_params, MAX_N, prompt_logprobs=True, **options
@@ -138,6 +142,10 @@ class LLMEngine:
     def schedule(self) -> SchedulerOutput:
         """The sequences to run, each with its number of new tokens."""
         self.scheduler.update_connector_output(self.runner.connector.get_finished())
+        if self.sleep_level:  # nothing begins but copies
+            return SchedulerOutput(
+                connector_meta=self.connector.build_connector_meta(SchedulerOutput())
+            )
         return self.scheduler.schedule()
 
     @phase
@@ -210,8 +218,21 @@ class LLMEngine:
 
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do, to read or to return."""
-        has_work = bool(self.sequences) or bool(self.outbox) or bool(self.in_flight)
+        has_work = bool(self.sequences) and not self.sleep_level
+        has_work = has_work or bool(self.outbox) or bool(self.in_flight)
         return has_work or self.connector.is_busy
+
+    def sleep(self, level: int = 1) -> dict[str, Any]:
+        """Give back the memory of the KV cache and of the weights, which are kept in a file, or of a GPU
+        in the host's memory (level 1), or nowhere (2). Requests wait until `wake_up`.
+
+        Returns what it took, and gave. Raises ValueError, of which SleepError leaves all as it was.
+        """
+        return fall_asleep(self, level)
+
+    def wake_up(self) -> dict[str, Any]:
+        """Have the memory again, with the same weights in it. Raises SleepError; then it sleeps on."""
+        return wake_up(self)
 
     def stats(self) -> dict[str, Any]:
         """Counts, and what is held in memory, in bytes."""
@@ -221,6 +242,7 @@ class LLMEngine:
             "num_loading": len(self.scheduler.loading),
             "num_preemptions": self.scheduler.num_preemptions,
             "num_recomputed_tokens": self.scheduler.num_recomputed_tokens,
+            "sleep_level": self.sleep_level,
             "weight_bytes": self.runner.num_weight_bytes,
             "kv_cache_bytes": self.kv.num_bytes,
             "buffer_bytes": self.runner.num_buffer_bytes,

@@ -41,6 +41,7 @@ from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
+from .sleep import RankSleep
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class ModelRunner:
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
         self.everyone, leaders = meet_engines(ranks, config)
         max_model_len = context_length(load_config(folder), config.max_model_len)
+        self.sources: dict[CausalLM, tuple[Path, int]] = {}  # what each model was loaded from
         self.model = self.load_model(folder, max_model_len)
         shape = self.model.local
         self.num_weight_bytes = self.model.num_bytes
@@ -106,6 +108,7 @@ class ModelRunner:
         release_openmp_workers()  # from now on the queue's thread does the work
         held = torch.tensor([self.num_weight_bytes, self.kv.num_bytes], device=self.device)
         self.rank_bytes = ranks.group.gather(held, [held.shape] * ranks.size)
+        self.rank_sleep = RankSleep(self)
         ranks.loaded()
         self.is_ready = True  # from now on other ranks are told what comes
         self.queue.start()
@@ -116,7 +119,15 @@ class ModelRunner:
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
         weights = open_weights(folder, self.device)
         group, experts = self.ranks.group, self.expert_parallel(shape)
-        return CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
+        model = CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
+        self.sources[model] = folder, max_model_len
+        return model
+
+    def reload(self, model: CausalLM) -> None:
+        """Read a model's weights again, in the place of those that it has. Raises ValueError."""
+        fresh = self.load_model(*self.sources[model])
+        del self.sources[fresh]
+        vars(model).update(vars(fresh))
 
     def expert_parallel(self, shape: ModelConfig) -> ExpertParallel | None:
         """This rank's part in a model's experts, where they are spread. Raises ValueError."""

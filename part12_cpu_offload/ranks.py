@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .model_runner import ModelRunner
 
 
-COPIES = 2  # in a header, in the place of what runs
+COPIES, SLEEPS = 2, 3  # in a header, in the place of what runs
 
 
 def start_ranks(config: EngineConfig, folder: Path) -> Ranks:
@@ -124,6 +124,9 @@ def follow(runner: "ModelRunner") -> None:
             runner.queue.submit(partial(runner.run_idle, header[0]), 0, counts=counts)
         elif header[0] == COPIES:
             runner.transfer(from_numbers(header[1:]))
+        elif header[0] == SLEEPS:  # or wakes up
+            runner.connector.wait_until(header[2])
+            runner.queue.aside(partial(runner.rank_sleep.follow, header[1]))
         else:
             runner.connector.wait_until(header[1])
             what = runner.drafter if header[0] else runner.target

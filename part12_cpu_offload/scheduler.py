@@ -35,7 +35,7 @@ from common.trace import Trace
 
 from .block_cache import Match
 from .config import EngineConfig
-from .kv_cache import KVCache
+from .kv_cache import BlockPool, KVCache
 from .offload import Offload
 from .prefix_cache import make_block_cache
 from .sequence import TRANSITIONS, Sequence, Status
@@ -68,13 +68,12 @@ class Scheduler:
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.long_prefill_threshold = config.long_prefill_threshold or sys.maxsize
         self.kv, self.trace = kv, trace
-        self.cache = make_block_cache(config.prefix_cache, kv.pool, kv.block_size)
+        self.connector, self.kind_of_cache = connector, config.prefix_cache
+        self.forget_cache()
         self.waiting: deque[Sequence] = deque()
         # In the order in which they joined. A list would be searched for each one that leaves.
         self.running: dict[Sequence, None] = {}
         self.ending: set[Sequence] = set()  # their last tokens are launched
-        self.connector = connector
-        connector.bind_block_cache(self.cache)
         self.loading: dict[Sequence, None] = {}  # in the order in which they were given blocks
         self.resumed: list[Sequence] = []  # were loading, and run from the next step on
         self.most_drafts = config.num_speculative_tokens or 0
@@ -86,6 +85,12 @@ class Scheduler:
         self.num_recomputed_tokens = 0  # after preemptions
         self.num_cache_queries = 0  # tokens of sequences that joined for the first time
         self.num_cache_hits = 0  # of these tokens, found in the cache
+
+    def forget_cache(self) -> None:
+        """All blocks are free, and nothing is known of what is in them. No sequence may have any."""
+        self.kv.pool = BlockPool(self.kv.num_blocks)
+        self.cache = make_block_cache(self.kind_of_cache, self.kv.pool, self.kv.block_size)
+        self.connector.bind_block_cache(self.cache)
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""

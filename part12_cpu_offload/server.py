@@ -15,6 +15,7 @@ from common.http.app import Admission, Frontend, unless_disconnected
 from common.http.errors import ApiError
 from common.http.responses import Job, to_json
 from common.http.run import ServerConfig, serve
+from common.http.sleep_routes import add_sleep_routes, check_awake
 from common.options import parse
 from common.sampling import MAX_N
 
@@ -40,6 +41,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     admission = Admission(config.max_waiting + engine.config.max_num_seqs)
 
     async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
+        check_awake(engine, engine.config.sleep_requests)
         admission.check(job.num_choices)
         if job.stream:
             return EventSourceResponse(events(job), sep="\n", send_timeout=60)
@@ -61,6 +63,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     frontend.route(answer)
     frontend.add_trace(engine.trace, engine.runner.expert_stats)
     frontend.add_metrics(async_engine.metrics)
+    add_sleep_routes(frontend.app, engine, async_engine.call)
     page.mount(frontend.app)
     return frontend.app
 

@@ -14,6 +14,7 @@ BACKENDS = ("allgather_reducescatter", "all_to_all")
 PREFIX_CACHES = ("hash", "radix", "off")
 OFFLOADS = ("off", "swap", "prefix", "both")
 OFFLOADING, KEEPING = ("offload", OFFLOADS[1:]), ("offload", ("prefix", "both"))
+SLEEP_REQUESTS = ("wait", "refuse")
 PROPOSERS = ("off", "ngram", "draft", "self")
 DRAFTING, NGRAM = ("speculative", PROPOSERS[1:]), ("speculative", ("ngram",))
 APART = ("role", ROLES[1:])
@@ -109,6 +110,12 @@ class EngineConfig:
     )
     long_prefill_threshold: int | None = option(
         None, "most tokens of one sequence in a step (the step's budget)", 1
+    )
+    # sleep
+    sleep_requests: str = option(
+        "wait",
+        "requests that come while the engine sleeps wait, or get a 503",
+        choices=SLEEP_REQUESTS,
     )
     # speculation
     speculative: str = option(

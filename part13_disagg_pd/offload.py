@@ -47,7 +47,8 @@ class Offload(KVConnector):
         self.kv, self.block_size, self.copies = kv, kv.block_size, copies
         self.swaps = config.offload in ("swap", "both")
         self.keeps_prefixes = config.offload in ("prefix", "both")
-        self.host = HostBlocks(copies.num_host_blocks, config.offload_policy, copies.disk)
+        self.policy = config.offload_policy
+        self.host = HostBlocks(copies.num_host_blocks, self.policy, copies.disk)
         self.rates = Rates()
         self.swapped: dict[Sequence, list[int]] = {}  # host blocks of what waits for its return
         self.transfers: dict[int, Transfer] = {}  # by number of the copy
@@ -111,6 +112,8 @@ class Offload(KVConnector):
         """A sequence has blocks for all of its tokens: bring so many behind those that are computed."""
         first = sequence.num_computed_tokens // self.block_size
         table = sequence.block_table[first:]
+        if self.keeps_prefixes and not (sequence in self.swapped or sequence.num_lost_tokens):
+            self.counts["num_external_queries"] += sequence.num_tokens - first * self.block_size
         if (kept := self.swapped.pop(sequence, None)) is not None:
             first = first if num_external_tokens else len(kept)
             self.host.free(kept[:first])
@@ -205,13 +208,23 @@ class Offload(KVConnector):
         """num_blocks: those that have come. Returns how many tokens these are."""
         copy, sequence = transfer.copy, transfer.sequence
         if not transfer.keys:  # it was swapped
-            return transfer.num_tokens if num_blocks == len(copy.host_blocks) else 0
+            if num_blocks == len(copy.host_blocks):
+                return transfer.num_tokens
+            sequence.num_lost_tokens = sequence.num_kept_tokens
+            return num_blocks * self.block_size
         self.host.arrived(copy.host_blocks[:num_blocks], copy.disk_keys)
         num_tokens = num_blocks * self.block_size
         self.counts["num_host_hits"] += num_tokens
         if not sequence.num_lost_tokens:  # it joins for the first time
             sequence.num_cached_tokens += num_tokens
         return num_tokens
+
+    def forget(self) -> None:
+        """Know nothing of what is on the host: its memory is about to go. No copy is under way."""
+        for sequence in self.swapped:
+            sequence.num_lost_tokens = sequence.num_kept_tokens
+        self.swapped.clear()
+        self.host = HostBlocks(self.copies.num_host_blocks, self.policy, self.copies.disk)
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long on the device."""
@@ -236,6 +249,7 @@ class Offload(KVConnector):
 
 COUNTS = (
     "num_swapped_tokens",  # of preempted sequences
+    "num_external_queries",  # tokens that were looked for
     "num_host_hits",  # tokens found on the host or on disk
     "num_disk_hits",  # tokens of these that were read from disk
     "offload_bytes_save",

@@ -15,6 +15,7 @@ from common.http.app import Admission, Frontend, unless_disconnected
 from common.http.errors import ApiError
 from common.http.responses import Job, to_json
 from common.http.run import ServerConfig, serve
+from common.http.sleep_routes import add_sleep_routes, check_awake
 from common.kv_transfer.ticket import HEADER
 from common.options import parse, peek
 from common.sampling import MAX_N
@@ -41,6 +42,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     admission = Admission(config.max_waiting + engine.config.max_num_seqs)
 
     async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
+        check_awake(engine, engine.config.sleep_requests)
         admission.check(job.num_choices)
         job.kv_ticket = engine.connector.ticket_of(request.headers.get(HEADER))
         if job.stream:
@@ -63,6 +65,7 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     frontend.route(answer)
     frontend.add_trace(engine.trace, engine.runner.expert_stats)
     frontend.add_metrics(async_engine.metrics)
+    add_sleep_routes(frontend.app, engine, async_engine.call)
     frontend.app.add_api_route("/kv_transfer", engine.connector.describe, methods=["GET"])
     page.mount(frontend.app)
     return frontend.app

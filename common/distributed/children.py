@@ -17,6 +17,14 @@ from common.distributed.health import Health
 
 POLL = 0.1  # seconds between two looks at the processes
 PR_SET_PDEATHSIG = 1
+STATES = {
+    "R": "runs",
+    "S": "sleeps",
+    "D": "waits for a device",
+    "T": "is stopped",
+    "t": "is traced",
+    "Z": "has ended",
+}
 # What torchrun tells a process about its own ranks: not for the children that it starts itself.
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -43,6 +51,7 @@ class Children:
         self._last_error = [""] * len(jobs)
         self._rest = [b""] * len(jobs)  # the begin of a line
         self._health = health
+        health.state_of = self.state_of
         self._started, self._closing = threading.Event(), threading.Event()
         self._start_error: OSError | None = None
         args = (module, jobs, descriptors, threads)
@@ -60,6 +69,12 @@ class Children:
             process.kill()
         self._thread.join()
 
+    def state_of(self, rank: int) -> str | None:
+        """What the system says of a rank's process, in some words; None if there is nothing."""
+        if not 1 <= rank <= len(self.processes):
+            return None
+        return process_state(self.processes[rank - 1].pid)
+
     def _run(self, module: str, jobs: list, descriptors: list[list[int]], threads: int) -> None:
         try:
             for job, inherited in zip(jobs, descriptors, strict=True):
@@ -68,7 +83,10 @@ class Children:
             self._start_error = error
             self._closing.set()
         self._started.set()
-        self._watch()
+        try:
+            self._watch()
+        except Exception as error:  # the children end with this thread: that must be told
+            self._health.report(f"the ranks are watched no longer: {error!r}")
         for process in self.processes:
             process.kill()
             process.wait()
@@ -104,7 +122,8 @@ class Children:
             if text.startswith("error: "):
                 self._last_error[i] = text.removeprefix("error: ").strip()
             else:
-                sys.stderr.write(text)
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+                    sys.stderr.write(text)
         return bool(received)
 
     def _how_ended(self, i: int) -> str:
@@ -113,6 +132,21 @@ class Children:
             return f"rank {i + 1} was killed by {signal.Signals(-status).name}"
         said = self._last_error[i]
         return f"rank {i + 1} ended: {said}" if said else f"rank {i + 1} ended with status {status}"
+
+
+def process_state(pid: int) -> str | None:
+    """Whether a process runs, sleeps (and in which function of the kernel) or is stopped, and the CPU
+    time that it has used; None where the system does not say."""
+    folder = Path("/proc", str(pid))
+    try:
+        # Behind the name in parentheses: state, then 10 numbers, then its time in user and system.
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        place = (folder / "wchan").read_text().strip()
+    except OSError:
+        return None
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    where = f" in {place}" if place not in ("", "0") else ""
+    return f"process {pid} {STATES.get(fields[0], fields[0])}{where}, {seconds:.1f} s of CPU time"
 
 
 def _start(

@@ -94,7 +94,8 @@ class Sender(Control):
                     self._silence[rank] += period
             for rank, silence in self._silence.items():
                 if silence > self.timeout:
-                    self.health.report(f"rank {rank} gives no sign of life for {self.timeout:g} s")
+                    problem = f"rank {rank} gives no sign of life for {self.timeout:g} s"
+                    self.health.report_silence(rank, problem)
 
     @abstractmethod
     def _put(self, message: bytes) -> None:
@@ -158,7 +159,7 @@ class SocketSender(Sender):
                 self.health.check()
                 if time.monotonic() > deadline:
                     problem = f"rank {rank} has taken no message for {self.timeout:g} s"
-                    raise self.health.report(problem) from None
+                    raise self.health.report_silence(rank, problem) from None
                 poll = select.poll()
                 poll.register(end, select.POLLOUT)
                 poll.poll(1000 * SLICE)

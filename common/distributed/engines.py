@@ -1,6 +1,7 @@
 """Engines that compute together: each has ranks of its own, and all of them are one group as well."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -24,7 +25,7 @@ def join_engines(
 ) -> tuple[Group, Group]:
     """(all ranks of all engines, the engines' first ranks), for each rank of each engine to call.
 
-    rendezvous: the path of a file that no earlier engines have used, for those of one host; or
+    rendezvous: the path of a new file, for engines of one host, which is removed when all have met; or
     host:port, where rank 0 of engine 0 listens. Each engine has equally many ranks, and its ranks
     follow one another in the large group. That is on the ranks' device, the other on the CPU; a rank
     that is not its engine's first is alone in the other. Both end with `ranks`. Raises ValueError
@@ -46,7 +47,10 @@ def join_engines(
         return group
 
     everyone = connect("experts", rank, size, ranks.device)
-    leads = ranks.rank == 0
-    return everyone, (
-        connect("leaders", engine, num_engines, torch.device("cpu")) if leads else OneRank()
-    )
+    leaders: Group = OneRank()
+    if ranks.rank == 0:
+        leaders = connect("leaders", engine, num_engines, torch.device("cpu"))
+    everyone.minimum(0)  # all are connected, and need the store no more
+    if rank == 0 and "/" in rendezvous:
+        Path(rendezvous).unlink(missing_ok=True)
+    return everyone, leaders

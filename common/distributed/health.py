@@ -18,6 +18,7 @@ class Health:
 
     def __init__(self) -> None:
         self.problem: str | None = None
+        self.state_of: Callable[[int], str | None] = lambda rank: None  # of a rank's process
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
 
@@ -33,6 +34,11 @@ class Health:
         for callback in self._callbacks if is_first else ():
             threading.Thread(target=callback, name="rank lost", daemon=True).start()
         return RankError(self.problem)
+
+    def report_silence(self, rank: int, problem: str) -> RankError:
+        """`report` of a rank that may be alive, with what the system says of its process."""
+        state = self.state_of(rank)
+        return self.report(f"{problem} ({state})" if state else problem)
 
     def report_after_grace(self, problem: str) -> RankError:
         """The same for a connection that has ended: the watcher may know better why."""

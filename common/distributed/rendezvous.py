@@ -1,5 +1,6 @@
 """Where ranks meet, and the proof that they are alike before they compute anything together."""
 
+import ctypes
 import hashlib
 import importlib
 import json
@@ -22,26 +23,36 @@ PLACES = 16
 
 
 class LocalStore:
-    """A store for the processes of this host: a file in a private folder, so that no port is open.
-
-    (A file without a name would leave nothing behind, but the store opens its path again when it is
-    destroyed, whenever that is: by then another file may have the descriptor's number.)
-    """
+    """A store for the processes of this host: a file in a private folder, so that no port is open."""
 
     def __init__(self, size: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")  # mode 0700
         self.path = str(Path(self._folder.name) / "store")
-        self.store = FileStore(self.path, size)
+        self.store = file_store(self.path, size)
 
     def close(self) -> None:
         """Once all ranks are connected."""
         self._folder.cleanup()
 
 
+def file_store(path: str, size: int) -> Store:
+    """A store in a file, which every rank makes for itself. It is never destroyed.
+
+    The destructor of a FileStore opens the file twice more, to count. If another process removes the
+    folder between these two system calls, it goes on trying for five minutes, and holds the
+    interpreter's lock: the rank gives no sign of life, and its engine is given up. Raises ValueError.
+    """
+    if not Path(path).parent.is_dir():  # for this, too, a FileStore would wait five minutes
+        raise ValueError(f"no rendezvous at {path!r}: no such folder")
+    store = FileStore(path, size)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
+    return store
+
+
 def open_store(rendezvous: str, rank: int, size: int, timeout: float) -> Store:
     """The store at a path, or at host:port, where rank 0 listens. Raises ValueError."""
     if "/" in rendezvous:
-        return FileStore(rendezvous, size)
+        return file_store(rendezvous, size)
     host, _, port = rendezvous.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"rendezvous must be a path or host:port, not {rendezvous!r}")

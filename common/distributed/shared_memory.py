@@ -257,7 +257,7 @@ class SharedMemoryGroup(Group):
                 problem = (
                     f"rank {missing} has not answered rank {self.rank} for {self._timeout:g} s"
                 )
-                raise self._health.report(f"{problem} (in {name})")
+                raise self._health.report_silence(missing, f"{problem} in {name}")
 
     def _check_headers(self, name: str, total: int | None, only: int = -1) -> None:
         """Raises RankError when another rank does something else in this round."""

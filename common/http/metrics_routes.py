@@ -16,13 +16,22 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from common.metrics import CACHE_CONFIG, COUNTERS, HISTOGRAMS, READINGS, EngineMetrics
+from common.metrics import (
+    CACHE_CONFIG,
+    COUNTERS,
+    DIRECTIONS,
+    HISTOGRAMS,
+    OFFLOADED,
+    READINGS,
+    EngineMetrics,
+)
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text"
 
 LABELS = ["model_name", "engine"]
 ENGINE = "0"  # one engine behind a server
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
 
 
 class EngineCollector(Collector):
@@ -63,6 +72,14 @@ class EngineCollector(Collector):
                 unit = stats[reading.per] if reading.per is not None else 1
                 family.add_metric(self.values, stats[reading.key] / (unit or 1))
                 yield family
+        if "offload_bytes_save" in stats:
+            for name, (text, key) in OFFLOADED.items():
+                family = CounterMetricFamily(name, text, labels=[*LABELS, "transfer_type"])
+                for direction, end in DIRECTIONS.items():
+                    family.add_metric([*self.values, direction], stats[f"offload_{key}_{end}"])
+                yield family
+        if "sleep_level" in stats:
+            yield self._sleep_state(stats["sleep_level"])
         if all(key in stats for key in CACHE_CONFIG.values()):
             info = GaugeMetricFamily(
                 "vllm:cache_config_info",
@@ -71,6 +88,14 @@ class EngineCollector(Collector):
             )
             info.add_metric([*(str(stats[key]) for key in CACHE_CONFIG.values()), ENGINE], 1)
             yield info
+
+    def _sleep_state(self, level: int) -> Metric:
+        text = "Whether the engine is awake, sleeps at level 1, or at level 2; of three one is 1."
+        labels = [*LABELS, "sleep_state"]
+        family = GaugeMetricFamily("vllm:engine_sleep_state", text, labels=labels)
+        for state, name in enumerate(SLEEP_STATES):
+            family.add_metric([*self.values, name], int(state == level))
+        return family
 
 
 def make_registry(metrics: EngineMetrics, model_name: str) -> CollectorRegistry:

@@ -84,6 +84,9 @@ class BlockCopies:
         self.done: queue.SimpleQueue[Copied] = queue.SimpleQueue()
         self.seen: list[Copied] = []  # by `wait`
         self.threads: list[threading.Thread] = []
+        self.pairs: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # bytes of a cache, and on the host
 
     def register_kv_caches(self, caches: list[torch.Tensor]) -> None:
         """Have room on the host for as many blocks as there are to be.

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,7 @@ from common.kv_transfer.frames import PAYLOAD_LIMIT
 from common.kv_transfer.layout import Layout, copy
 from common.kv_transfer.messages import Pieces, Pull, Welcome
 from common.kv_transfer.outlets import refuse_other_users
-
-TURN_BYTES = 16 << 20  # copied before the thread looks at its sockets again
+from common.kv_transfer.spans import Read, next_spans, note_read
 
 
 class Inlet:
@@ -38,9 +39,8 @@ class Inlet:
         if welcome.transport != self.transport:
             raise ValueError(f"the sender's transport is {welcome.transport}")
 
-    def read(self, transfer: Transfer, connection: Connection) -> tuple[int, float]:
-        """Fetch pieces that are ready, as many as take some milliseconds. Bytes, and in how many seconds
-        there may be more."""
+    def read(self, transfer: Transfer, connection: Connection) -> Read:
+        """Fetch pieces that are ready, as many as take some milliseconds."""
         raise NotImplementedError
 
     def take(self, transfer: Transfer, message: Pieces, payload: memoryview) -> None:
@@ -90,45 +90,15 @@ class ShmInlet(Inlet):
             size = welcome.num_blocks * cache[0].numel() * cache.element_size()
             self._maps.append(memory.map_shared(descriptor, size))
 
-    def read(self, transfer: Transfer, connection: Connection) -> tuple[int, float]:
-        num_bytes = 0
-        while num_bytes < TURN_BYTES:
-            copied = self._copy_some(transfer)
-            if copied == 0:
-                return num_bytes, 1.0
-            num_bytes += copied
-        return num_bytes, 0.0
-
-    def _copy_some(self, transfer: Transfer) -> int:
-        """Whole blocks where all layers are ready, else pieces of the first layer that has some."""
-        layers = self.layout.layers
-        done, ready = max(transfer.done), min(map(transfer.available, range(len(layers))))
-        if done == min(transfer.done) and ready > done:
-            count = min(ready - done, max(1, TURN_BYTES // self.layout.block_bytes))
-            for cache in range(len(self._maps)):
-                num_layers = self.layout.caches[cache].shape[1]
-                self._copy(transfer, cache, 0, num_layers, done, done + count)
-            for layer in range(len(layers)):
-                transfer.written(layer, done + count)
-            return count * self.layout.block_bytes
-        for layer, (cache, place) in enumerate(layers):
-            begin, end = transfer.done[layer], transfer.available(layer)
-            if end > begin:
-                self._copy(transfer, cache, place, 1, begin, end)
-                transfer.written(layer, end)
-                return (end - begin) * self.layout.piece_bytes[cache]
-        return 0
-
-    def _copy(
-        self, transfer: Transfer, cache: int, layer: int, num_layers: int, begin: int, end: int
-    ) -> None:
-        """Of blocks [begin, end) of the fetch what lies in so many layers from this one on."""
-        assert transfer.local is not None
-        blocks = transfer.remote[transfer.first + begin : transfer.first + end]
-        theirs, ours = self._maps[cache].ctypes.data, self.layout.caches[cache].data_ptr()
-        sources = self.layout.places(theirs, cache, layer, blocks)
-        targets = self.layout.places(ours, cache, layer, transfer.local[begin:end])
-        copy(sources, targets, num_layers * self.layout.piece_bytes[cache])
+    def read(self, transfer: Transfer, connection: Connection) -> Read:
+        spans = next_spans(self.layout, transfer)
+        begin, num_bytes = time.perf_counter(), 0
+        for span in spans:
+            theirs = span.sources(self.layout, transfer, self._maps[span.cache].ctypes.data)
+            copy(theirs, span.targets(self.layout, transfer), span.num_bytes(self.layout))
+            num_bytes += len(theirs) * span.num_bytes(self.layout)
+        note_read(transfer, spans)
+        return Read(num_bytes, time.perf_counter() - begin, 0.0 if spans else 1.0)
 
     def close(self) -> None:
         self._maps = []
@@ -147,11 +117,11 @@ class TcpInlet(Inlet):
     def connect(self) -> socket.socket:
         return connect_tcp(self._host, self._port)
 
-    def read(self, transfer: Transfer, connection: Connection) -> tuple[int, float]:
+    def read(self, transfer: Transfer, connection: Connection) -> Read:
         if not transfer.asked and transfer.local:
             transfer.asked = True
             connection.send(Pull(transfer.id, transfer.first, len(transfer.local)))
-        return 0, 1.0
+        return Read(0, 0.0, 1.0)
 
     def take(self, transfer: Transfer, message: Pieces, payload: memoryview) -> None:
         if message.layer >= transfer.num_layers or transfer.local is None:
@@ -178,14 +148,31 @@ class TcpInlet(Inlet):
         torch.cuda.current_stream(whole.device).synchronize()
 
 
-def make_inlet(address: str, layout: Layout) -> Inlet:
-    """address: a sender's. Raises ValueError."""
-    transport, _, rest = address.partition(":")
-    if transport == "shm" and rest:
-        return ShmInlet(layout, rest)
-    if transport == "tcp":
-        return TcpInlet(layout, *split_host(rest))
-    raise ValueError(f"{address!r} is no address of a sender")
+class Inlets:
+    """Makes them, for a receiver."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._agent: Any = None  # NIXL's, once it is needed
+
+    def make(self, address: str) -> Inlet:
+        """address: a sender's. Raises ValueError."""
+        transport, _, rest = address.partition(":")
+        if transport == "shm" and rest:
+            return ShmInlet(self._layout, rest)
+        if transport == "tcp":
+            return TcpInlet(self._layout, *split_host(rest))
+        if transport == "nixl":
+            from common.kv_transfer.nixl_agent import Agent, NixlInlet
+
+            place = split_host(rest)
+            self._agent = self._agent or Agent(self._layout)
+            return NixlInlet(self._layout, *place, self._agent)
+        raise ValueError(f"{address!r} is no address of a sender")
+
+    def close(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
 
 
 def split_host(text: str) -> tuple[str, int]:

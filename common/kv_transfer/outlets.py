@@ -142,6 +142,30 @@ class TcpOutlet(Outlet):
         return memoryview(data)
 
 
+class NixlOutlet(Outlet):
+    """A control socket as tcp's; a peer's NIXL reads the registered caches."""
+
+    transport = "nixl"
+
+    def __init__(self, layout: Layout, host: str | None, port: int) -> None:
+        from common.kv_transfer.nixl_agent import Agent
+
+        super().__init__(layout)
+        self._agent = Agent(layout)
+        self.socket = listen(host, port)
+        name = self.socket.getsockname()
+        self.address = f"{self.transport}:{join_host(name[0], name[1])}"
+
+    def where(self) -> dict[str, Any]:
+        agent = self._agent
+        known = {"agent": agent.description, "addresses": self.layout.addresses}
+        return {**known, "device": agent.device}
+
+    def close(self) -> None:
+        super().close()
+        self._agent.close()
+
+
 def make_outlet(transport: str, layout: Layout, host: str | None, port: int) -> Outlet:
     """Raises ValueError."""
     if transport == "shm":
@@ -150,12 +174,16 @@ def make_outlet(transport: str, layout: Layout, host: str | None, port: int) -> 
         return ShmOutlet(layout)
     if transport == "tcp":
         return TcpOutlet(layout, host, port)
+    if transport == "nixl":
+        return NixlOutlet(layout, host, port)
     raise ValueError(f"kv_transfer is {transport!r}, not one of {', '.join(TRANSPORTS)}")
 
 
 def listen(host: str | None, port: int) -> socket.socket:
     """Raises ValueError."""
     host = host or "127.0.0.1"
+    if host in ("0.0.0.0", "::"):
+        raise ValueError(f"kv_host is {host}: give the address at which peers reach this worker")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         sock = socket.create_server((host, port), family=family, backlog=64)

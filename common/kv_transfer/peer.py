@@ -8,7 +8,6 @@ from common.kv_transfer import messages as m
 from common.kv_transfer.auth import receiver_side
 from common.kv_transfer.connection import Closed, Connection
 from common.kv_transfer.fetching import Transfer
-from common.kv_transfer.inlets import make_inlet
 
 if TYPE_CHECKING:
     from common.kv_transfer.receiver import Receiver
@@ -24,7 +23,7 @@ class Peer:
     def __init__(self, receiver: "Receiver", address: str) -> None:
         """Begins to connect. Raises ValueError for an address that is none, OSError."""
         self.receiver, self.address = receiver, address
-        self.inlet = make_inlet(address, receiver.layout)
+        self.inlet = receiver.inlets.make(address)
         self.transfers: dict[str, Transfer] = {}
         self._ending: list[tuple[Transfer, str | None]] = []  # a read is still under way
         self._prompts: list[m.Prefill] = []  # until the greeting is over
@@ -63,7 +62,8 @@ class Peer:
         self._finish_ending()
         self._excuse_pause(now)
         try:
-            return self._work(now)
+            waits = self._work(now)
+            return min(waits, 0.001) if self._ending else waits
         except Closed as end:
             self.lose(str(end))
         except Exception as error:
@@ -130,19 +130,20 @@ class Peer:
             return 1.0
         if transfer.checks:
             return 1.0
-        begin = time.perf_counter()
-        num_bytes, waits = self.inlet.read(transfer, self.connection)
-        seconds = time.perf_counter() - begin
-        if num_bytes:
-            transfer.copying += seconds
-            self.receiver.copied(self.inlet.transport, num_bytes, seconds)
+        read = self.inlet.read(transfer, self.connection)
+        self._note_copy(transfer, read.num_bytes, read.seconds)
         if transfer.is_whole:
             transfer.checks = True
             self.connection.send(m.Check(transfer.id))
         elif transfer.progress > transfer.renewed and now - transfer.renewed > self._lease / 4:
             transfer.renewed = now
             self.connection.send(m.Renew(transfer.id))
-        return waits
+        return read.waits
+
+    def _note_copy(self, transfer: Transfer, num_bytes: int, seconds: float) -> None:
+        if num_bytes:
+            transfer.copying += seconds
+            self.receiver.copied(self.inlet.transport, num_bytes, seconds)
 
     def _flush(self) -> None:
         self._set_up()
@@ -189,8 +190,7 @@ class Peer:
         elif isinstance(message, m.Pieces):
             begin = time.perf_counter()
             self.inlet.take(transfer, message, payload)
-            self.receiver.copied("tcp", len(payload), time.perf_counter() - begin)
-            transfer.copying += time.perf_counter() - begin
+            self._note_copy(transfer, len(payload), time.perf_counter() - begin)
         elif isinstance(message, m.Failed):
             self._end(transfer, f"the sender: {message.reason}", tell=False)
         elif not transfer.checks:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.kv_transfer.auth import check_secret
 from common.kv_transfer.fetching import Fetched, Transfer
+from common.kv_transfer.inlets import Inlets
 from common.kv_transfer.layout import Layout
 from common.kv_transfer.loop import Loop
 from common.kv_transfer.peer import Peer
@@ -37,6 +38,7 @@ class Receiver:
         silent, or a fetch without progress. Raises ValueError."""
         check_secret(secret)
         self.layout = Layout(caches)
+        self.inlets = Inlets(self.layout)
         self.secret, self.timeout = secret, timeout
         self.fingerprint = {**fingerprint, "kv caches": self.layout.describe()}
         self._peers: dict[str, Peer] = {}  # by address
@@ -152,3 +154,4 @@ class Receiver:
     def _close_peers(self) -> None:
         for peer in list(self._peers.values()):
             peer.lose("closed")
+        self.inlets.close()
