@@ -233,6 +233,10 @@ class DecodeConnector(PeerConnector):
     def is_busy(self) -> bool:
         return bool(self.sequences)
 
+    def drop(self) -> None:
+        for transfer_id in self.sequences:
+            self.receiver.cancel(transfer_id)
+
     def stats(self) -> dict[str, Any]:
         told = {f"kv_receiver_{name}": value for name, value in self.receiver.stats().items()}
         return self.outcomes.counts | told
