@@ -196,6 +196,47 @@ READINGS = (
         "Times that a rank has replaced one of its experts by another.",
         "num_expert_moves",
     ),
+    # Of a worker that has prompts computed by others, and of one that computes them.
+    Reading("kv_transfer:fetched", "counter", "Prompts that others computed.", "num_kv_fetched"),
+    Reading("kv_transfer:tokens", "counter", "Tokens of these prompts.", "num_kv_tokens"),
+    Reading(
+        "kv_transfer:local",
+        "counter",
+        "Prompts too short, or too well known here, to ask others for.",
+        "num_kv_local",
+    ),
+    Reading(
+        "kv_transfer:failed",
+        "counter",
+        "Prompts that others were asked for, and that were computed here.",
+        "num_kv_failed",
+    ),
+    Reading("kv_transfer:cancelled", "counter", "Prompts wanted no more.", "num_kv_cancelled"),
+    Reading(
+        "kv_transfer:queue_seconds",
+        "counter",
+        "From asking for a prompt to the first layer of its first slice.",
+        "kv_seconds_queue",
+    ),
+    Reading(
+        "kv_transfer:prefill_seconds",
+        "counter",
+        "From there until all of it was computed.",
+        "kv_seconds_prefill",
+    ),
+    Reading(
+        "kv_transfer:room_seconds",
+        "counter",
+        "From there until there were blocks for it.",
+        "kv_seconds_room",
+    ),
+    Reading(
+        "kv_transfer:transfer_seconds",
+        "counter",
+        "From there until all had come.",
+        "kv_seconds_transfer",
+    ),
+    Reading("kv_transfer:held", "gauge", "Prompts that were not fetched yet.", "num_kv_held"),
 )
 
 # vLLM's names for what is copied between the device and the host -> ends of the keys of stats().

@@ -35,6 +35,7 @@ class KVConnector:
     num_copied = 0  # the last copy that other ranks must have done before the next step
     role, address = "both", None  # what it does for other workers, and where they find it
     secret: bytes | None = None  # that it shares with them
+    pairs = ()  # of caches, on the device and on the host
 
     # the scheduler's side
 
@@ -77,7 +78,10 @@ class KVConnector:
         """A step of so many tokens took so long on the device."""
 
     def drop(self) -> None:
-        """End what is under way, and what waits for others; their blocks will be written over."""
+        """End what is under way with other workers, and what waits for them."""
+
+    def forget(self) -> None:
+        """What lies elsewhere is not to be found any more."""
 
     def held(self) -> list[list[int]]:
         """Device blocks that transfers own."""

@@ -148,6 +148,7 @@ def wake_up(engine: "LLMEngine") -> dict[str, Any]:
 
 def put_down(engine: "LLMEngine") -> None:
     """Wait for what is under way; then no sequence runs, and no block is in use."""
+    engine.connector.drop()
     finish(engine)
     for sequence in reversed(list(engine.scheduler.running)):
         engine.scheduler.preempt(sequence)

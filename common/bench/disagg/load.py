@@ -24,14 +24,14 @@ class Sizes:
     streams: int = 4
     stream_prompt: int = 32
     stream_output: int = 192
-    longs: int = 8
+    longs: int = 6
     long_prompt: int = 768
     long_output: int = 16
     gap: float = 3.0
-    crowd: int = 16
+    crowd: int = 8
     crowd_prompt: int = 384
     crowd_output: int = 48
-    crowd_at_once: int = 8
+    crowd_at_once: int = 4
 
 
 @dataclass

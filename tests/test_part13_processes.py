@@ -1,0 +1,201 @@
+"""Part 13: prefill and decode workers in processes, each killed and stopped in every state of a transfer.
+
+| state of the prefill worker | SIGKILL | SIGSTOP |
+|---|---|---|
+| asked, computing, slice, computed | connection gone: the prompt is computed here, at once | the same, after `kv_timeout` |
+| read | the request has all; the next one is computed here | the same, after `kv_timeout` |
+
+| state of the decode worker | SIGKILL | SIGSTOP |
+|---|---|---|
+| asked, loading, reading | connection gone: the prefill worker drops the prompt | blocks are held for `kv_lease`; woken later, it does not use what it has read |
+| arrived, running | it has all, and the prefill worker knows | the same |
+"""
+
+import dataclasses
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from common.kv_transfer.ticket import new_ticket
+from common.requests import Request
+from common.testing.router import children, health, router, until
+from common.testing.server import RunningServer
+from common.testing.transfer_pair import KNOWN, LONG, SECRET, SMALL, Pair, engine
+from common.testing.transfer_worker import DECODE_STATES, PREFILL_STATES, Worker
+
+SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
+OPTIONS = SMALL | {"kv_secret": SECRET}
+TIMEOUT = 0.6  # seconds
+
+
+def request(name: str, address: str, salt: str) -> Request:
+    known = KNOWN[LONG]
+    made = Request(name, known.prompt, known.params, cache_salt=salt)
+    return dataclasses.replace(made, kv_ticket=new_ticket(address))
+
+
+@pytest.fixture(scope="module")
+def decode() -> Iterator[Any]:
+    made = engine("decode", kv_timeout=TIMEOUT)
+    yield made
+    made.shutdown()
+
+
+@pytest.mark.parametrize("signal_number", SIGNALS, ids=lambda s: s.name)
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("state", PREFILL_STATES)
+def test_a_prefill_worker_that_dies_or_stops(
+    decode: Any, state: str, transport: str, signal_number: int
+) -> None:
+    worker = Worker("prefill", OPTIONS | {"kv_transfer": transport}, state, signal_number)
+    begin, salt = time.monotonic(), f"{state} {transport} {signal_number}"
+    failed = decode.connector.outcomes.counts["num_kv_failed"]
+    try:
+        for number in range(2):  # the second meets a worker that is dead, or stands still
+            decode.add_request(request(f"r{number}", worker.address, f"{salt} {number}"))
+            tokens = []
+            while decode.has_unfinished():
+                tokens += [t for output in decode.step() for t in output.token_ids]
+                decode.check_integrity()
+            assert tokens == KNOWN[LONG].output
+            worker.wait_for_state()
+    finally:
+        worker.close()
+    lost = decode.connector.outcomes.counts["num_kv_failed"] - failed
+    assert lost == (1 if state == "read" else 2)
+    assert decode.stats()["num_used_blocks"] == 0
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("signal_number", SIGNALS, ids=lambda s: s.name)
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("state", DECODE_STATES)
+def test_a_decode_worker_that_dies_or_stops(state: str, transport: str, signal_number: int) -> None:
+    both = Pair(engine("prefill", kv_lease=0.5, kv_transfer=transport), healthy := shared_decode())
+    address = both.prefill.connector.describe()["address"]
+    worker = Worker("decode", OPTIONS | {"kv_min_tokens": 4}, state, signal_number)
+    try:
+        worker.pipe.send(request("r", address, "victim"))
+        deadline = time.monotonic() + 20
+        while worker.process_state() not in "TZX" or both.inbox or both.prefill.has_unfinished():
+            assert time.monotonic() < deadline, "blocks do not come back"
+            both.step_prefill()
+            time.sleep(0.001)
+        assert both.prefill.stats()["num_used_blocks"] == 0
+        both.prefill.kv.data[:] = 1e4  # what was held is anybody's now
+        both.prefill.scheduler.cache.__init__(both.prefill.kv.pool, 4)
+        assert both.run(LONG, cache_salt="another") == KNOWN[LONG].output
+        if signal_number == signal.SIGSTOP:
+            os.kill(worker.process.pid, signal.SIGCONT)
+            while not worker.pipe.poll(0.001):
+                both.step_prefill()
+            assert worker.pipe.recv() == ("r", KNOWN[LONG].output)
+    finally:
+        worker.close()
+    both.settle()
+    assert healthy.connector.outcomes.counts["num_kv_failed"] == 0
+    both.prefill.shutdown()
+
+
+decodes: list[Any] = []
+
+
+def shared_decode() -> Any:
+    if not decodes:
+        decodes.append(engine("decode", prefix_cache="off"))
+    return decodes[0]
+
+
+# Over HTTP
+
+FLAGS = (
+    "--role", "proxy", "--num-prefill", "1", "--num-decode", "1", "--health-interval", "0.2",
+    "--model", "random:tiny-llama", "--kv-cache-memory", str(4 << 20), "--threads", "1",
+    "--kv-min-tokens", "16", "--kv-timeout", "1", "--health-timeout", "3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[RunningServer]:
+    with router(*FLAGS, module="part13.server") as server:
+        yield server
+
+
+def complete(server: RunningServer, prompt: list[int], **fields: Any) -> httpx.Response:
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "return_token_ids": False}
+    return httpx.post(f"{server.base_url}/v1/completions", json=body | fields, timeout=60)
+
+
+def count(server: RunningServer, name: str) -> float:
+    text = httpx.get(f"{server.base_url}/metrics").text
+    values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    return sum(map(float, values))
+
+
+def worker_of(server: RunningServer, role: str) -> psutil.Process:
+    """A prefill worker is the one that listens on a socket in the abstract namespace."""
+    for process in children(server):
+        is_sender = any(str(c.laddr).startswith("@kv-") for c in process.net_connections("unix"))
+        if is_sender == (role == "prefill"):
+            return process
+    raise AssertionError(f"no {role} worker")
+
+
+def test_prompts_are_computed_by_one_worker_and_tokens_by_another(proxy: RunningServer) -> None:
+    whole = complete(proxy, [7] * 100, logprobs=2).json()["choices"][0]["logprobs"]
+    assert count(proxy, "kv_transfer:fetched_total") == 1
+    again = complete(proxy, [7] * 100, logprobs=2)  # known there by now
+    assert again.json()["choices"][0]["logprobs"]["tokens"] == whole["tokens"]
+    assert again.headers["x-engine"] == "1"
+    short = complete(proxy, [9] * 10)
+    assert short.status_code == 200 and count(proxy, "kv_transfer:local_total") == 2
+    several = complete(proxy, [[n] * 50 for n in range(20, 23)], n=2, temperature=0.5, seed=1)
+    assert len(several.json()["choices"]) == 6
+    with httpx.stream(
+        "POST",
+        f"{proxy.base_url}/v1/completions",
+        json={"prompt": [11] * 60, "max_tokens": 5, "stream": True},
+    ) as response:
+        assert response.read().endswith(b"data: [DONE]\n\n")
+    assert count(proxy, "kv_transfer:failed_total") == 0
+    assert count(proxy, "kv_transfer:held") == 0
+
+
+def test_no_client_writes_a_ticket_and_no_worker_is_open(proxy: RunningServer) -> None:
+    prompt = {"prompt": [31] * 40, "max_tokens": 1}
+    headers = {"x-kv-transfer": "WyJ0Y3A6MTI3LjAuMC4xOjkiLCAiYSIsIDllOV0=.0"}
+    before = count(proxy, "kv_transfer:fetched_total")
+    answer = httpx.post(f"{proxy.base_url}/v1/completions", json=prompt, headers=headers)
+    assert answer.status_code == 200 and count(proxy, "kv_transfer:fetched_total") == before + 1
+    for process in children(proxy):
+        listening = [c for c in process.net_connections("inet") if c.status == "LISTEN"]
+        assert [c.laddr.ip for c in listening] == ["127.0.0.1"]
+        url = f"http://127.0.0.1:{listening[0].laddr.port}"
+        for path in ("/kv_transfer", "/v1/models"):
+            assert httpx.get(url + path).status_code == 401
+        assert not any(len(word) > 40 for word in process.cmdline()), "a secret to see in ps"
+
+
+@pytest.mark.parametrize("signal_number", SIGNALS, ids=lambda s: s.name)
+def test_without_its_prefill_worker_a_decode_worker_does_all(
+    proxy: RunningServer, signal_number: int
+) -> None:
+    until(lambda: health(proxy)["available"] == 2)
+    expected = complete(proxy, [40 + signal_number] * 70).json()["choices"]
+    victim = worker_of(proxy, "prefill")
+    victim.send_signal(signal_number)
+    for n in range(3):
+        answer = complete(proxy, [50 + n + signal_number] * 70)
+        assert answer.status_code == 200 and answer.headers["x-engine"] == "1"
+    assert complete(proxy, [40 + signal_number] * 70).json()["choices"] == expected
+    until(lambda: health(proxy)["available"] == 2)  # it is started again
+    before = count(proxy, "kv_transfer:fetched_total")
+    assert complete(proxy, [90 + signal_number] * 70).status_code == 200
+    assert count(proxy, "kv_transfer:fetched_total") == before + 1
