@@ -36,7 +36,7 @@ from .kv_cache import KVCache
 from .kv_connector import KVConnector
 from .offload import Offload
 from .ranks import fingerprint
-from .sequence import Sequence
+from .sequence import Sequence, Status
 
 if TYPE_CHECKING:
     from common.kv_transfer import PrefillRequest
@@ -206,7 +206,7 @@ class DecodeConnector(PeerConnector):
         """It wants nothing more. Blocks that may yet be written to are held until that has ended."""
         if (transfer_id := self.wanted.pop(sequence, None)) is not None:
             self.receiver.cancel(transfer_id)
-            if sequence.block_table:
+            if sequence.status is Status.LOADING:  # else nothing was to be fetched yet
                 self.holds[transfer_id] = self.cache.hold(sequence)
 
     def request_finished(self, sequence: Sequence) -> None:
