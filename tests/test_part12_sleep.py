@@ -1,6 +1,7 @@
 """Part 12's sleep mode: memory goes and comes back, and nothing that a client sees changes but time."""
 
 import contextlib
+import importlib
 import json
 import mmap
 import os
@@ -35,7 +36,7 @@ from common.testing.server import RunningServer, server_process, serving_thread
 
 PAGE = mmap.PAGESIZE
 MODEL, DRAFT = "random:tiny-llama", "random:tiny-qwen3"
-sleep_module = module_of(12, "sleep")
+sleep_module = importlib.import_module("common.memory.sleeping")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 SEEDED = SamplingParams(seed=3, temperature=0.9, top_p=0.95, max_tokens=20, ignore_eos=True)
 PENALISED = SamplingParams(seed=5, presence_penalty=0.7, max_tokens=20, ignore_eos=True)
