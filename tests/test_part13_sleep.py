@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.memory import sleeping
 from common.requests import Request
-from common.testing.parts import module_of
 from common.testing.schedules import Drive, Event
 from common.testing.transfer_pair import KNOWN, LONG, MODEL, Pair, pair
 
@@ -20,7 +20,7 @@ def both(request: pytest.FixtureRequest) -> Iterator[Pair]:
     transfer = {"kv_transfer": request.param}
     engines = pair(transfer, transfer | {"kv_timeout": 1.0})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module_of(13, "sleep"), "release_unused", lambda: None)
+        patch.setattr(sleeping, "release_unused", lambda: None)
         yield engines
     engines.close()
 
