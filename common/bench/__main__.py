@@ -22,6 +22,7 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
         "decoding with and without speculation, on copies and on prose",
     ),
     "parallel": ("parallel.run", "ranks that work together: collectives, engines, a cost model"),
+    "transfer": ("transfer", "KV between processes: each transport beside a plain copy"),
     "router": ("router.run", "several engines behind a router: what policies find; what it costs"),
     "kv": ("kv.run", "how many sequences a piece of KV memory holds, in strips and in blocks"),
     "host": ("host", "what a decode step costs the host"),
