@@ -4,6 +4,7 @@ files, and a collector of garbage that does not look at them again and again."""
 import functools
 import gc
 import os
+import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
@@ -19,6 +20,13 @@ from hypothesis import HealthCheck, settings
 # test asks a server by https.
 if hasattr(httpx_transport, "create_ssl_context"):
     httpx_transport.create_ssl_context = functools.cache(httpx_transport.create_ssl_context)
+
+# Collecting makes half a million objects that stay: each full collection of garbage on the way would
+# look at all of them.
+gc.disable()
+# With this package jsonschema, which nbformat and schemathesis import, builds 38 parsers for formats
+# that nothing here has: 2 s in each worker.
+sys.modules["rfc3987_syntax"] = None
 
 settings.register_profile(
     "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -47,6 +55,7 @@ def pytest_collection_finish() -> None:
     dozens, would take up to a second."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
