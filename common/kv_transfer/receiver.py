@@ -21,6 +21,7 @@ from common.kv_transfer.loop import Loop
 from common.kv_transfer.peer import Peer
 
 logger = logging.getLogger(__name__)
+LEAVING_SECONDS = 0.001  # between looks at a read of a peer that is lost
 
 
 class Receiver:
@@ -42,6 +43,7 @@ class Receiver:
         self.secret, self.timeout = secret, timeout
         self.fingerprint = {**fingerprint, "kv caches": self.layout.describe()}
         self._peers: dict[str, Peer] = {}  # by address
+        self._leaving: list[Peer] = []  # lost ones, whose last reads are under way
         self._where: dict[str, Peer] = {}  # of a transfer that has not ended
         self._lock = threading.Lock()
         self._ids: set[str] = set()  # not in `finished` yet
@@ -129,7 +131,9 @@ class Receiver:
 
     def _turn(self) -> float:
         now = time.monotonic()
-        return min([1.0, *(peer.turn(now) for peer in list(self._peers.values()))])
+        waits = [peer.turn(now) for peer in list(self._peers.values())]
+        self._leaving = [peer for peer in self._leaving if not peer.leave()]
+        return min([LEAVING_SECONDS if self._leaving else 1.0, *waits])
 
     def ended(self, transfer: Transfer, error: str | None) -> None:
         """For a peer: nothing writes the transfer's blocks any more."""
@@ -150,6 +154,8 @@ class Receiver:
         """For a peer: it is of no more use. The next request connects anew."""
         if self._peers.get(peer.address) is peer:
             del self._peers[peer.address]
+        if not peer.leave():
+            self._leaving.append(peer)
 
     def _close_peers(self) -> None:
         for peer in list(self._peers.values()):

@@ -96,6 +96,10 @@ class Sender:
         """Transfers that have ended since the last call, each once: nobody needs their blocks any more."""
         return self._ledger.released()
 
+    def wait(self, seconds: float) -> bool:
+        """Until a transfer has ended, or the time is over. Whether one has."""
+        return self._ledger.wait(seconds)
+
     def stats(self) -> dict[str, float]:
         """transfers: that are not over; connections; bytes_sent (tcp only: others read by
         themselves); ended_*: how many transfers were fetched, cancelled, failed, ran out of lease
