@@ -129,6 +129,9 @@ class PrefillConnector(PeerConnector):
     def get_finished(self) -> list[str]:
         return self.sender.released()
 
+    def wait(self, seconds: float) -> None:
+        self.sender.wait(seconds)
+
     def update_connector_output(self, finished: Iterable[str]) -> list[tuple[Sequence, int]]:
         for transfer_id in finished:
             self.asked.pop(f"prefill-{transfer_id}", None)  # if it is computed yet, then for nobody
