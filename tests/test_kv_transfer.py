@@ -677,3 +677,29 @@ def test_a_transfer_of_nothing_has_all_of_its_times(pair: Pair) -> None:
     fetched = ended(receiver)
     assert (fetched.num_blocks, fetched.error) == (0, None)
     assert all(seconds >= 0 for seconds in split(fetched.times).values())
+
+
+def test_a_fetch_waits_for_the_steps_that_a_gpu_was_given_before(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step under way may write to blocks that have a new owner."""
+    is_done = threading.Event()
+
+    class Event:
+        query = staticmethod(is_done.is_set)
+
+    receiver = pair.receiver()
+    monkeypatch.setattr(receiver.layout, "record", Event)
+    for name in ("late", "cancelled"):
+        pair.begin(receiver, name, 3)
+        pair.compute(name, [1, 2, 3])
+    receiver.fetch("late", 0, [5, 6, 7])
+    receiver.fetch("cancelled", 0, [9, 10, 11])
+    receiver.cancel("cancelled")
+    assert ended(receiver).error == "cancelled"
+    time.sleep(0.1)
+    assert not pair.target.any() and not receiver.finished()
+    is_done.set()
+    assert ended(receiver).num_blocks == 3
+    assert torch.equal(pair.target[[5, 6, 7]], pair.source[[1, 2, 3]])
+    assert not pair.target[[9, 10, 11]].any()

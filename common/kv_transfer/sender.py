@@ -78,7 +78,7 @@ class Sender:
         """Of the transfer's blocks, `blocks` so far, the first `num_blocks` are final in this layer. On a
         GPU: will be, when the current stream has come this far. Nothing happens when the transfer
         has ended; one whose earlier blocks have become others fails."""
-        self._ledger.ready(transfer_id, blocks, layer, num_blocks, self._outlet.record())
+        self._ledger.ready(transfer_id, blocks, layer, num_blocks, self._layout.record())
         self._loop.wake()
 
     def finish(self, transfer_id: str, num_blocks: int) -> None:
