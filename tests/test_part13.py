@@ -373,3 +373,28 @@ def test_a_prefill_worker_that_holds_blocks_for_others_waits_and_does_not_spin()
         assert seconds > 0.5, "the lease has ended it"
         assert num_steps <= 1000 * seconds + 5, "a step waits a millisecond"
         two.decode.connector.receiver.finished()
+
+
+@pytest.mark.parametrize("state", ["queued", "under way", "preempted"])
+def test_a_prompt_that_is_wanted_no_more_is_not_computed(state: str) -> None:
+    """The worker dropped its cache, or the prompt lost its blocks: the peer was told, and is gone."""
+    with contextlib.closing(pair()) as two:
+        prefill, connector = two.prefill, two.prefill.connector
+        receiver = two.decode.connector.receiver
+        receiver.request(connector.address, "t", KNOWN[LONG].prompt, None, 10)
+        deadline = time.monotonic() + 20
+        while not two.inbox:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        prefill.add_request(two.inbox.popleft())
+        if state != "queued":
+            prefill.step()
+        if state == "preempted":
+            prefill.scheduler.preempt(next(iter(prefill.scheduler.running)))
+        else:
+            connector.drop()
+        two.step_prefill()
+        two.step_prefill()
+        assert not prefill.sequences and not connector.asked and not connector.holds
+        assert receiver.wait(20) and receiver.finished()[0].error
+        two.settle()
