@@ -71,6 +71,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench parallel layouts --json part09_tensor_parallel/results/layouts.json --plot part09_tensor_parallel/results/layouts.png
 	$(BIN)/python -m common.bench router --json part10_data_parallel/results/routing.json
 	$(BIN)/python -m common.bench router --overhead --json part10_data_parallel/results/overhead.json
+	$(BIN)/python -m common.bench offload burst --json part12_cpu_offload/results/burst.json
+	$(BIN)/python -m common.bench offload returning --json part12_cpu_offload/results/returning.json
+	$(BIN)/python -m common.bench offload restart --json part12_cpu_offload/results/restart.json
+	$(BIN)/python -m common.bench offload policies --json part12_cpu_offload/results/policies.json
+	$(BIN)/python -m common.bench transfer --json part13_disagg_pd/results/transfer.json
+	$(BIN)/python -m common.bench disagg --json part13_disagg_pd/results/disagg.json
 	$(BIN)/python -m common.bench report --all --write
 
 notebooks: $(VENV)/.dev

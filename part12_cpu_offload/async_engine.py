@@ -13,14 +13,14 @@ import queue
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from common.completions import Delta, OutputProcessor, RequestOutput
 from common.distributed.group import RankError
+from common.http.calls import Call
 from common.metrics import EngineMetrics
 from common.requests import Request
 
@@ -38,14 +38,6 @@ JOIN_SECONDS = 20.0  # for a step to end; one that hangs must not keep the proce
 @dataclass(frozen=True)
 class AbortRequest:
     request_id: str
-
-
-@dataclass(frozen=True)
-class Call:
-    """What the engine's thread is to do between two steps."""
-
-    run: Callable[[], Any]
-    result: Future[Any] = field(default_factory=Future)
 
 
 class Shutdown:
@@ -88,11 +80,7 @@ class AsyncEngine:
         raises, and RankError when the engine has ended."""
         call = Call(run)
         self.inbox.put(call)
-        result = asyncio.wrap_future(call.result)
-        while not (await asyncio.wait({result}, timeout=1.0))[0]:
-            if self.stopped:
-                raise RankError(str(self.problem()))
-        return result.result()
+        return await call.answered(lambda: self.problem() if self.stopped else None)
 
     async def generate(
         self, requests: list[Request]
@@ -174,8 +162,7 @@ class AsyncEngine:
 
     def _handle(self, message: Request | AbortRequest | Call) -> None:
         if isinstance(message, Call):
-            self._answer(message)
-            return
+            return message.answer()
         if isinstance(message, AbortRequest):
             self.engine.abort(message.request_id)
             return
@@ -185,16 +172,6 @@ class AsyncEngine:
             logger.exception("request %s was not taken", message.request_id)
             failed = RequestOutput(message.request_id, finish_reason="error")
             self.loop.call_soon_threadsafe(self._deliver, [failed])
-
-    def _answer(self, call: Call) -> None:
-        if not call.result.set_running_or_notify_cancel():
-            return  # nobody waits for it any more
-        try:
-            call.result.set_result(call.run())
-        except Exception as error:
-            call.result.set_exception(error)
-            if isinstance(error, torch.AcceleratorError | RankError):
-                raise
 
     def _step(self) -> list[RequestOutput]:
         """One step; an exception ends the requests it ran, not the engine."""

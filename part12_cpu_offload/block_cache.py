@@ -63,10 +63,14 @@ class BlockCache:
         self.pool.free(sequence.block_table)
         sequence.num_published_blocks = 0
 
-    def hold(self, sequence: Sequence) -> Hold:
-        """Become one more owner of a sequence's blocks, whatever becomes of the sequence."""
-        self.pool.share(sequence.block_table)
-        return Hold(list(sequence.block_table))
+    def hold(self, sequence: Sequence, blocks: list[int] | None = None) -> Hold:
+        """Become one more owner of blocks of a sequence, whatever becomes of the sequence.
+
+        blocks: none that it publishes later; all where it publishes no more.
+        """
+        hold = Hold(list(sequence.block_table if blocks is None else blocks))
+        self.pool.share(hold.blocks)
+        return hold
 
     def let_go(self, hold: Hold) -> None:
         """Own them no longer."""

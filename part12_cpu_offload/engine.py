@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.completions import Completion, RequestOutput, TokenLogprobs, run_to_completion
+from common.memory import fall_asleep, wake_up
 from common.models.checkpoint import eos_token_ids, load_config, resolve
 from common.models.generation_config import sampling_defaults
 from common.models.tokenizer import Tokenizer
@@ -30,7 +31,6 @@ from .offload import Offload
 from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence, Status
-from .sleep import fall_asleep, wake_up
 from .speculative import make_speculator
 
 WAIT_SECONDS = 0.001  # for a copy, before new requests are looked for

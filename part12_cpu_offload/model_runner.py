@@ -23,6 +23,7 @@ from common.kernels import select_ops
 from common.kv_memory import choose_num_blocks, largest_counts, longest_sequence, peak_memory
 from common.kv_store import Copy, open_copies, to_numbers
 from common.logprobs import SampledLogprobs
+from common.memory import RankSleep
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, load_config, resolve_draft_model
 from common.models.weight_slices import open_weights
@@ -41,7 +42,6 @@ from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
-from .sleep import RankSleep
 
 
 @dataclass(frozen=True)

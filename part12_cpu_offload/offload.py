@@ -83,7 +83,7 @@ class Offload:
         """Begin a copy before the next step. It becomes the owner of the host blocks."""
         self.num_copies += 1
         copy = Copy(self.num_copies, kind, blocks, host_blocks, list(disk_keys))
-        hold = self.cache.hold(sequence) if blocks else None
+        hold = self.cache.hold(sequence, blocks) if blocks else None
         self.transfers[copy.number] = Transfer(copy, sequence, hold, num_tokens, list(keys))
         self.orders.append(copy)
 
@@ -199,6 +199,8 @@ class Offload:
                 self.counts[f"offload_seconds_{kind}"] += done.seconds
             if kind == "load":
                 loaded.append((transfer.sequence, self.finish_load(transfer, done.num_blocks)))
+            elif transfer.keys and not done.is_whole:  # and no load of them has counted them
+                self.host.forget(transfer.keys, copy.host_blocks)
             elif kind == "save" and self.host.disk is not None and transfer.keys:
                 self.host.share(copy.host_blocks)
                 self.order(

@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from common import kv_transfer
 from common.kv_memory import share_kv
 from common.kv_store import open_copies
-from common.kv_transfer import Fetched, PrefillRequest, Receiver, Sender
+from common.kv_transfer.fetching import Fetched
 from common.kv_transfer.options import receiver_options, sender_options
 from common.kv_transfer.outcomes import Outcomes
 from common.requests import Request
@@ -35,9 +36,11 @@ from .kv_cache import KVCache
 from .kv_connector import KVConnector
 from .offload import Offload
 from .ranks import fingerprint
-from .sequence import Sequence
+from .sequence import Sequence, Status
 
 if TYPE_CHECKING:
+    from common.kv_transfer import PrefillRequest
+
     from .scheduler import SchedulerOutput
 
 ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1)
@@ -68,7 +71,7 @@ class PrefillConnector(PeerConnector):
         self.asked: dict[str, str] = {}  # transfers by the request that computes their prompt
         self.saves: list[tuple[str, list[int], int]] = []  # of the step that runs
         share_kv(kv, config.kv_transfer)
-        self.sender = Sender(
+        self.sender = kv_transfer.Sender(
             [kv.data],
             fingerprint=self.prints,
             on_prefill=self.take,
@@ -80,7 +83,7 @@ class PrefillConnector(PeerConnector):
     def serve(self, add: Callable[[Request], None], abort: Callable[[str], None]) -> None:
         self.add, self.abort = add, abort
 
-    def take(self, wanted: PrefillRequest) -> None:
+    def take(self, wanted: "PrefillRequest") -> None:
         """In the sender's thread: a prompt has come. One token is sampled, and read by nobody."""
         name, salt = f"prefill-{wanted.transfer_id}", wanted.cache_salt
         self.asked[name] = wanted.transfer_id
@@ -166,7 +169,7 @@ class DecodeConnector(PeerConnector):
         self.fetches: list[tuple[str, int, list[int]]] = []  # for the next step
         options = receiver_options(config)
         self.secret = options["secret"]
-        self.receiver = Receiver([kv.data], fingerprint=self.prints, **options)
+        self.receiver = kv_transfer.Receiver([kv.data], fingerprint=self.prints, **options)
 
     def on_new_request(self, sequence: Sequence) -> None:
         """Ask at once: the prompt is computed while the sequence waits for blocks."""
@@ -207,7 +210,7 @@ class DecodeConnector(PeerConnector):
         """It wants nothing more. Blocks that may yet be written to are held until that has ended."""
         if (transfer_id := self.wanted.pop(sequence, None)) is not None:
             self.receiver.cancel(transfer_id)
-            if sequence.block_table:
+            if sequence.status is Status.LOADING:  # else nothing was to be fetched yet
                 self.holds[transfer_id] = self.cache.hold(sequence)
 
     def request_finished(self, sequence: Sequence) -> None:

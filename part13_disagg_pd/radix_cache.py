@@ -110,8 +110,8 @@ class RadixPrefixCache(BlockCache):
         self.clock += 1
         self.unlock(self.ends.pop(sequence))
 
-    def hold(self, sequence: Sequence) -> Hold:
-        hold, end = super().hold(sequence), self.ends[sequence]
+    def hold(self, sequence: Sequence, blocks: list[int] | None = None) -> Hold:
+        hold, end = super().hold(sequence, blocks), self.ends[sequence]
         self.lock(end)
         self.ends[hold] = end
         return hold

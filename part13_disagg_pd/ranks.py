@@ -33,6 +33,7 @@ from common.distributed import (
 )
 from common.distributed.expert_placement import check_division
 from common.kv_store import from_numbers
+from common.memory import SLEEPS
 from common.models.architecture import ModelConfig
 from common.models.checkpoint import context_length, load_config, resolve
 from common.prompt_logprobs import PromptPiece
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from .model_runner import ModelRunner
 
 
-COPIES, SLEEPS = 2, 3  # in a header, in the place of what runs
+COPIES = 2  # in a header, in the place of what runs
 
 
 def start_ranks(config: EngineConfig, folder: Path) -> Ranks:

@@ -13,6 +13,7 @@ and the seconds that were left.
     oracle     the newest part and part 03 against transformers: equal in fp32, close in bf16
     steps      decode steps of the newest part: both loops, as CUDA graphs, launches, waiting
     nano_vllm  the benchmark that nano-vllm publishes: 256 requests of 100 to 1,024 tokens
+    copies     blocks between the device and pinned memory, beside steps: rates, races, a burst
     rooflines  attention and other operations alone, against the limits; other tiles; PyTorch's own
     ladder     prefill and decode speed of some parts, newest first, and of transformers
     formats    the kernels in other number formats

@@ -29,6 +29,7 @@ KINDS = {  # the job's kind: where its checks come from
     "oracle": "common.gpu_check.oracle:checks",
     "rooflines": "common.gpu_check.rooflines:checks",
     "steps": "common.gpu_check.steps:checks",
+    "copies": "common.gpu_check.copies:checks",
     "nano_vllm": "common.gpu_check.nano_vllm:checks",
     "ladder": "common.gpu_check.ladder:checks",
     "transformers": "common.gpu_check.ladder:transformers_checks",

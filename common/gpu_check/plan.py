@@ -23,6 +23,7 @@ SPECULATIVE: dict[str, dict[str, Any]] = {  # what drafts, and with which option
 }
 ORACLE_MODELS = ("random:tiny-qwen3", "random:tiny-llama")
 FIRST_MOE_PART, MOE_MODEL = 11, "random:tiny-qwen3-moe"
+FIRST_OFFLOAD_PART = 12
 ENGINE_START = 90  # seconds, when all its kernels have to be compiled first
 CPU_PATIENCE = 5  # times the limits: there kernels are compiled by others, on fewer cores
 
@@ -147,6 +148,11 @@ def steps(plan: Plan) -> list[Job]:
     return [plan.job_of("steps", newest, 20)] if newest >= FIRST_ASYNC_PART else []
 
 
+def copies(plan: Plan) -> list[Job]:
+    newest = plan.parts[0]
+    return [plan.job_of("copies", newest, 25)] if newest >= FIRST_OFFLOAD_PART else []
+
+
 def nano_vllm(plan: Plan) -> list[Job]:
     return [plan.job_of("nano_vllm", plan.parts[0], 70, 30)]
 
@@ -180,6 +186,7 @@ SECTIONS = {
     "oracle": Section(65, oracle, is_timed=False),
     "steps": Section(50, steps),
     "nano_vllm": Section(75, nano_vllm),
+    "copies": Section(45, copies),
     "rooflines": Section(70, rooflines, needs_limits=True),
     "ladder": Section(95, ladder, needs_limits=True),
     "formats": Section(15, formats, is_timed=False),

@@ -10,6 +10,7 @@ An order begins when the device has done all that it was given before. So a bloc
 been written, and one that is loaded is written by no earlier step.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -22,6 +23,8 @@ import numpy as np
 import torch
 
 from common.kv_store.disk import DiskStore
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Copied:
     num_blocks: int
     num_bytes: int
     seconds: float
+    is_whole: bool = True
 
 
 Orders = queue.SimpleQueue[tuple[Copy, Any] | None]
@@ -84,9 +88,9 @@ class BlockCopies:
         self.done: queue.SimpleQueue[Copied] = queue.SimpleQueue()
         self.seen: list[Copied] = []  # by `wait`
         self.threads: list[threading.Thread] = []
-        self.pairs: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # bytes of a cache, and on the host
+        self.spoiled: set[int] = set()  # host blocks whose save has failed; for loads behind it
+        # bytes of a cache, and on the host
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def register_kv_caches(self, caches: list[torch.Tensor]) -> None:
         """Have room on the host for as many blocks as there are to be.
@@ -143,9 +147,12 @@ class BlockCopies:
             self.note(self.done.get(timeout=seconds))
 
     def wait_until(self, number: int) -> None:
-        """Return when all copies up to this number are done. Nobody else asks then what is finished."""
+        """Return when all copies up to this number are done. Nobody else asks then what is finished.
+        Raises RuntimeError where one has failed: rank 0 does not know of it."""
         while self.num_copied < number:
             self.note(self.done.get())
+        if not all(copied.is_whole for copied in self.seen):
+            raise RuntimeError("a copy between device and host has failed")
         self.seen.clear()
 
     def note(self, copied: Copied) -> None:
@@ -155,28 +162,32 @@ class BlockCopies:
     def run(self, orders: Orders) -> None:
         """A thread: one order after the other."""
         while order := orders.get():
-            copy, event = order
-            begin = time.perf_counter()
-            try:
-                num_blocks = self.carry_out(copy, event)
-            except Exception:  # the disk's or the device's: what was to come is computed instead
-                num_blocks = 0
-            seconds = time.perf_counter() - begin
-            self.done.put(Copied(copy.number, num_blocks, num_blocks * self.block_bytes, seconds))
+            self.done.put(self.attempt(*order))
+
+    def attempt(self, copy: Copy, event: Any) -> Copied:
+        """Do it, or as much of it as can be done."""
+        begin, num_blocks, wanted = time.perf_counter(), 0, len(copy.host_blocks)
+        try:
+            num_blocks = self.carry_out(copy, event)
+        except Exception as error:  # what was to come is computed instead
+            logger.warning("a copy of %d KV blocks (%s) has failed: %s", wanted, copy.kind, error)
+        if copy.kind == "save":
+            if num_blocks < wanted:
+                self.spoiled.update(copy.host_blocks)
+            else:
+                self.spoiled.difference_update(copy.host_blocks)
+        seconds, num_bytes = time.perf_counter() - begin, num_blocks * self.block_bytes
+        return Copied(copy.number, num_blocks, num_bytes, seconds, num_blocks == wanted)
 
     def carry_out(self, copy: Copy, event: Any) -> int:
-        """Returns how many of the first blocks are there."""
+        """Returns how many of the first blocks are there. Raises what the device and the disk do."""
         if copy.kind == "store":
             for block, key in zip(copy.host_blocks, copy.disk_keys, strict=True):
                 self.disk.write(key, self.rows(block))
             return len(copy.host_blocks)
         count = len(copy.device_blocks)
         if copy.kind == "load":
-            reads = enumerate(zip(copy.host_blocks, copy.disk_keys, strict=False))
-            lost = (
-                i for i, (block, key) in reads if key and not self.disk.read(key, self.rows(block))
-            )
-            count = next(lost, count)
+            count = self.count_ready(copy)
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             if event is not None:
                 self.stream.wait_event(event)
@@ -187,6 +198,16 @@ class BlockCopies:
             if self.stream is not None:
                 self.stream.synchronize()
         return count
+
+    def count_ready(self, copy: Copy) -> int:
+        """How many of the first blocks are on the host, once what lies on disk has been read."""
+        keys = copy.disk_keys or [None] * len(copy.host_blocks)
+        for i, (block, key) in enumerate(zip(copy.host_blocks, keys, strict=True)):
+            if key is not None and self.disk.read(key, self.rows(block)):
+                self.spoiled.discard(block)
+            elif key is not None or block in self.spoiled:
+                return i
+        return len(copy.host_blocks)
 
     def rows(self, block: int) -> list[np.ndarray]:
         """A host block's bytes."""

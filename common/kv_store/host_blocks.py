@@ -58,6 +58,14 @@ class HostBlocks:
             self.of_key[key] = block
             self.policy.insert(key)
 
+    def forget(self, keys: Iterable[bytes], blocks: Iterable[int]) -> None:
+        """These blocks are not what they were published as."""
+        for key, block in zip(keys, blocks, strict=True):
+            if self.of_key.get(key) == block:
+                del self.of_key[key]
+                self.policy.remove(key)
+                self.free([block])
+
     def renew(self, keys: Iterable[bytes]) -> None:
         """These are of a chain that has grown."""
         self.policy.renew(key for key in keys if key in self.of_key)

@@ -4,6 +4,7 @@ import os
 import secrets
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -100,9 +101,12 @@ class TcpOutlet(Outlet):
 
     def push(self, connection: Connection, transfers: list["Transfer"]) -> None:
         """Pieces that are ready, of each transfer in turn, as long as the socket takes them."""
-        while transfers and connection.num_unsent < BACKLOG:
-            transfers = [t for t in transfers if self._push_some(connection, t)]
-            connection.flush()
+        waiting = deque(transfers)
+        while waiting and connection.num_unsent < BACKLOG:
+            transfer = waiting.popleft()
+            if self._push_some(connection, transfer):
+                waiting.append(transfer)
+                connection.flush()
 
     def _push_some(self, connection: Connection, transfer: "Transfer") -> bool:
         assert transfer.pull is not None

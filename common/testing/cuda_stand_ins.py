@@ -97,6 +97,9 @@ class Stream:
     def wait_stream(self, stream: Any) -> None:
         pass
 
+    def wait_event(self, event: Event) -> None:
+        assert event.query(), "the event was not recorded"
+
     def synchronize(self) -> None:
         GPU.wait("a stream's synchronize")
 

@@ -1,6 +1,7 @@
 """A sender or receiver of KV in a process of its own, to be killed, stopped and measured.
 
-`Worker` starts one and calls it; `python -m common.testing.kv_worker` is the process: a job in JSON on the
+A `Nursery` is a process that has imported everything and starts no thread; it forks workers, which so
+are there in milliseconds. `Worker` is one of them, or a process by itself. A worker reads a job in JSON on the
 first line of its standard input, then calls, one a line; a line of its standard output is an answer or
 an event (a prompt has come, a transfer was cancelled).
 """
@@ -9,6 +10,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +19,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.kernels.cpu.compile import compile_kernel
 from common.kv_transfer import PrefillRequest, Receiver, Sender, allocate_shared
 
 SECRET = b"a secret for tests"
+
+
+class Nursery:
+    """Where workers come from."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "common.testing.kv_worker", str(theirs.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self._socket = ours
+
+    def fork(self, stdin: int, stdout: int) -> int:
+        """A new worker with these descriptors; its process id."""
+        socket.send_fds(self._socket, [b"f"], [stdin, stdout])
+        return int(self._socket.recv(20))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait()
 
 
 class Worker:
@@ -27,50 +50,60 @@ class Worker:
     arguments of Sender or Receiver. `auto`: the sender computes each prompt at once, into its blocks
     `auto` in turn."""
 
-    def __init__(self, **job: Any) -> None:
-        command = [sys.executable, "-m", "common.testing.kv_worker"]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+    def __init__(self, nursery: Nursery | None = None, **job: Any) -> None:
+        (stdin, self._in), (self._out, stdout) = os.pipe(), os.pipe()
+        if nursery is None:
+            command = [sys.executable, "-m", "common.testing.kv_worker"]
+            self.pid = subprocess.Popen(command, stdin=stdin, stdout=stdout).pid
+        else:
+            self.pid = nursery.fork(stdin, stdout)
+        os.close(stdin)
+        os.close(stdout)
         self.events: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
-        self._write(job)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.begin(job)
         self.address: str = self._answers.get(timeout=60)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """A method of the sender or receiver, or of the process: peek."""
-        self._write([name, *arguments])
+        """A method of the sender or receiver, or of the process: peek, poison."""
+        self.begin([name, *arguments])
+        return self.answer()
+
+    def begin(self, what: Any) -> None:
+        """A call whose answer is for later."""
+        os.write(self._in, (json.dumps(what) + "\n").encode())
+
+    def answer(self) -> Any:
         return self._answers.get(timeout=60)
 
-    def event(self, timeout: float = 30) -> list[Any]:
+    def event(self) -> list[Any]:
         """The next one: ["prefill", id, num_blocks] or ["cancel", id]."""
-        return self.events.get(timeout=timeout)
+        return self.events.get(timeout=30)
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        os.kill(self.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
+        os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        """It is gone when this returns."""
+        os.kill(self.pid, signal.SIGKILL)
+        self._reader.join(timeout=60)
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.kill()
-
-    def _write(self, what: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(what) + "\n")
+    def close(self) -> None:
+        if self._reader.is_alive():
+            self.kill()
+        os.close(self._in)
+        os.close(self._out)
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            kind, value = json.loads(line)
-            (self.events if kind == "event" else self._answers).put(value)
+        with os.fdopen(os.dup(self._out)) as lines:
+            for line in lines:
+                kind, value = json.loads(line)
+                (self.events if kind == "event" else self._answers).put(value)
 
 
 def contents(shape: list[int], seed: int | None, shared: bool = False) -> Tensor:
@@ -128,10 +161,40 @@ class Process:
         return result
 
 
-def main() -> None:
+def serve_calls() -> None:
     process = Process(json.loads(sys.stdin.readline()))
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, ""):
         process.say("answer", process.answer(*json.loads(line)))
+
+
+def fork_workers(nursery: socket.socket) -> None:
+    """Until the socket is closed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        asked, descriptors, _, _ = socket.recv_fds(nursery, 1, 2)
+        if not asked:
+            return
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            nursery.close()
+            for number, descriptor in enumerate(descriptors):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            sys.stdin = os.fdopen(0)
+            serve_calls()
+            os._exit(0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        nursery.send(str(pid).encode())
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        compile_kernel("copy_pieces")
+        fork_workers(socket.socket(fileno=int(sys.argv[1])))
+    else:
+        serve_calls()
     os._exit(0)
 
 

@@ -45,7 +45,7 @@ COLUMNS = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--conversations", type=positive, default=4, help="default: 4")
+    parser.add_argument("--conversations", type=positive, default=3, help="default: 3")
     parser.add_argument("--length", type=positive, default=800, help="tokens (default: 800)")
     add_common_arguments(parser)
 

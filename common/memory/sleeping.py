@@ -13,27 +13,24 @@ its prompt and output when it joins again; a request that comes meanwhile waits 
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from common.distributed import RankError
 from common.distributed.ranks import LOAD_SECONDS
-from common.memory import Memory, SleepError, find_tensors, held_bytes, memory_of, release_unused
+from common.memory.errors import SleepError
+from common.memory.process import held_bytes, release_unused
+from common.memory.tensors import Memory, find_tensors, memory_of
 
-from .model import CausalLM
-from .ranks import SLEEPS
-from .sampler import Sampled
-
-if TYPE_CHECKING:
-    from .engine import LLMEngine
-    from .model_runner import ModelRunner
+SLEEPS = 3  # in a header to other ranks, in the place of what runs
 
 
 class RankSleep:
     """One rank's sleep. It belongs to the device: only work in the queue touches it."""
 
-    def __init__(self, runner: "ModelRunner") -> None:
+    def __init__(self, runner: Any) -> None:
+        """runner: a part's ModelRunner. `sources` has its models, `reload` reads one anew."""
         self.runner, self.level = runner, 0
         self.weights: Memory | None = None
         caches = [runner.kv.data]
@@ -47,21 +44,21 @@ class RankSleep:
     def order(self, level: int) -> None:
         """Rank 0: let every rank sleep at this level; 0: wake up. Raises SleepError, RankError."""
 
-        def run() -> Sampled:
+        def run() -> Any:
             order = [SLEEPS, level, self.runner.connector.num_copied]
             self.runner.ranks.control.send([*self.runner.queue.counts, *order])
             return self.become(level)
 
         self.runner.queue.aside(run).result()
 
-    def follow(self, level: int) -> Sampled:
+    def follow(self, level: int) -> Any:
         """Another rank: as rank 0 has said. If that fails, rank 0 knows."""
         try:
             return self.become(level)
         except SleepError:
             return self.runner.nothing()
 
-    def become(self, level: int) -> Sampled:
+    def become(self, level: int) -> Any:
         """What the device does. Raises SleepError on every rank when it cannot be done on one."""
         runner, before = self.runner, held_bytes(self.runner.device)
         runner.ranks.group.limit_waits(LOAD_SECONDS)  # one rank may have a slower disk
@@ -83,7 +80,7 @@ class RankSleep:
     def discard(self, level: int) -> None:
         """Nothing is dropped before every rank has its copy."""
         tensors = [
-            t for model in self.runner.sources for t in find_tensors(model, CausalLM.__module__)
+            t for model in self.runner.sources for t in find_tensors(model, type(model).__module__)
         ]
         self.weights = memory_of(tensors, self.runner.device)
         if level == 1:
@@ -118,7 +115,7 @@ class RankSleep:
             raise SleepError(reason) from error
 
 
-def fall_asleep(engine: "LLMEngine", level: int) -> dict[str, Any]:
+def fall_asleep(engine: Any, level: int) -> dict[str, Any]:
     """See `LLMEngine.sleep`."""
     if level not in (1, 2):
         raise ValueError(f"level must be 1 or 2, not {level!r}")
@@ -137,7 +134,7 @@ def fall_asleep(engine: "LLMEngine", level: int) -> dict[str, Any]:
         raise
 
 
-def wake_up(engine: "LLMEngine") -> dict[str, Any]:
+def wake_up(engine: Any) -> dict[str, Any]:
     """See `LLMEngine.wake_up`."""
     if engine.sleep_level == 0:
         return {}
@@ -146,11 +143,13 @@ def wake_up(engine: "LLMEngine") -> dict[str, Any]:
     return told
 
 
-def put_down(engine: "LLMEngine") -> None:
+def put_down(engine: Any) -> None:
     """Wait for what is under way; then no sequence runs, and no block is in use."""
     finish(engine)
     for sequence in reversed(list(engine.scheduler.running)):
         engine.scheduler.preempt(sequence)
+    if (drop := getattr(engine.connector, "drop", None)) is not None:
+        drop()  # what waits for other engines
     finish(engine)  # copies to the host
     engine.connector.forget()
     if held := engine.connector.held():
@@ -158,7 +157,7 @@ def put_down(engine: "LLMEngine") -> None:
     engine.scheduler.forget_cache()
 
 
-def finish(engine: "LLMEngine") -> None:
+def finish(engine: Any) -> None:
     """Read the steps in flight, and wait for copies. What they bring is returned by the next step."""
     outputs = []
     try:
@@ -173,7 +172,7 @@ def finish(engine: "LLMEngine") -> None:
         engine.outbox[:0] = outputs
 
 
-def change(engine: "LLMEngine", level: int) -> dict[str, Any]:
+def change(engine: Any, level: int) -> dict[str, Any]:
     """Returns how long it took, and the bytes that all ranks hold now and held before."""
     begin, sleep = time.perf_counter(), engine.runner.rank_sleep
     sleep.order(level)
