@@ -30,7 +30,10 @@ def family(kind: int, length: int) -> list[int]:
 
 
 class Tier(RuleBasedStateMachine):
-    """Requests come and go; device, copies and disk go on by themselves, or do not; copies fail."""
+    """Requests come and go; device, copies and disk go on by themselves, or do not; copies fail; the
+    engine sleeps."""
+
+    part = PART
 
     @initialize(
         offload=st.sampled_from(["swap", "prefix", "both", "both"]),
@@ -59,7 +62,7 @@ class Tier(RuleBasedStateMachine):
         if keeps:
             flags["offload_policy"] = choices["policy"]
         self.disk = Disk(disk) if disk and keeps else None
-        self.rig = Rig(choices["host_blocks"], self.disk, **flags)
+        self.rig = Rig(choices["host_blocks"], self.disk, self.part, **flags)
         self.rig.engine.num_in_flight = in_flight
         self.num_requests = 0
 
@@ -130,6 +133,10 @@ class Tier(RuleBasedStateMachine):
     def next_copy_fails(self, num_pieces: int) -> None:
         self.rig.copies.fails_after = num_pieces
 
+    @rule()
+    def sleep(self) -> None:
+        self.rig.sleep()
+
     @invariant()
     def is_whole(self) -> None:
         if hasattr(self, "num_requests"):
@@ -143,6 +150,16 @@ class Tier(RuleBasedStateMachine):
 
 Tier.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestTier = Tier.TestCase
+
+
+class LaterTier(Tier):
+    """The tier as a connector among others."""
+
+    part = 13
+
+
+LaterTier.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+TestLaterTier = LaterTier.TestCase
 
 
 # Found by the machine, or too rare for it.
