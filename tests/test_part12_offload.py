@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from common.kv_store import Copy
+from common.kv_store import Copy, HostBlocks
 from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.parts import module_of
@@ -302,3 +302,18 @@ def test_blocks_outlive_the_engine_on_disk(kind: str) -> None:
     third.add("a", family(2, 20), 4)
     third.finish()
     assert third.cached == {"a": 8}
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc"])
+def test_blocks_in_use_keep_their_keys(policy: str) -> None:
+    host = HostBlocks(2, policy)
+    blocks = host.allocate(2)
+    host.publish([b"a", b"b"], blocks)  # still owned by the copy that brings them
+    assert host.allocate(1) is None and list(host.of_key) == [b"a", b"b"]
+    host.free(blocks[1:])
+    assert host.allocate(2) is None, "one can go, and one cannot"
+    host.free(blocks[:1])
+    host.forget([b"a"], blocks[:1])
+    assert b"a" not in host and host.allocate(1) == blocks[:1]
+    host.forget([b"a"], blocks[:1])  # it has another meaning by now
+    host.check_integrity([blocks[:1]])
