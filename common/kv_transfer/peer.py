@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GREETING_SECONDS = 5.0
 CLOSED = "closed"  # by ourselves
-LONG_TURN = 2.0  # seconds between two turns, which are a second apart at most
 
 
 class Peer:
@@ -72,6 +71,11 @@ class Peer:
             self.lose(f"a fault: {error}")
         return 1.0
 
+    def linger(self) -> bool:
+        """For a peer that is lost: whether a read is still under way."""
+        self._finish_ending()
+        return bool(self._ending)
+
     def lose(self, reason: str) -> None:
         """The connection has ended, and so have its transfers."""
         if self._is_lost:
@@ -102,7 +106,7 @@ class Peer:
     def _excuse_pause(self, now: float) -> None:
         """A sender is not silent while this process is stopped."""
         pause, self._turned = now - self._turned, now
-        if pause > LONG_TURN:
+        if pause > self.receiver.timeout / 2:  # turns are a quarter of it apart at most
             self.connection.heard += pause
             for transfer in self.transfers.values():
                 transfer.progress += pause

@@ -42,6 +42,7 @@ class Receiver:
         self.secret, self.timeout = secret, timeout
         self.fingerprint = {**fingerprint, "kv caches": self.layout.describe()}
         self._peers: dict[str, Peer] = {}  # by address
+        self._lingering: list[Peer] = []  # lost, but a read is still under way
         self._where: dict[str, Peer] = {}  # of a transfer that has not ended
         self._lock = threading.Lock()
         self._ids: set[str] = set()  # not in `finished` yet
@@ -129,7 +130,9 @@ class Receiver:
 
     def _turn(self) -> float:
         now = time.monotonic()
-        return min([1.0, *(peer.turn(now) for peer in list(self._peers.values()))])
+        self._lingering = [peer for peer in self._lingering if peer.linger()]
+        longest = 0.001 if self._lingering else 1.0
+        return min([longest, *(peer.turn(now) for peer in list(self._peers.values()))])
 
     def ended(self, transfer: Transfer, error: str | None) -> None:
         """For a peer: nothing writes the transfer's blocks any more."""
@@ -150,8 +153,13 @@ class Receiver:
         """For a peer: it is of no more use. The next request connects anew."""
         if self._peers.get(peer.address) is peer:
             del self._peers[peer.address]
+        if peer.linger():
+            self._lingering.append(peer)
 
     def _close_peers(self) -> None:
         for peer in list(self._peers.values()):
             peer.lose(CLOSED)
+        while self._lingering:
+            self._lingering = [peer for peer in self._lingering if peer.linger()]
+            time.sleep(0.001)
         self.inlets.close()
