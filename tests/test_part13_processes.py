@@ -17,6 +17,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import httpx
@@ -35,6 +36,24 @@ OPTIONS = SMALL | {"kv_secret": SECRET}
 TIMEOUT = 0.6  # seconds
 
 
+PREFILL_SHORT = [(state, "shm", signal.SIGKILL) for state in PREFILL_STATES]
+PREFILL_SHORT += [("computing", "tcp", signal.SIGSTOP), ("read", "shm", signal.SIGSTOP)]
+DECODE_SHORT = [(state, "shm", signal.SIGSTOP) for state in ("asked", "reading")]
+DECODE_SHORT += [("loading", "tcp", signal.SIGSTOP), ("reading", "shm", signal.SIGKILL)]
+
+
+def cases(states: dict[str, str], short: list[tuple[str, str, Any]]) -> list[Any]:
+    """Every state, transport and signal; but for a few they belong to the long form."""
+    every = product(states, ("shm", "tcp"), SIGNALS)
+    long = (pytest.mark.long,)
+    return [
+        pytest.param(
+            *case, marks=() if case in short else long, id=f"{case[0]}-{case[1]}-{case[2].name}"
+        )
+        for case in every
+    ]
+
+
 def request(name: str, address: str, salt: str) -> Request:
     known = KNOWN[LONG]
     made = Request(name, known.prompt, known.params, cache_salt=salt)
@@ -48,9 +67,9 @@ def decode() -> Iterator[Any]:
     made.shutdown()
 
 
-@pytest.mark.parametrize("signal_number", SIGNALS, ids=lambda s: s.name)
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("state", PREFILL_STATES)
+@pytest.mark.parametrize(
+    ("state", "transport", "signal_number"), cases(PREFILL_STATES, PREFILL_SHORT)
+)
 def test_a_prefill_worker_that_dies_or_stops(
     decode: Any, state: str, transport: str, signal_number: int
 ) -> None:
@@ -74,9 +93,9 @@ def test_a_prefill_worker_that_dies_or_stops(
     assert time.monotonic() - begin < 20
 
 
-@pytest.mark.parametrize("signal_number", SIGNALS, ids=lambda s: s.name)
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("state", DECODE_STATES)
+@pytest.mark.parametrize(
+    ("state", "transport", "signal_number"), cases(DECODE_STATES, DECODE_SHORT)
+)
 def test_a_decode_worker_that_dies_or_stops(state: str, transport: str, signal_number: int) -> None:
     both = Pair(engine("prefill", kv_lease=0.5, kv_transfer=transport), healthy := shared_decode())
     address = both.prefill.connector.describe()["address"]
