@@ -161,19 +161,27 @@ def test_rates_and_agreement() -> None:
     assert same_as(other, first) is None
 
 
-METRICS = """# TYPE vllm:time_to_first_token_part_seconds histogram
-vllm:time_to_first_token_part_seconds_bucket{stage="queue",engine="1",le="1"} 4
-vllm:time_to_first_token_part_seconds_sum{stage="queue",engine="1"} 2.0
-vllm:time_to_first_token_part_seconds_count{stage="queue",engine="1"} 4
-vllm:time_to_first_token_part_seconds_sum{stage="queue",engine="2"} 4.0
-vllm:time_to_first_token_part_seconds_count{stage="queue",engine="2"} 8
+METRICS = """# TYPE kv_transfer:fetched counter
+kv_transfer:fetched_total{engine="1"} 4.0
+kv_transfer:fetched_created{engine="1"} 1.7e9
+kv_transfer:tokens_total{engine="1"} 400.0
+kv_transfer:queue_seconds_total{engine="1"} 2.0
+kv_transfer:queue_seconds_total{engine="2"} 1.0
+kv_transfer:prefill_seconds_total{engine="1"} 8.0
+kv_transfer:room_seconds_total{engine="1"} 0.0
+kv_transfer:transfer_seconds_total{engine="1"} 1.0
 vllm:time_to_first_token_seconds_sum{engine="1"} 99.0
 """
 
 
 def test_the_time_to_the_first_token_is_taken_apart() -> None:
-    assert split.parse(METRICS) == {"queue": 0.5}
-    assert split.parse("") is None
+    totals = split.parse(METRICS)
+    assert totals == {"fetched": 4, "queue": 3, "prefill": 8, "room": 0, "transfer": 1}
+    zeros = dict.fromkeys(totals, 0.0)
+    means = split.split(zeros, totals, 3.5)
+    assert means == {"queue": 0.75, "prefill": 2, "room": 0, "transfer": 0.25, "decode": 0.5}
+    assert split.parse("") == {} and split.split({}, {}, 1.0) is None
+    assert split.split(totals, totals, 1.0) is None
 
 
 def test_all_contenders_have_the_same_cores() -> None:

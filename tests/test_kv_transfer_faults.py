@@ -2,6 +2,7 @@
 peers that break the protocol, peers that do not read."""
 
 import contextlib
+import importlib.util
 import os
 import socket
 import struct
@@ -23,7 +24,12 @@ SHAPE = [16, 3, 2, 4, 2, 8]  # blocks, layers, ...
 LARGE = [16, 3, 2, 64, 8, 64]  # 786,432 bytes a block: more than sockets hold
 KNOWN: dict[str, Any] = {"fingerprint": {"model": "test"}, "secret": SECRET}
 THEIRS, OURS = [9, 2, 3, 14], [1, 0, 7, 5]
-TRANSPORTS = ["shm", "tcp"]
+HAS_NIXL = importlib.util.find_spec("nixl") is not None
+NIXL = pytest.param(
+    "nixl",
+    marks=[pytest.mark.long, pytest.mark.skipif(not HAS_NIXL, reason="nixl is not installed")],
+)
+TRANSPORTS = ["shm", "tcp", NIXL]
 
 
 def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
@@ -441,7 +447,7 @@ def test_a_half_open_connection_is_dropped(monkeypatch: pytest.MonkeyPatch) -> N
         assert good["sender"].stats()["connections"] == 0
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_nothing_is_left_of_connections_that_come_and_go(transport: str) -> None:
     with good_sender(transport) as good:
         target = torch.zeros(SHAPE)

@@ -22,6 +22,7 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
         "decoding with and without speculation, on copies and on prose",
     ),
     "parallel": ("parallel.run", "ranks that work together: collectives, engines, a cost model"),
+    "transfer": ("transfer", "KV between processes: each transport beside a plain copy"),
     "router": ("router.run", "several engines behind a router: what policies find; what it costs"),
     "offload": ("offload.run", "a host tier: bursts, conversations that return, restarts"),
     "disagg": ("disagg.run", "long prompts among streams: prefill apart from decode, and not"),

@@ -39,9 +39,10 @@ class Outcomes:
 def split(times: Mapping[str, float]) -> dict[str, float]:
     """How long each phase of a transfer took, in seconds."""
     begin = max(times["computed"], times["fetch"])
+    ready = times.get("ready", times["computed"])  # there may be no block
     return {
-        "queue": times["ready"] - times["requested"],
-        "prefill": times["computed"] - times["ready"],
+        "queue": ready - times["requested"],
+        "prefill": times["computed"] - ready,
         "room": begin - times["computed"],
         "transfer": times["ended"] - begin,
         "copying": times["copying"],

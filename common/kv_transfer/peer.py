@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 GREETING_SECONDS = 5.0
+CLOSED = "closed"  # by ourselves
 LONG_TURN = 2.0  # seconds between two turns, which are a second apart at most
 
 
@@ -76,7 +77,8 @@ class Peer:
         if self._is_lost:
             return
         self._is_lost = True
-        logger.warning("kv receiver: %s: %s", self.address, reason)
+        level = logging.INFO if reason == CLOSED else logging.WARNING
+        logger.log(level, "kv receiver: %s: %s", self.address, reason)
         self.receiver.loop.forget(self.connection.socket)
         self.connection.close()
         self.inlet.close()

@@ -18,7 +18,7 @@ from common.kv_transfer.fetching import Fetched, Transfer
 from common.kv_transfer.inlets import Inlets
 from common.kv_transfer.layout import Layout
 from common.kv_transfer.loop import Loop
-from common.kv_transfer.peer import Peer
+from common.kv_transfer.peer import CLOSED, Peer
 
 logger = logging.getLogger(__name__)
 
@@ -153,5 +153,5 @@ class Receiver:
 
     def _close_peers(self) -> None:
         for peer in list(self._peers.values()):
-            peer.lose("closed")
+            peer.lose(CLOSED)
         self.inlets.close()

@@ -1,6 +1,7 @@
 """What `disagg` asks of a server: streams without end among which long prompts arrive, then a crowd."""
 
 import asyncio
+import statistics
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from common.bench import BenchError
 from common.bench.core.latencies import RequestRecord
 from common.bench.core.workload import Lengths, WorkItem, random_work
+from common.bench.disagg.split import read_totals, split
 from common.bench.serving.client import Target, open_client, send
 from common.bench.serving.load import open_loop, run_load, served_model
 
@@ -44,18 +46,23 @@ class Seen:
     stream_ttfts: list[float] = field(default_factory=list)
     stream_rate: float = 0.0
     crowd_rate: float = 0.0
+    split: dict[str, float] | None = None  # of the long prompts' times to first token
 
 
 async def measure(url: str, sizes: Sizes, vocab_size: int, seed: str) -> Seen:
     """One server that is fresh. Raises BenchError for a request that failed."""
-    target = Target(url, "", body=GREEDY)
-    target = Target(url, await served_model(target), body=GREEDY)
+    name = await served_model(Target(url, ""))
+    scores = {"logprobs": 0} if name.startswith("random:") else {}  # without text, to see tokens by
+    target = Target(url, name, body=GREEDY | scores)
     seen = Seen()
     async with open_client(target) as client:
         warm = items(4, sizes.long_prompt, 8, vocab_size, f"{seed} warm-up")
         checked([await send(client, target, item, 0) for item in warm[:2]])
         checked(await asyncio.gather(*(send(client, target, item, 0) for item in warm[2:])))
+        before = await asyncio.to_thread(read_totals, url)
         await streams_and_longs(client, target, sizes, vocab_size, seed, seen)
+        after = await asyncio.to_thread(read_totals, url)
+        seen.split = split(before, after, statistics.mean(seen.ttfts))
     crowd = items(sizes.crowd, sizes.crowd_prompt, sizes.crowd_output, vocab_size, f"{seed} crowd")
     report = await run_load(target, crowd, concurrency=sizes.crowd_at_once)
     checked(report.requests)

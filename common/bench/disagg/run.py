@@ -33,7 +33,6 @@ from common.bench.core.pairs import paired_ratio
 from common.bench.core.processes import as_flags, run_worker
 from common.bench.core.results import column, make_result
 from common.bench.disagg.load import Seen, Sizes, measure
-from common.bench.disagg.split import split_of
 from common.bench.ladder import known_vocab_size
 from common.bench.router.processes import router_process
 from common.device import usable_cores
@@ -60,7 +59,6 @@ class Contender:
     module: str
     flags: list[str]
     seen: dict[int, Seen] = field(default_factory=dict)  # by round
-    splits: list[dict[str, float]] = field(default_factory=list)
     failure: str | None = None
 
     def each(self, value: Callable[[Seen], float]) -> dict[int, float]:
@@ -126,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     if remark := disturbance(others.cores()):
         notes.append(f"Cores were busy, with the contenders themselves included: {remark}.")
-    splits = all_of_them[-1].splits
+    splits = [seen.split for seen in all_of_them[-1].seen.values() if seen.split]
     notes += [split_note(splits)] if splits else []
     result = make_result(
         "Long prompts among streams",
@@ -147,8 +145,6 @@ def take_turn(
     try:
         with router_process(one.module, *one.flags, verbose=verbose) as (url, _):
             one.seen[number] = asyncio.run(measure(url, sizes, vocab_size, seed))
-            if split := split_of(url):
-                one.splits.append(split)
     except BenchError as error:
         one.failure = str(error)
         print(f"{one.name}: {error}", file=sys.stderr)
@@ -191,4 +187,4 @@ def split_note(splits: list[dict[str, float]]) -> str:
     names = list(splits[0])
     mean = {name: statistics.mean(one[name] for one in splits if name in one) for name in names}
     text = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in mean.items())
-    return f"Time to first token of requests that another worker prefilled, on average: {text}."
+    return f"Mean time to first token of the long prompts, prefilled by another worker: {text}."

@@ -1,31 +1,35 @@
-"""The time to first token of disaggregated requests, by what it was spent on, as metrics tell it."""
+"""The time to first token of prompts that another worker computed, by what it was spent on."""
 
 import re
 import urllib.request
 
-STAGES = ("queue", "prefill", "transfer", "decode")
-LINE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$")
-METRIC = "vllm:time_to_first_token_part_seconds"
+STAGES = ("queue", "prefill", "room", "transfer")  # as the decode worker counts them
+LINE = re.compile(r"^kv_transfer:(\w+?)_total(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
-def split_of(url: str) -> dict[str, float] | None:
-    """Mean seconds of each stage since the start; None where the server does not say."""
+def read_totals(url: str) -> dict[str, float]:
+    """How many prompts were fetched, and the seconds of each stage, since the start."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
         return parse(response.read().decode())
 
 
-def parse(text: str) -> dict[str, float] | None:
-    """The same from the text of `/metrics`, over all engines in it."""
-    sums: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-    counts: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-    for line in text.splitlines():
-        match = LINE.match(line)
-        if not match or not match["name"].startswith(METRIC):
-            continue
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', match["labels"] or ""))
-        kind = match["name"].removeprefix(METRIC)
-        if labels.get("stage") in sums and kind in ("_sum", "_count"):
-            (sums if kind == "_sum" else counts)[labels["stage"]] += float(match["value"])
-    if not any(counts.values()):
+def parse(text: str) -> dict[str, float]:
+    """The same from the text of `/metrics`, over all engines in it; empty where none fetches."""
+    totals: dict[str, float] = {}
+    for name, value in LINE.findall(text):
+        name = name.removesuffix("_seconds")
+        if name in (*STAGES, "fetched"):
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return totals
+
+
+def split(
+    before: dict[str, float], after: dict[str, float], ttft: float
+) -> dict[str, float] | None:
+    """Mean seconds of each stage between two readings, and of what is left of the mean time to first
+    token: the decode worker's own step, and the ways to it and back. None: nothing was fetched."""
+    count = after.get("fetched", 0.0) - before.get("fetched", 0.0)
+    if not count:
         return None
-    return {stage: sums[stage] / counts[stage] for stage in STAGES if counts[stage]}
+    means = {name: (after[name] - before[name]) / count for name in STAGES}
+    return means | {"decode": ttft - sum(means.values())}
