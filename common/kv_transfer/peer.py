@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GREETING_SECONDS = 5.0
 CLOSED = "closed"  # by ourselves
-LONG_TURN = 2.0  # seconds between two turns, which are a second apart at most
 
 
 class Peer:
@@ -111,7 +110,7 @@ class Peer:
     def _excuse_pause(self, now: float) -> None:
         """A sender is not silent while this process is stopped."""
         pause, self._turned = now - self._turned, now
-        if pause > LONG_TURN:
+        if pause > self.receiver.timeout / 2:  # turns are a quarter of it apart at most
             self.connection.heard += pause
             for transfer in self.transfers.values():
                 transfer.progress += pause

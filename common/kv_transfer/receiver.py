@@ -168,4 +168,7 @@ class Receiver:
     def _close_peers(self) -> None:
         for peer in list(self._peers.values()):
             peer.lose(CLOSED)
+        while self._leaving:
+            self._leaving = [peer for peer in self._leaving if not peer.leave()]
+            time.sleep(LOOK_SECONDS)
         self.inlets.close()
