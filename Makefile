@@ -75,6 +75,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench offload returning --json part12_cpu_offload/results/returning.json
 	$(BIN)/python -m common.bench offload restart --json part12_cpu_offload/results/restart.json
 	$(BIN)/python -m common.bench offload policies --json part12_cpu_offload/results/policies.json
+	$(BIN)/python -m common.bench offload sleep --json part12_cpu_offload/results/sleep.json
 	$(BIN)/python -m common.bench transfer --json part13_disagg_pd/results/transfer.json
 	$(BIN)/python -m common.bench disagg --json part13_disagg_pd/results/disagg.json
 	$(BIN)/python -m common.bench report --all --write

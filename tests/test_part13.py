@@ -5,6 +5,7 @@ Here both engines are in this process and take turns; senders and receivers have
 `test_part13_processes.py` has the processes, and what becomes of them.
 """
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -505,6 +506,52 @@ def test_a_proxy_has_no_engine_and_a_short_secret_opens_nothing() -> None:
 
 def test_the_secret_is_not_shown() -> None:
     assert SECRET not in repr(EngineConfig(role="prefill", kv_secret=SECRET))
+
+
+def test_a_prefill_worker_that_holds_blocks_for_others_waits_and_does_not_spin() -> None:
+    with contextlib.closing(pair(prefill={"kv_lease": 1.0})) as two:
+        prefill, known = two.prefill, KNOWN[LONG]
+        address, num_blocks = prefill.connector.address, 10
+        two.decode.connector.receiver.request(address, "t", known.prompt, None, num_blocks)
+        deadline = time.monotonic() + 20
+        while not prefill.connector.holds:
+            assert time.monotonic() < deadline
+            two.step_prefill()
+            time.sleep(0.001)
+        begin, num_steps = time.monotonic(), 0
+        while prefill.has_unfinished():
+            assert time.monotonic() < deadline
+            prefill.step()
+            num_steps += 1
+        seconds = time.monotonic() - begin
+        assert seconds > 0.5, "the lease has ended it"
+        assert num_steps <= 1000 * seconds + 5, "a step waits a millisecond"
+        two.decode.connector.receiver.finished()
+
+
+@pytest.mark.parametrize("state", ["queued", "under way", "preempted"])
+def test_a_prompt_that_is_wanted_no_more_is_not_computed(state: str) -> None:
+    """The worker dropped its cache, or the prompt lost its blocks: the peer was told, and is gone."""
+    with contextlib.closing(pair()) as two:
+        prefill, connector = two.prefill, two.prefill.connector
+        receiver = two.decode.connector.receiver
+        receiver.request(connector.address, "t", KNOWN[LONG].prompt, None, 10)
+        deadline = time.monotonic() + 20
+        while not two.inbox:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        prefill.add_request(two.inbox.popleft())
+        if state != "queued":
+            prefill.step()
+        if state == "preempted":
+            prefill.scheduler.preempt(next(iter(prefill.scheduler.running)))
+        else:
+            connector.drop()
+        two.step_prefill()
+        two.step_prefill()
+        assert not prefill.sequences and not connector.asked and not connector.holds
+        assert receiver.wait(20) and receiver.finished()[0].error
+        two.settle()
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,13 @@ class Outcomes:
 
 def split(times: Mapping[str, float]) -> dict[str, float]:
     """How long each phase of a transfer took, in seconds."""
-    begin = max(times["computed"], times["fetch"])
-    ready = times.get("ready", times["computed"])  # there may be no block
+    computed = times.get("computed", times["ended"])
+    ready = times.get("ready", computed)  # a sender may say at once that there is nothing to come
+    begin = max(computed, times.get("fetch", computed))
     return {
         "queue": ready - times["requested"],
-        "prefill": times["computed"] - ready,
-        "room": begin - times["computed"],
+        "prefill": computed - ready,
+        "room": begin - computed,
         "transfer": times["ended"] - begin,
         "copying": times["copying"],
     }

@@ -4,13 +4,20 @@ burst      more sequences than the KV cache holds, all at once: swapped out, or 
 returning  conversations that come back when their blocks are long gone from the device
 restart    the same conversations in a new process, with the disk tier and without
 policies   LRU against ARC: what each keeps on the host, on three ways to come back
+sleep      memory that a sleeping server gives back, and how soon it is awake again
 """
 
 import argparse
 
-from common.bench.offload import burst, policies, restart, returning
+from common.bench.offload import burst, policies, restart, returning, sleep
 
-ACTIONS = {"burst": burst, "returning": returning, "restart": restart, "policies": policies}
+ACTIONS = {
+    "burst": burst,
+    "returning": returning,
+    "restart": restart,
+    "policies": policies,
+    "sleep": sleep,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
