@@ -153,6 +153,8 @@ class AsyncEngine:
 
     def _take(self, request: Request) -> None:
         """A request that another worker sends; its outputs go nowhere. Raises ValueError."""
+        if self.engine.sleep_level:
+            raise ValueError("the worker sleeps")
         check_request(request, self.engine.max_model_len, self.engine.vocab_size)
         self.inbox.put(request)
 

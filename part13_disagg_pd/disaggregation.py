@@ -125,16 +125,20 @@ class PrefillConnector(PeerConnector):
 
     def request_preempted(self, sequence: Sequence) -> bool:
         """Its blocks get other owners, some read by the peer and some not."""
-        if (transfer_id := self.asked.pop(sequence.request_id, None)) is not None:
+        if (transfer_id := self.asked.get(sequence.request_id)) is not None:
             self.sender.fail(transfer_id, "the worker has no room for the prompt")
         return False
 
     def get_finished(self) -> list[str]:
         return self.sender.released()
 
+    def wait(self, seconds: float) -> None:
+        self.sender.wait(seconds)
+
     def update_connector_output(self, finished: Iterable[str]) -> list[tuple[Sequence, int]]:
         for transfer_id in finished:
-            self.asked.pop(f"prefill-{transfer_id}", None)  # if it is computed yet, then for nobody
+            if self.asked.pop(name := f"prefill-{transfer_id}", None) is not None:
+                self.abort(name)  # it would be computed for nobody
             self.let_go(transfer_id)
         return []
 

@@ -86,7 +86,7 @@ class Offload(KVConnector):
 
     def keys(self, sequence: Sequence, count: int) -> list[bytes]:
         """Keys of a sequence's first blocks, each made of all tokens up to its end, and of the salt.
-        They are the same with every prefix cache, and in every process."""
+        They are the same in every process that has this kind of prefix cache."""
         keys = sequence.host_keys
         for key in self.cache.keys(sequence, count * self.block_size, len(keys)):
             keys.append(hashlib.sha256((keys[-1] if keys else b"") + key).digest())

@@ -4,6 +4,7 @@ files, and a collector of garbage that does not look at them again and again."""
 import functools
 import gc
 import os
+import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
@@ -20,6 +21,13 @@ from hypothesis import HealthCheck, settings
 if hasattr(httpx_transport, "create_ssl_context"):
     httpx_transport.create_ssl_context = functools.cache(httpx_transport.create_ssl_context)
 
+# Collecting makes half a million objects that stay: each full collection of garbage on the way would
+# look at all of them.
+gc.disable()
+# With this package jsonschema, which nbformat and schemathesis import, builds 38 parsers for formats
+# that nothing here has: 2 s in each worker.
+sys.modules["rfc3987_syntax"] = None
+
 settings.register_profile(
     "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -29,11 +37,13 @@ settings.load_profile("house")
 # Files that take longest, the longest first: two workers that take whole files (`--dist loadfile
 # --no-loadscope-reorder`) then end at about the same time.
 LONGEST = (
-    "test_notebooks", "test_lifecycle", "test_contract", "test_openai_client",
-    "test_triton_kernels", "test_http_input", "test_part08", "test_schedules", "test_gpu_check",
-    "test_soak", "test_memory", "test_inspector_replay", "test_inspector", "test_inspector_engine",
-    "test_metrics", "test_bench_speculative", "test_bench", "test_cli", "test_bench_ladder",
-    "test_bench_prefix", "test_part10_processes", "test_part10_ray", "test_model_files_own", "test_part08_units", "test_kernels",
+    "test_notebooks", "test_lifecycle", "test_part09_faults", "test_contract", "test_distributed",
+    "test_part10_processes", "test_gpu_check", "test_openai_client", "test_triton_kernels",
+    "test_part11_router", "test_part11_engines", "test_part10_ray", "test_http_input", "test_part08",
+    "test_schedules", "test_soak", "test_memory", "test_inspector_replay", "test_inspector",
+    "test_inspector_engine", "test_metrics", "test_bench_speculative", "test_bench_router",
+    "test_bench_parallel", "test_bench", "test_cli", "test_bench_ladder", "test_bench_prefix",
+    "test_upcycle", "test_model_files_own", "test_part08_units", "test_kernels",
 )  # fmt: skip
 
 
@@ -47,6 +57,7 @@ def pytest_collection_finish() -> None:
     dozens, would take up to a second."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

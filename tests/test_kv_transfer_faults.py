@@ -64,7 +64,7 @@ class Fetching:
         shape = LARGE if state == "fetched in part" else SHAPE
         self.worker = Worker(nursery, role="sender", shape=shape, seed=1, transport=transport)
         self.target = torch.zeros(shape)
-        self.receiver = Receiver([self.target], timeout=0.6, **KNOWN)
+        self.receiver = Receiver([self.target], timeout=20.0, **KNOWN)
         if state == "greeting":
             self.worker.stop()
         self.receiver.request(self.worker.address, "a", [1, 2], None, 4)
@@ -109,7 +109,10 @@ def test_a_sender_that_is_lost_ends_the_fetch_and_nothing_is_written_later(
     with contextlib.closing(Fetching(nursery, transport, state)) as fetching:
         if what == "kill" or state != "greeting":
             getattr(fetching.worker, what)()
+        if what == "stop":
+            fetching.receiver.timeout = 0.5
         fetched = ended(fetching.receiver)
+        fetching.receiver.timeout = 20.0
         assert fetched.num_blocks == 0 and fetched.error
         fetching.target.fill_(7.0)  # other sequences have the blocks now
         if what == "stop":
@@ -132,12 +135,12 @@ class Serving:
 
     STATES = ("requested", "some layers", "computed", "computed and fetching")
 
-    def __init__(self, nursery: Nursery, transport: str, state: str) -> None:
+    def __init__(self, nursery: Nursery, transport: str, state: str, lease: float) -> None:
         self.prompts: list[PrefillRequest] = []
         self.cancelled: list[str] = []
         self.cache = contents(SHAPE, 1, shared=transport == "shm")
         told = {"on_prefill": self.prompts.append, "on_cancel": self.cancelled.append}
-        self.sender = Sender([self.cache], transport=transport, lease=0.5, **KNOWN, **told)
+        self.sender = Sender([self.cache], transport=transport, lease=lease, **KNOWN, **told)
         self.worker = Worker(nursery, role="receiver", shape=SHAPE, timeout=20.0)
         self.worker.call("request", self.sender.address, "a", [1, 2], None, 4)
         until(lambda: self.prompts)
@@ -167,7 +170,8 @@ class Serving:
 def test_a_receiver_that_is_lost_returns_the_blocks(
     nursery: Nursery, what: str, transport: str, state: str
 ) -> None:
-    with contextlib.closing(Serving(nursery, transport, state)) as serving:
+    lease = 0.5 if what == "stop" else 60.0
+    with contextlib.closing(Serving(nursery, transport, state, lease)) as serving:
         getattr(serving.worker, what)()
         computed = state.startswith("computed")
         if what == "stop" and not computed:

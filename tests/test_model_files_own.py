@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.models import checkpoint
 from common.models.checkpoint import (
     MAX_CONTEXT,
     context_length,
@@ -345,6 +346,29 @@ def test_weights_are_not_made_up_for_others(make: Callable[..., Path]) -> None:
     (folder / "random_weights.json").write_text('{"preset": "tiny-llama", "seed": 0}')
     weights = dict(iter_weights(resolve(str(folder))))
     assert torch.equal(weights["model.norm.weight"], torch.full((64,), 7.0))
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-qwen3-moe"])
+def test_shapes_of_random_weights_are_kept_until_they_may_be_others(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers is asked once; again when the file is damaged, of another version or config."""
+    monkeypatch.setenv("FIFTEEN_ENGINES_CACHE", str(tmp_path))
+    asked = []
+    ask = checkpoint.empty_model
+    monkeypatch.setattr(checkpoint, "empty_model", lambda config: asked.append(1) or ask(config))
+    folder = resolve(f"random:{model}")
+    first = dict(iter_weights(folder))
+    kept = (folder / "shapes.json").read_text()
+    for number, text in enumerate(
+        ("{", "[]", "{}", kept.replace('"made_of": [', '"made_of": [7, '))
+    ):
+        for _ in range(2):
+            again = dict(iter_weights(folder))
+            assert list(again) == list(first) and len(asked) == 1 + number
+            assert all(torch.equal(again[name], first[name]) for name in first)
+        (folder / "shapes.json").write_text(text)
+    assert [file.name for file in folder.glob(".*")] == []
 
 
 ALL_STARTS = [(part, optimize) for part in (1, *OWN_PARTS) for optimize in ([], ["-O"])]

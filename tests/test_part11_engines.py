@@ -52,7 +52,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
             address = str(folder / str(next(numbers)))
             flags |= {"data_parallel_size": num_engines, "data_parallel_address": address}
         own: list[dict[str, Any]] = [{"data_parallel_rank": i} for i in range(num_engines)]
-        return run_each(own, lambda _, mine: make_engine(11, model, **(flags | mine)))
+        engines = run_each(own, lambda _, mine: make_engine(11, model, **(flags | mine)))
+        assert not list(folder.iterdir())  # they have met
+        return engines
 
     return start
 

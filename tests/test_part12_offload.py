@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from common.kv_store import Copy
+from common.kv_store import Copy, HostBlocks
 from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.parts import module_of
@@ -30,7 +30,10 @@ def family(kind: int, length: int) -> list[int]:
 
 
 class Tier(RuleBasedStateMachine):
-    """Requests come and go; device, copies and disk go on by themselves, or do not; copies fail."""
+    """Requests come and go; device, copies and disk go on by themselves, or do not; copies fail; the
+    engine sleeps."""
+
+    part = PART
 
     @initialize(
         offload=st.sampled_from(["swap", "prefix", "both", "both"]),
@@ -59,7 +62,7 @@ class Tier(RuleBasedStateMachine):
         if keeps:
             flags["offload_policy"] = choices["policy"]
         self.disk = Disk(disk) if disk and keeps else None
-        self.rig = Rig(choices["host_blocks"], self.disk, **flags)
+        self.rig = Rig(choices["host_blocks"], self.disk, self.part, **flags)
         self.rig.engine.num_in_flight = in_flight
         self.num_requests = 0
 
@@ -130,6 +133,10 @@ class Tier(RuleBasedStateMachine):
     def next_copy_fails(self, num_pieces: int) -> None:
         self.rig.copies.fails_after = num_pieces
 
+    @rule()
+    def sleep(self) -> None:
+        self.rig.sleep()
+
     @invariant()
     def is_whole(self) -> None:
         if hasattr(self, "num_requests"):
@@ -143,6 +150,16 @@ class Tier(RuleBasedStateMachine):
 
 Tier.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestTier = Tier.TestCase
+
+
+class LaterTier(Tier):
+    """The tier as a connector among others."""
+
+    part = 13
+
+
+LaterTier.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+TestLaterTier = LaterTier.TestCase
 
 
 # Found by the machine, or too rare for it.
@@ -285,3 +302,18 @@ def test_blocks_outlive_the_engine_on_disk(kind: str) -> None:
     third.add("a", family(2, 20), 4)
     third.finish()
     assert third.cached == {"a": 8}
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc"])
+def test_blocks_in_use_keep_their_keys(policy: str) -> None:
+    host = HostBlocks(2, policy)
+    blocks = host.allocate(2)
+    host.publish([b"a", b"b"], blocks)  # still owned by the copy that brings them
+    assert host.allocate(1) is None and list(host.of_key) == [b"a", b"b"]
+    host.free(blocks[1:])
+    assert host.allocate(2) is None, "one can go, and one cannot"
+    host.free(blocks[:1])
+    host.forget([b"a"], blocks[:1])
+    assert b"a" not in host and host.allocate(1) == blocks[:1]
+    host.forget([b"a"], blocks[:1])  # it has another meaning by now
+    host.check_integrity([blocks[:1]])

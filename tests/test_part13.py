@@ -5,11 +5,15 @@ Here both engines are in this process and take turns; senders and receivers have
 `test_part13_processes.py` has the processes, and what becomes of them.
 """
 
+import contextlib
 import dataclasses
+import os
 import random
+import socket
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from part13.config import EngineConfig
 from part13.engine import LLMEngine
+from part13.policies import POLICIES
+from part13.proxy import PrefillAndDecode
 from part13.sequence import Status
 
+from common.kv_transfer.ticket import HEADER, new_ticket, read_secret, read_ticket, write_ticket
 from common.requests import Request
+from common.router.link import Status as RouterStatus
+from common.router.proxy_config import ProxyConfig
+from common.router.request import RoutedRequest
 from common.sampling import SamplingParams
 from common.testing.schedules import Drive, Event, events
 from common.testing.transfer_pair import KNOWN, LONG, MODEL, SECRET, SMALL, Pair, engine, pair
@@ -319,6 +329,151 @@ def test_held_blocks_do_not_keep_a_worker_from_ending() -> None:
     both.decode.shutdown()
 
 
+# Sleep
+
+
+@pytest.mark.parametrize("state", ["computing", "computed", "loading"])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_sleeps_drops_its_transfers(usual: Pair, role: str, state: str) -> None:
+    """It need not wait for a lease, and what it forgets nobody uses."""
+    salt, sleeper = f"sleep {role} {state}", getattr(usual, role)
+    usual.add_request(Request("r", KNOWN[LONG].prompt, KNOWN[LONG].params, cache_salt=salt))
+    reach(usual, state)
+    begin = time.monotonic()
+    sleeper.sleep(1)
+    assert time.monotonic() - begin < 15 and not sleeper.connector.held()
+    if role == "prefill":
+        usual.turns = lambda: (False, True)
+        assert usual.finish() == KNOWN[LONG].output
+    sleeper.wake_up()
+    usual.turns = lambda: (True, True)
+    if role == "decode":
+        assert usual.finish() == KNOWN[LONG].output
+    assert usual.run(LONG, cache_salt=salt + "!") == KNOWN[LONG].output
+
+
+# The proxy's choice
+
+
+class Stub:
+    """A worker as the policies see it."""
+
+    def __init__(self, index: int, role: str, address: str | None = None) -> None:
+        self.index, self.role = index, role
+        self.status = RouterStatus(address=address)
+        self.num_requests = self.num_referred = 0
+
+    @property
+    def load(self) -> int:
+        return 4 * self.num_referred
+
+
+class Stubs:
+    def __init__(self, *stubs: Stub) -> None:
+        self.stubs = list(stubs)
+
+    def available(self) -> list[Stub]:
+        return self.stubs
+
+
+def test_a_decode_worker_is_chosen_and_its_ticket_names_a_prefill_worker() -> None:
+    config = ProxyConfig(policy="least-pending")
+    workers = Stubs(
+        Stub(0, "prefill", "shm:a"),
+        Stub(1, "prefill", "shm:b"),
+        Stub(2, "decode"),
+        Stub(3, "decode"),
+    )
+    least = POLICIES["least-pending"]
+    policy = PrefillAndDecode(least(config), least(config), workers, SECRET.encode())
+    request = RoutedRequest("POST", "/v1/completions", [(b"x-kv-transfer", b"forged")])
+    ids = set()
+    for number in range(6):
+        chosen = policy.choose(request, workers.stubs)
+        ticket = read_ticket(request.added[HEADER], SECRET.encode())
+        ids.add(ticket.transfer_id)
+        assert chosen.role == "decode" and ticket.address == ("shm:a", "shm:b")[number % 2]
+        assert request.forwarded_headers() == [(HEADER, request.added[HEADER])]
+    assert len(ids) == 6
+    assert policy.choose(request, workers.stubs[:2]).role == "prefill"  # none else is left
+    assert HEADER not in request.added
+    workers.stubs = workers.stubs[2:]
+    assert policy.choose(request, workers.stubs).role == "decode" and HEADER not in request.added
+
+
+def test_a_lost_worker_is_forgotten_by_both_policies() -> None:
+    config = ProxyConfig(policy="cache-aware")
+    both = [POLICIES["cache-aware"](config) for _ in range(2)]
+    policy = PrefillAndDecode(*both, Stubs(Stub(0, "prefill", "shm:a")), SECRET.encode())
+    request = RoutedRequest("POST", "/v1/completions", body=b'{"prompt": "%s"}' % (b"x" * 640))
+    policy.choose(request, [Stub(1, "decode")])
+    assert policy.num_pieces == 10
+    assert [set().union(*one.known.values()) for one in both] == [{0}, {1}]
+    policy.forget(0)
+    policy.forget(1)
+    assert [set().union(*one.known.values()) for one in both] == [set(), set()]
+
+
+# Tickets
+
+
+@given(st.data())
+def test_a_ticket_that_was_changed_is_refused(data: st.DataObject) -> None:
+    secret = SECRET.encode()
+    text = write_ticket(new_ticket("shm:here"), secret)
+    place = data.draw(st.integers(0, len(text) - 1))
+    other = data.draw(st.characters().filter(lambda c: c != text[place]))
+    for wrong in (text[:place] + other + text[place + 1 :], text[:place], text + other):
+        with pytest.raises(ValueError, match="x-kv-transfer"):
+            read_ticket(wrong, secret)
+    with pytest.raises(ValueError, match="not signed"):
+        read_ticket(text, secret + b"!")
+
+
+def test_a_ticket_is_good_for_a_minute_and_forged_ones_lead_nowhere(usual: Pair) -> None:
+    secret = SECRET.encode()
+    old = dataclasses.replace(new_ticket("shm:here"), expires=time.time() - 1)
+    with pytest.raises(ValueError, match="no longer good"):
+        read_ticket(write_ticket(old, secret), secret)
+    good = write_ticket(new_ticket("shm:here"), secret)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        address = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
+        forged = write_ticket(new_ticket(address), b"of a client's own")
+        assert usual.decode.connector.ticket_of(good).address == "shm:here"
+        for header in (forged, "", "x" * 9999, None, good[:-1]):
+            assert usual.decode.connector.ticket_of(header) is None
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    assert usual.prefill.connector.ticket_of(good) is None  # it asks nobody
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "cannot be read"),
+        (lambda path: path.mkdir(), "must be a file|cannot be read"),
+        (lambda path: (path.write_text(SECRET), path.chmod(0o644)), "may be read by others"),
+        (lambda path: (path.write_text("short\n"), path.chmod(0o600)), "5 bytes, fewer than 16"),
+        (lambda path: os.mkfifo(path, 0o600), "must be a file"),
+    ],
+)
+def test_a_secret_that_is_none(tmp_path: Path, make: Any, message: str) -> None:
+    make(tmp_path / "secret")
+    with pytest.raises(ValueError, match=message):
+        read_secret(str(tmp_path / "secret"))
+
+
+def test_a_secret_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text(SECRET + "\n")
+    path.chmod(0o600)
+    assert read_secret(str(path)) == SECRET.encode()
+    both = pair(*2 * ({"kv_secret": None, "kv_secret_file": str(path)},))
+    assert both.run(LONG) == KNOWN[LONG].output and both.counts()["num_kv_fetched"] == 1
+    both.close()
+
+
 # Settings
 
 
@@ -351,3 +506,72 @@ def test_a_proxy_has_no_engine_and_a_short_secret_opens_nothing() -> None:
 
 def test_the_secret_is_not_shown() -> None:
     assert SECRET not in repr(EngineConfig(role="prefill", kv_secret=SECRET))
+
+
+def test_a_prefill_worker_that_holds_blocks_for_others_waits_and_does_not_spin() -> None:
+    with contextlib.closing(pair(prefill={"kv_lease": 1.0})) as two:
+        prefill, known = two.prefill, KNOWN[LONG]
+        address, num_blocks = prefill.connector.address, 10
+        two.decode.connector.receiver.request(address, "t", known.prompt, None, num_blocks)
+        deadline = time.monotonic() + 20
+        while not prefill.connector.holds:
+            assert time.monotonic() < deadline
+            two.step_prefill()
+            time.sleep(0.001)
+        begin, num_steps = time.monotonic(), 0
+        while prefill.has_unfinished():
+            assert time.monotonic() < deadline
+            prefill.step()
+            num_steps += 1
+        seconds = time.monotonic() - begin
+        assert seconds > 0.5, "the lease has ended it"
+        assert num_steps <= 1000 * seconds + 5, "a step waits a millisecond"
+        two.decode.connector.receiver.finished()
+
+
+@pytest.mark.parametrize("state", ["queued", "under way", "preempted"])
+def test_a_prompt_that_is_wanted_no_more_is_not_computed(state: str) -> None:
+    """The worker dropped its cache, or the prompt lost its blocks: the peer was told, and is gone."""
+    with contextlib.closing(pair()) as two:
+        prefill, connector = two.prefill, two.prefill.connector
+        receiver = two.decode.connector.receiver
+        receiver.request(connector.address, "t", KNOWN[LONG].prompt, None, 10)
+        deadline = time.monotonic() + 20
+        while not two.inbox:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        prefill.add_request(two.inbox.popleft())
+        if state != "queued":
+            prefill.step()
+        if state == "preempted":
+            prefill.scheduler.preempt(next(iter(prefill.scheduler.running)))
+        else:
+            connector.drop()
+        two.step_prefill()
+        two.step_prefill()
+        assert not prefill.sequences and not connector.asked and not connector.holds
+        assert receiver.wait(20) and receiver.finished()[0].error
+        two.settle()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"replica": ("http://a:1",)}, "replica has no effect on a proxy"),
+        ({"data_parallel_size": 2}, "data_parallel_size has no effect on a proxy"),
+        ({"min_replicas": 1, "max_replicas": 2}, "min_replicas has no effect on a proxy"),
+        ({"launcher": "ray"}, "launcher has no effect on a proxy"),
+        ({"prefill": ("http://a:1",)}, "prefill is given and decode is not"),
+        ({"decode": ("http://a:1",)}, "decode is given and prefill is not"),
+        (
+            {"prefill": ("http://a:1",), "decode": ("http://b:1",), "num_decode": 2},
+            "num_decode has",
+        ),
+        ({"prefill": ("http://a:1",), "decode": ("http://a:1",)}, "the same URL twice"),
+        ({"prefill": ("a",), "decode": ("http://b:1",)}, "must be a URL"),
+    ],
+)
+def test_a_proxys_settings_that_do_not_fit(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProxyConfig(**fields)
+    assert ProxyConfig(num_prefill=2, num_decode=1).roles == ["prefill", "prefill", "decode"]

@@ -13,10 +13,12 @@
 
 import dataclasses
 import os
+import random
 import re
 import signal
 import time
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import httpx
@@ -35,6 +37,24 @@ OPTIONS = SMALL | {"kv_secret": SECRET}
 TIMEOUT = 0.6  # seconds
 
 
+PREFILL_SHORT = [(state, "shm", signal.SIGKILL) for state in PREFILL_STATES]
+PREFILL_SHORT += [("computing", "tcp", signal.SIGSTOP), ("read", "shm", signal.SIGSTOP)]
+DECODE_SHORT = [(state, "shm", signal.SIGSTOP) for state in ("asked", "reading")]
+DECODE_SHORT += [("loading", "tcp", signal.SIGSTOP), ("reading", "shm", signal.SIGKILL)]
+
+
+def cases(states: dict[str, str], short: list[tuple[str, str, Any]]) -> list[Any]:
+    """Every state, transport and signal; but for a few they belong to the long form."""
+    every = product(states, ("shm", "tcp"), SIGNALS)
+    long = (pytest.mark.long,)
+    return [
+        pytest.param(
+            *case, marks=() if case in short else long, id=f"{case[0]}-{case[1]}-{case[2].name}"
+        )
+        for case in every
+    ]
+
+
 def request(name: str, address: str, salt: str) -> Request:
     known = KNOWN[LONG]
     made = Request(name, known.prompt, known.params, cache_salt=salt)
@@ -48,9 +68,9 @@ def decode() -> Iterator[Any]:
     made.shutdown()
 
 
-@pytest.mark.parametrize("signal_number", SIGNALS, ids=lambda s: s.name)
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("state", PREFILL_STATES)
+@pytest.mark.parametrize(
+    ("state", "transport", "signal_number"), cases(PREFILL_STATES, PREFILL_SHORT)
+)
 def test_a_prefill_worker_that_dies_or_stops(
     decode: Any, state: str, transport: str, signal_number: int
 ) -> None:
@@ -74,9 +94,9 @@ def test_a_prefill_worker_that_dies_or_stops(
     assert time.monotonic() - begin < 20
 
 
-@pytest.mark.parametrize("signal_number", SIGNALS, ids=lambda s: s.name)
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("state", DECODE_STATES)
+@pytest.mark.parametrize(
+    ("state", "transport", "signal_number"), cases(DECODE_STATES, DECODE_SHORT)
+)
 def test_a_decode_worker_that_dies_or_stops(state: str, transport: str, signal_number: int) -> None:
     both = Pair(engine("prefill", kv_lease=0.5, kv_transfer=transport), healthy := shared_decode())
     address = both.prefill.connector.describe()["address"]
@@ -118,7 +138,7 @@ def shared_decode() -> Any:
 FLAGS = (
     "--role", "proxy", "--num-prefill", "1", "--num-decode", "1", "--health-interval", "0.2",
     "--model", "random:tiny-llama", "--kv-cache-memory", str(4 << 20), "--threads", "1",
-    "--kv-min-tokens", "16", "--kv-timeout", "1", "--health-timeout", "3",
+    "--kv-min-tokens", "16", "--kv-timeout", "1", "--health-timeout", "2",
 )  # fmt: skip
 
 
@@ -134,7 +154,7 @@ def complete(server: RunningServer, prompt: list[int], **fields: Any) -> httpx.R
 
 
 def count(server: RunningServer, name: str) -> float:
-    text = httpx.get(f"{server.base_url}/metrics").text
+    text = httpx.get(f"{server.base_url}/metrics", timeout=30).text
     values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
     return sum(map(float, values))
 
@@ -195,7 +215,57 @@ def test_without_its_prefill_worker_a_decode_worker_does_all(
         answer = complete(proxy, [50 + n + signal_number] * 70)
         assert answer.status_code == 200 and answer.headers["x-engine"] == "1"
     assert complete(proxy, [40 + signal_number] * 70).json()["choices"] == expected
+    until(lambda: health(proxy)["available"] == 1)
     until(lambda: health(proxy)["available"] == 2)  # it is started again
     before = count(proxy, "kv_transfer:fetched_total")
     assert complete(proxy, [90 + signal_number] * 70).status_code == 200
     assert count(proxy, "kv_transfer:fetched_total") == before + 1
+
+
+def test_a_decode_worker_that_is_killed_is_replaced_by_any_other(proxy: RunningServer) -> None:
+    """As long as the client has no token: even a prefill worker can do all."""
+    until(lambda: health(proxy)["available"] == 2)
+    expected = complete(proxy, [17] * 70).json()["choices"]
+    worker_of(proxy, "decode").kill()
+    answer = complete(proxy, [17] * 70)
+    assert answer.json()["choices"] == expected and answer.headers["x-engine"] == "0"
+    until(lambda: health(proxy)["available"] == 2)
+    assert complete(proxy, [17] * 70).headers["x-engine"] == "1"
+
+
+def leaks(server: RunningServer) -> dict[str, Any]:
+    """What must not grow: blocks in use, descriptors of the proxy, names in /dev/shm."""
+    return {
+        "blocks": count(server, "vllm:kv_cache_usage_perc"),
+        "held": count(server, "kv_transfer:held"),
+        "running": count(server, "vllm:num_requests_running"),
+        "names": sorted(os.listdir("/dev/shm")),
+    }
+
+
+@pytest.mark.long
+def test_twenty_faults_leave_nothing_behind(proxy: RunningServer) -> None:
+    generator = random.Random(3)
+    expected = {n: complete(proxy, [n] * 80).json()["choices"] for n in range(100, 105)}
+    before, children_before = leaks(proxy), len(children(proxy))
+    for number in range(20):
+        until(lambda: health(proxy)["available"] == 2)
+        victim = worker_of(proxy, generator.choice(["prefill", "decode"]))
+        victim.send_signal(generator.choice(SIGNALS))
+        for n, choices in expected.items():
+            answer = complete(proxy, [n] * 80, cache_salt=str(number))
+            assert answer.status_code in (200, 502, 503), answer.text
+            if answer.status_code == 200:
+                assert answer.json()["choices"] == choices
+        until(lambda victim=victim: not victim.is_running() or victim.status() == "zombie")
+    until(lambda: health(proxy)["available"] == 2)
+    until(lambda: leaks(proxy) == before)
+    assert len(children(proxy)) == children_before
+
+
+def test_a_proxy_that_is_killed_leaves_no_worker(proxy: RunningServer) -> None:
+    """The last test that needs it."""
+    processes = children(proxy)
+    assert len(processes) == 2
+    proxy.kill()
+    until(lambda: not any(process.is_running() for process in processes), 20)

@@ -57,18 +57,21 @@ def run(args: argparse.Namespace) -> int:
     kinds = [(t, size) for t in dict.fromkeys(args.transports) for size in args.block_sizes]
     rows: list[dict[str, Any]] = []
     others = OtherWork()
-    for transport, block_size in progress(kinds, "transports"):
-        rows += measure(transport, block_size, args.num_tokens, args.repeats)
+    from common.testing.kv_worker import Nursery  # needs msgspec, which other benches do not
+
+    with closing(Nursery()) as nursery:
+        for transport, block_size in progress(kinds, "transports"):
+            rows += measure(nursery, transport, block_size, args.num_tokens, args.repeats)
     limits = run_worker({"job": "limits", "device": "cpu", "quick": args.quick_limits})
     finish(args, transfer_result(args, rows, limits, others.cores()))
     return 0
 
 
 def measure(
-    transport: str, block_size: int, num_tokens: list[int], repeats: int
+    nursery: Any, transport: str, block_size: int, num_tokens: list[int], repeats: int
 ) -> list[dict[str, Any]]:
     """Rows of one kind of block, each of another number of blocks."""
-    from common.kv_transfer import Receiver  # needs msgspec, which other benches do not
+    from common.kv_transfer import Receiver
     from common.testing.kv_worker import SECRET, Worker, contents
 
     counts = sorted({-(-n // block_size) for n in num_tokens})
@@ -80,7 +83,10 @@ def measure(
     target.fill_(1.0)
     known: dict[str, Any] = {"fingerprint": {"model": "test"}, "secret": SECRET, "timeout": 60.0}
     rows = []
-    with closing(Worker(**job)) as worker, closing(Receiver([target], **known)) as receiver:
+    with (
+        closing(Worker(nursery, **job)) as worker,
+        closing(Receiver([target], **known)) as receiver,
+    ):
         for count in counts:
             blocks = ours[:count]
             num_bytes = count * target[0].numel() * 4

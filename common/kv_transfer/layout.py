@@ -6,8 +6,10 @@ caches (a draft model's behind the model's) are counted on.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from common.kernels.cpu.compile import compile_kernel
@@ -49,6 +51,14 @@ class Layout:
     def addresses(self) -> list[int]:
         """Where each cache begins."""
         return [c.data_ptr() for c in self.caches]
+
+    def record(self) -> Any:
+        """A GPU's event on the current stream; None on a CPU, where what is written is there."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def places(self, base: int, cache: int, layer: int, blocks: Sequence[int]) -> np.ndarray:
         """Addresses of these blocks' pieces in one layer of a cache, int64 [len(blocks)]. base: where the

@@ -50,6 +50,7 @@ class Ledger:
         self._failed: list[tuple[Transfer, str]] = []  # nor of these
         self._events: list[tuple[Any, Transfer, int, int]] = []  # not final before they happen
         self._released: list[str] = []
+        self._has_released = threading.Event()
         self._outcomes: Counter[str] = Counter()
 
     # The engine's.
@@ -91,8 +92,12 @@ class Ledger:
 
     def released(self) -> list[str]:
         with self._lock:
+            self._has_released.clear()
             ended, self._released = self._released, []
         return ended
+
+    def wait(self, seconds: float) -> bool:
+        return self._has_released.wait(seconds)
 
     def stats(self) -> dict[str, float]:
         with self._lock:
@@ -195,6 +200,7 @@ class Ledger:
         del self._transfers[transfer.id]
         self._news.pop(transfer.id, None)
         self._released.append(transfer.id)
+        self._has_released.set()
         self._outcomes[outcome] += 1
         return transfer.computed is None
 

@@ -9,6 +9,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from common.kv_transfer.frames import MESSAGE_LIMIT
+
 VERSION = 1
 Count = Annotated[int, Meta(ge=0, le=1 << 31)]
 Address = Annotated[int, Meta(ge=0, lt=1 << 62)]
@@ -161,3 +163,12 @@ FromSender = (
 encoder = msgspec.msgpack.Encoder()
 from_receiver = msgspec.msgpack.Decoder(FromReceiver)
 from_sender = msgspec.msgpack.Decoder(FromSender)
+
+
+def problem(message: Message) -> str | None:
+    """Why a message cannot be sent: the connection would end, and all that is on it. None: it can."""
+    try:
+        size = len(encoder.encode(message))
+    except UnicodeEncodeError:
+        return "a text in it has half of a surrogate pair"
+    return None if size <= MESSAGE_LIMIT else f"it has {size} bytes: the limit is {MESSAGE_LIMIT}"

@@ -24,6 +24,8 @@ from common.kv_transfer.spans import Read, Span, next_spans, note_read
 
 logger = logging.getLogger(__name__)
 POLL = 0.0005  # seconds
+PATIENCE = 5.0  # seconds: with a read whose sender is lost
+GRACE = 0.2  # seconds: what is under way when a connection is closed by force has ended then
 
 
 class Agent:
@@ -67,7 +69,8 @@ class NixlInlet(Inlet):
         self._host, self._port, self._agent = host, port, agent
         # Handle, what it reads, bytes, when it began.
         self._reads: dict[str, tuple[Any, list[Span], int, float]] = {}
-        self._name: Any = None
+        self._name: Any = None  # of the sender
+        self._closed: float | None = None  # when
         self._welcome: Welcome | None = None
 
     def connect(self) -> Any:
@@ -106,20 +109,40 @@ class NixlInlet(Inlet):
         return Read(0, 0.0, 0.0)
 
     def is_reading(self, transfer: Transfer) -> bool:
-        if transfer.id not in self._reads:
-            return False
-        try:
-            if self._is_under_way(transfer.id):
-                return True
-        except Closed:
-            pass  # an error ends it too
-        del self._reads[transfer.id]
+        if transfer.id in self._reads and not self._has_ended(transfer.id):
+            return True
+        self._reads.pop(transfer.id, None)
+        if self._closed is not None and not self._reads:
+            self._forget_sender()
         return False
 
     def close(self) -> None:
-        if self._name is not None:
+        """The sender is forgotten when the last read has ended: a read that is under way then is no longer
+        under NIXL's watch, and might still write."""
+        self._closed = time.monotonic()
+        if not self._reads:
+            self._forget_sender()
+
+    def _has_ended(self, transfer_id: str) -> bool:
+        """Well or not. A read from a process that has stopped may never end by itself: closing what it runs
+        over ends it."""
+        try:
+            if not self._is_under_way(transfer_id):
+                return True
+        except Closed:
+            return True
+        if self._closed is None or time.monotonic() - self._closed < PATIENCE:
+            return False
+        logger.warning("kv receiver: nixl: a read does not end; its sender is cut off")
+        self._forget_sender()
+        time.sleep(GRACE)
+        return True
+
+    def _forget_sender(self) -> None:
+        name, self._name = self._name, None
+        if name is not None:
             try:
-                self._agent.nixl.remove_remote_agent(self._name)
+                self._agent.nixl.remove_remote_agent(name)
             except Exception as error:
                 logger.info("kv receiver: nixl: %s", error)
 

@@ -38,11 +38,13 @@ class Outcomes:
 
 def split(times: Mapping[str, float]) -> dict[str, float]:
     """How long each phase of a transfer took, in seconds."""
-    begin = max(times["computed"], times["fetch"])
+    computed = times.get("computed", times["ended"])
+    ready = times.get("ready", computed)  # a sender may say at once that there is nothing to come
+    begin = max(computed, times.get("fetch", computed))
     return {
-        "queue": times["ready"] - times["requested"],
-        "prefill": times["computed"] - times["ready"],
-        "room": begin - times["computed"],
+        "queue": ready - times["requested"],
+        "prefill": computed - ready,
+        "room": begin - computed,
         "transfer": times["ended"] - begin,
         "copying": times["copying"],
     }

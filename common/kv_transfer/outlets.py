@@ -37,15 +37,6 @@ class Outlet:
         self.bytes_sent = 0
         self.socket: socket.socket
         self.address: str
-        self._streams = layout.device.type == "cuda"
-
-    def record(self) -> Any:
-        """A GPU's event on the current stream; None on a CPU, where what is written is there."""
-        if not self._streams:
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
 
     def reason_to_refuse(self, sock: socket.socket) -> str | None:
         """Of a connection that has just come."""

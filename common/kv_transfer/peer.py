@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GREETING_SECONDS = 5.0
 CLOSED = "closed"  # by ourselves
-LONG_TURN = 2.0  # seconds between two turns, which are a second apart at most
 
 
 class Peer:
@@ -39,7 +38,11 @@ class Peer:
 
     def begin(self, transfer: Transfer, token_ids: list[int], cache_salt: str | None) -> None:
         self.transfers[transfer.id] = transfer
-        self._prompts.append(m.Prefill(transfer.id, token_ids, cache_salt, transfer.num_blocks))
+        prompt = m.Prefill(transfer.id, token_ids, cache_salt, transfer.num_blocks)
+        if (problem := m.problem(prompt)) is not None:  # its own, and not the connection's
+            self._end(transfer, f"the prompt cannot be sent: {problem}", tell=False)
+            return
+        self._prompts.append(prompt)
         self._handle(0)
 
     def fetch(self, transfer_id: str, first: int, blocks: list[int]) -> None:
@@ -81,11 +84,16 @@ class Peer:
         logger.log(level, "kv receiver: %s: %s", self.address, reason)
         self.receiver.loop.forget(self.connection.socket)
         self.connection.close()
-        self.inlet.close()
         for transfer in list(self.transfers.values()):
             self._end(transfer, f"{self.address}: {reason}")
-        self._finish_ending()
         self.receiver.lost(self)
+
+    def leave(self) -> bool:
+        """After it is lost: whether no read is under way any more, and all of its transfers have ended."""
+        self._finish_ending()
+        if not self._ending:
+            self.inlet.close()
+        return not self._ending
 
     def _handle(self, events: int) -> None:
         if self._is_lost:
@@ -102,7 +110,7 @@ class Peer:
     def _excuse_pause(self, now: float) -> None:
         """A sender is not silent while this process is stopped."""
         pause, self._turned = now - self._turned, now
-        if pause > LONG_TURN:
+        if pause > self.receiver.timeout / 2:  # turns are a quarter of it apart at most
             self.connection.heard += pause
             for transfer in self.transfers.values():
                 transfer.progress += pause

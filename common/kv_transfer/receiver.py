@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from common.kv_transfer.loop import Loop
 from common.kv_transfer.peer import CLOSED, Peer
 
 logger = logging.getLogger(__name__)
+LOOK_SECONDS = 0.0005  # between looks at a GPU's event, or a read of a peer that is lost
 
 
 class Receiver:
@@ -42,6 +44,8 @@ class Receiver:
         self.secret, self.timeout = secret, timeout
         self.fingerprint = {**fingerprint, "kv caches": self.layout.describe()}
         self._peers: dict[str, Peer] = {}  # by address
+        self._early: list[tuple[Any, str, int, list[int]]] = []  # fetches that wait for a GPU
+        self._leaving: list[Peer] = []  # lost ones, whose last reads are under way
         self._where: dict[str, Peer] = {}  # of a transfer that has not ended
         self._lock = threading.Lock()
         self._ids: set[str] = set()  # not in `finished` yet
@@ -71,10 +75,11 @@ class Receiver:
         self.loop.call(self._request, address, transfer, list(token_ids), cache_salt)
 
     def fetch(self, transfer_id: str, first: int, blocks: list[int]) -> None:
-        """The transfer's blocks from number `first` on go into these blocks of ours, once. Nothing happens
-        when the transfer has ended."""
+        """The transfer's blocks from number `first` on go into these blocks of ours, once. On a GPU: when
+        the current stream has come this far, so no step before writes there. Nothing happens when the
+        transfer has ended."""
         assert all(0 <= b < self.layout.num_blocks for b in blocks), f"no such blocks: {blocks}"
-        self.loop.call(self._fetch, transfer_id, first, list(blocks))
+        self.loop.call(self._fetch, self.layout.record(), transfer_id, first, list(blocks))
 
     def cancel(self, transfer_id: str) -> None:
         """End it. Blocks may be written until it is in `finished`. Nothing happens when it has ended."""
@@ -119,8 +124,10 @@ class Receiver:
         self._where[transfer.id] = peer
         peer.begin(transfer, token_ids, cache_salt)
 
-    def _fetch(self, transfer_id: str, first: int, blocks: list[int]) -> None:
-        if transfer_id in self._where:
+    def _fetch(self, event: Any, transfer_id: str, first: int, blocks: list[int]) -> None:
+        if event is not None and not event.query():
+            self._early.append((event, transfer_id, first, blocks))
+        elif transfer_id in self._where:
             self._where[transfer_id].fetch(transfer_id, first, blocks)
 
     def _cancel(self, transfer_id: str) -> None:
@@ -129,7 +136,12 @@ class Receiver:
 
     def _turn(self) -> float:
         now = time.monotonic()
-        return min([1.0, *(peer.turn(now) for peer in list(self._peers.values()))])
+        early, self._early = self._early, []
+        for fetch in early:
+            self._fetch(*fetch)
+        waits = [peer.turn(now) for peer in list(self._peers.values())]
+        self._leaving = [peer for peer in self._leaving if not peer.leave()]
+        return min([LOOK_SECONDS if self._leaving or self._early else 1.0, *waits])
 
     def ended(self, transfer: Transfer, error: str | None) -> None:
         """For a peer: nothing writes the transfer's blocks any more."""
@@ -150,8 +162,13 @@ class Receiver:
         """For a peer: it is of no more use. The next request connects anew."""
         if self._peers.get(peer.address) is peer:
             del self._peers[peer.address]
+        if not peer.leave():
+            self._leaving.append(peer)
 
     def _close_peers(self) -> None:
         for peer in list(self._peers.values()):
             peer.lose(CLOSED)
+        while self._leaving:
+            self._leaving = [peer for peer in self._leaving if not peer.leave()]
+            time.sleep(LOOK_SECONDS)
         self.inlets.close()

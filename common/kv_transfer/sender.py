@@ -78,7 +78,7 @@ class Sender:
         """Of the transfer's blocks, `blocks` so far, the first `num_blocks` are final in this layer. On a
         GPU: will be, when the current stream has come this far. Nothing happens when the transfer
         has ended; one whose earlier blocks have become others fails."""
-        self._ledger.ready(transfer_id, blocks, layer, num_blocks, self._outlet.record())
+        self._ledger.ready(transfer_id, blocks, layer, num_blocks, self._layout.record())
         self._loop.wake()
 
     def finish(self, transfer_id: str, num_blocks: int) -> None:
@@ -95,6 +95,10 @@ class Sender:
     def released(self) -> list[str]:
         """Transfers that have ended since the last call, each once: nobody needs their blocks any more."""
         return self._ledger.released()
+
+    def wait(self, seconds: float) -> bool:
+        """Until a transfer has ended, or the time is over. Whether one has."""
+        return self._ledger.wait(seconds)
 
     def stats(self) -> dict[str, float]:
         """transfers: that are not over; connections; bytes_sent (tcp only: others read by

@@ -6,6 +6,7 @@ from safetensors only: pickled weights can run code when loaded, and so can the 
 checkpoints bring; both are refused, and there is no option to change that.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -37,6 +38,7 @@ from common.models.weights import NotRead, model_weights, names_in_model, report
 
 BUILT_IN = "smollm2-135m"
 RANDOM_MARK = "random_weights.json"
+SHAPES = "shapes.json"  # beside it
 READ_WHOLE = (".json", ".jinja", ".model", ".txt")  # read into memory, with the limit below
 # Tokens. Tables grow with it; of the models run here the longest see a million.
 MAX_CONTEXT = 1 << 20
@@ -254,10 +256,29 @@ def random_tensors(
         return tensor.to(device)
 
     tied = "lm_head.weight" if config.tie_word_embeddings else None
-    shapes = split_shapes(empty_model(config).state_dict())
     return {
-        n: (shape, functools.partial(draw, n, shape)) for n, shape in shapes.items() if n != tied
+        n: (shape, functools.partial(draw, n, shape))
+        for n, shape in _random_shapes(folder, config).items()
+        if n != tied
     }
+
+
+def _random_shapes(folder: Path, config: Any) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a random model's weights. transformers' model is asked once and the answer
+    kept beside the config: its code takes a second of each start to import."""
+    from transformers import __version__
+
+    path, made_of = folder / SHAPES, [__version__, (folder / "config.json").read_text()]
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        kept = json.loads(path.read_text())
+        if kept["made_of"] == made_of:
+            return {name: tuple(map(int, shape)) for name, shape in kept["shapes"].items()}
+    shapes = split_shapes(empty_model(config).state_dict())
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # then the next start asks again
+        temporary.write_text(json.dumps({"made_of": made_of, "shapes": shapes}))
+        temporary.replace(path)
+    return shapes
 
 
 def empty_model(config: Any) -> Any:

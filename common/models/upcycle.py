@@ -50,7 +50,7 @@ KEPT = (
     "pad_token_id",
 )  # of the dense model's config
 MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-NOT_COPIED = ("config.json", "manifest.json", "random_weights.json")
+NOT_COPIED = ("config.json", "manifest.json", "random_weights.json", "shapes.json")
 SHARD_BYTES = 2 << 30
 ROOM = 64 << 20  # bytes for what is not weights
 

@@ -175,6 +175,7 @@ class Runner:
         nothing = SimpleNamespace(close=lambda: None, close_soon=lambda: None, problem=lambda: None)
         nothing.group = SimpleNamespace(num_bytes_sent=0)
         self.ranks = self.queue = nothing
+        self.rank_sleep = SimpleNamespace(order=lambda level: None, held=[(0, 0)])
         self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=VOCAB))
         self.max_model_len = self.kv.num_blocks * self.kv.block_size
         self.num_weight_bytes = self.num_buffer_bytes = 0

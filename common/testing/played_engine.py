@@ -47,20 +47,36 @@ class Rig:
 
     def watch_pools(self) -> None:
         """Poison blocks that are given out."""
-        pool, host = self.runner.kv.pool, self.connector.host
-        give, give_host = pool.allocate, host.allocate
+        pool = self.runner.kv.pool
+        give = pool.allocate
 
         def allocate(count: int) -> list[int]:
             blocks = give(count)
             self.runner.poison(blocks)
             return blocks
 
-        def allocate_host(count: int) -> list[int] | None:
-            blocks = give_host(count)
+        pool.allocate = allocate
+        self.watch_host()
+
+    def watch_host(self) -> None:
+        host = self.connector.host
+        give = host.allocate
+
+        def allocate(count: int) -> list[int] | None:
+            blocks = give(count)
             self.copies.numbers[blocks or []] = POISON
             return blocks
 
-        pool.allocate, host.allocate = allocate, allocate_host
+        host.allocate = allocate
+
+    def sleep(self) -> None:
+        """Sleep and wake up: nothing is left on the device and on the host."""
+        self.engine.sleep(1)
+        assert not self.runner.queued and self.copies.orders.empty(), "something is under way"
+        self.engine.check_integrity()
+        self.runner.kv.numbers[:] = self.copies.numbers[:] = POISON
+        self.watch_host()
+        self.engine.wake_up()
 
     def block_contents(self, sequence: Any) -> list[tuple[int, ...]]:
         """Of its full blocks."""

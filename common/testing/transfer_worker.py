@@ -20,7 +20,7 @@ PREFILL_STATES = {
     "asked": "the prompt has come, and is not in the queue yet",
     "computing": "the first layer of the first slice is told",
     "slice": "the first layer of the second slice is told",
-    "computed": "all is told, and blocks are held",
+    "computed": "all is told but that it is all, and blocks are held",
     "read": "the peer has read all; blocks are held still",
 }
 DECODE_STATES = {
@@ -135,8 +135,9 @@ def watch_prefill(engine: Any, state: str, signal: Callable[[], None]) -> None:
                 signal()
 
     engine.runner.model.on_saved = saved
-    if state == "computed":
-        after(connector.sender, "finish", lambda *_: signal())
+    if state == "computed":  # not after `finish`: by then the peer may have read all
+        finish = connector.sender.finish
+        connector.sender.finish = lambda *told: (signal(), finish(*told))
     if state == "read":
         method_of_finished = connector.get_finished
 
