@@ -17,6 +17,7 @@ The reader alone writes its blocks, and they are its own until it says that it h
 that comes late can be written into a block that has another owner.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -167,6 +168,7 @@ class DecodeConnector(PeerConnector):
         self.sequences: dict[str, Sequence] = {}  # by transfer, until the receiver has ended it
         self.wanted: dict[Sequence, str] = {}  # transfers, until they are cancelled or ended
         self.fetches: list[tuple[str, int, list[int]]] = []  # for the next step
+        self.numbers = itertools.count()
         options = receiver_options(config)
         self.secret = options["secret"]
         self.receiver = kv_transfer.Receiver([kv.data], fingerprint=self.prints, **options)
@@ -174,15 +176,16 @@ class DecodeConnector(PeerConnector):
     def on_new_request(self, sequence: Sequence) -> None:
         """Ask at once: the prompt is computed while the sequence waits for blocks."""
         request, num_tokens = sequence.request, sequence.num_cacheable_tokens
-        if (ticket := request.kv_ticket) is None or ticket.transfer_id in self.sequences:
+        if (ticket := request.kv_ticket) is None:
             return
         num_found = len(self.cache.match(sequence).blocks) * self.kv.block_size
         if num_tokens - num_found < self.min_tokens:
             return self.outcomes.local()
-        self.sequences[ticket.transfer_id] = sequence
-        self.wanted[sequence] = ticket.transfer_id
+        # A ticket that comes again is another transfer: of the first a fetch may wait for the device.
+        transfer_id = f"{ticket.transfer_id}.{next(self.numbers)}"
+        self.sequences[transfer_id], self.wanted[sequence] = sequence, transfer_id
         prompt = request.prompt_token_ids, request.cache_salt, self.kv.blocks_for(num_tokens)
-        self.receiver.request(ticket.address, ticket.transfer_id, *prompt)
+        self.receiver.request(ticket.address, transfer_id, *prompt)
 
     def get_num_new_matched_tokens(
         self, sequence: Sequence, num_computed_tokens: int

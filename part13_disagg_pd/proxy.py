@@ -79,4 +79,4 @@ class Proxy(Router):
 
 
 def main() -> None:
-    run(Proxy, WorkerSet, EngineConfig, __package__, __doc__, ProxyConfig)
+    run(Proxy, WorkerSet, EngineConfig, __package__, __doc__.partition("\n")[0], ProxyConfig)

@@ -145,11 +145,11 @@ def wake_up(engine: Any) -> dict[str, Any]:
 
 def put_down(engine: Any) -> None:
     """Wait for what is under way; then no sequence runs, and no block is in use."""
+    if (drop := getattr(engine.connector, "drop", None)) is not None:
+        drop()  # what waits for other engines
     finish(engine)
     for sequence in reversed(list(engine.scheduler.running)):
         engine.scheduler.preempt(sequence)
-    if (drop := getattr(engine.connector, "drop", None)) is not None:
-        drop()  # what waits for other engines
     finish(engine)  # copies to the host
     engine.connector.forget()
     if held := engine.connector.held():
