@@ -40,7 +40,7 @@ LONGEST = (
     "test_notebooks", "test_lifecycle", "test_part09_faults", "test_contract", "test_distributed",
     "test_part10_processes", "test_gpu_check", "test_openai_client", "test_triton_kernels",
     "test_part11_router", "test_part11_engines", "test_part10_ray", "test_http_input", "test_part08",
-    "test_schedules", "test_soak", "test_memory", "test_inspector_replay", "test_inspector",
+    "test_schedules", "test_part13_soak", "test_soak", "test_memory", "test_inspector_replay", "test_inspector",
     "test_inspector_engine", "test_metrics", "test_bench_speculative", "test_bench_router",
     "test_bench_parallel", "test_bench", "test_cli", "test_bench_ladder", "test_bench_prefix",
     "test_upcycle", "test_model_files_own", "test_part08_units", "test_kernels",

@@ -4,12 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 from common.testing import disagg_soak as soak
-from common.testing.disagg_workers import cut_connections
+from common.testing.disagg_workers import Workers, cut_connections
 
 WARM_UP = 1.5  # times the memory after the first seconds
 
@@ -61,6 +63,32 @@ def test_a_connection_of_another_process_is_cut(kind: str) -> None:
             assert cut_connections(psutil.Process(child.pid), psutil.Process()) == 1
             assert child.stdout.readline() == "end\n" and accepted.recv(1) == b""
             accepted.close()
+
+
+MAPPED = """
+import mmap, sys
+with open(sys.argv[1], "w+b") as file:
+    file.truncate(4096)
+    mapped = mmap.mmap(file.fileno(), 4096)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_name_in_shared_memory_is_noticed() -> None:
+    """The control: of a process that would leave one."""
+    path = f"/dev/shm/soak-{os.getpid()}"
+    server: Any = SimpleNamespace(process=SimpleNamespace(pid=os.getpid()))
+    workers = Workers(server)
+    command = [sys.executable, "-c", MAPPED, path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    try:
+        with subprocess.Popen(command, **pipes) as child:
+            assert child.stdout is not None and child.stdout.readline() == "mapped\n"
+            workers.note()
+        assert path in workers.shared and child.pid in workers.seen
+    finally:
+        os.unlink(path)
 
 
 FINE = {

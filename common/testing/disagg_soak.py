@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import signal
 import sys
@@ -217,7 +216,8 @@ async def soak(
 ) -> dict[str, Any]:
     """Run it against a proxy that is ready. Returns what there is to judge by."""
     workers, pids = Workers(server), {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
+    # Kept for less time than the server keeps them: else one is used while it is being closed.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=50, keepalive_expiry=2.0)
     async with httpx.AsyncClient(base_url=server.base_url, limits=limits) as client:
         run = Soak(client, random.Random(seed))
         await run.learn()
@@ -290,7 +290,6 @@ def run_soak(
     seconds: float, every: float, load: float, seed: int, growth: float, *flags: str
 ) -> tuple[dict[str, Any], list[str]]:
     """(what happened, what should not be), after all processes have ended."""
-    before = shared_names()
     with proxy(*flags) as server:
         result = asyncio.run(soak(server, seconds, every, load, seed))
         found = complaints(result, growth)
@@ -299,13 +298,8 @@ def run_soak(
     while workers.left() and time.monotonic() < deadline:
         time.sleep(0.1)
     found += [f"process {pid} is left" for pid in workers.left()]
-    found += [f"/dev/shm/{name} is left" for name in sorted(shared_names() - before)]
+    found += [f"{path} is left" for path in sorted(workers.shared) if Path(path).exists()]
     return result, found
-
-
-def shared_names() -> set[str]:
-    folder = Path("/dev/shm")
-    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def main(argv: list[str] | None = None) -> int:

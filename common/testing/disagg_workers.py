@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,11 +23,15 @@ class Workers:
     def __init__(self, server: RunningServer) -> None:
         self.server = server
         self.seen: dict[int, float] = {}  # process ids, ever, and their times of creation
+        self.shared: set[str] = set()  # names in /dev/shm that one of them has had in its memory
 
     def note(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.server.process.pid).children(recursive=True):
                 self.seen.setdefault(process.pid, process.create_time())
+                with contextlib.suppress(OSError):
+                    maps = Path(f"/proc/{process.pid}/maps").read_text()
+                    self.shared |= set(re.findall(r"/dev/shm/\S+$", maps, re.MULTILINE))
 
     def find(self, kind: str) -> psutil.Process | None:
         """The worker's process; None while there is none that is ready."""
