@@ -27,6 +27,7 @@ from common.kernels.cpu import compile as cpu_compile
 from common.kernels.cpu.ops import CpuOps
 CpuOps(1)
 load_kernels()
+cpu_compile.compile_kernel("copy_pieces")
 stats = [k.stats for k in cpu_compile.KERNELS.values()]
 print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.values()) for s in stats))
 """

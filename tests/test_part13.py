@@ -428,15 +428,15 @@ def test_a_lost_worker_is_forgotten_by_both_policies() -> None:
 # Tickets
 
 
-@given(st.data())
-def test_a_ticket_that_was_changed_is_refused(data: st.DataObject) -> None:
+@given(number=st.integers(0, 9999), other=st.characters())
+def test_a_ticket_that_was_changed_is_refused(number: int, other: str) -> None:
     secret = SECRET.encode()
     text = write_ticket(Ticket("shm:here", "a" * 32, 1e10), secret)  # the same in each example
-    place = data.draw(st.integers(0, len(text) - 1))
-    other = data.draw(st.characters().filter(lambda c: c != text[place]))
+    place = number % len(text)
     for wrong in (text[:place] + other + text[place + 1 :], text[:place], text + other):
-        with pytest.raises(ValueError, match="x-kv-transfer"):
-            read_ticket(wrong, secret)
+        if wrong != text:
+            with pytest.raises(ValueError, match="x-kv-transfer"):
+                read_ticket(wrong, secret)
     with pytest.raises(ValueError, match="not signed"):
         read_ticket(text, secret + b"!")
 

@@ -229,6 +229,7 @@ def test_a_decode_worker_that_is_killed_is_replaced_by_any_other(proxy: RunningS
     worker_of(proxy, "decode").kill()
     answer = complete(proxy, [17] * 70)
     assert answer.json()["choices"] == expected and answer.headers["x-engine"] == "0"
+    until(lambda: health(proxy)["available"] == 1)
     until(lambda: health(proxy)["available"] == 2)
     assert complete(proxy, [17] * 70).headers["x-engine"] == "1"
 
@@ -265,6 +266,7 @@ def test_twenty_faults_leave_nothing_behind(proxy: RunningServer) -> None:
 
 def test_a_proxy_that_is_killed_leaves_no_worker(proxy: RunningServer) -> None:
     """The last test that needs it."""
+    until(lambda: health(proxy)["available"] == 2)
     processes = children(proxy)
     assert len(processes) == 2
     proxy.kill()
