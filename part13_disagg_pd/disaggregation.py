@@ -27,7 +27,7 @@ from common.kv_memory import share_kv
 from common.kv_store import open_copies
 from common.kv_transfer.fetching import Fetched
 from common.kv_transfer.options import receiver_options, sender_options
-from common.kv_transfer.outcomes import Outcomes
+from common.kv_transfer.outcomes import Outcomes, prefixed
 from common.requests import Request
 from common.sampling import SamplingParams
 
@@ -119,8 +119,7 @@ class PrefillConnector(PeerConnector):
             return
         if sequence.output_token_ids:
             self.holds[transfer_id] = self.cache.hold(sequence)
-            num_blocks = self.kv.blocks_for(len(sequence.prompt_token_ids) - 1)
-            self.sender.finish(transfer_id, num_blocks)
+            self.sender.finish(transfer_id, len(sequence.block_table))
         else:
             self.sender.fail(transfer_id, "the prompt was not computed")
 
@@ -152,8 +151,7 @@ class PrefillConnector(PeerConnector):
             self.sender.fail(transfer_id, "the worker has dropped its KV cache")
 
     def stats(self) -> dict[str, Any]:
-        told = {f"kv_sender_{name}": value for name, value in self.sender.stats().items()}
-        return {"num_kv_held": len(self.holds)} | told
+        return prefixed("kv_sender", self.sender.stats()) | {"num_kv_held": len(self.holds)}
 
     def shutdown(self) -> None:
         self.sender.close()
@@ -245,8 +243,7 @@ class DecodeConnector(PeerConnector):
             self.receiver.cancel(transfer_id)
 
     def stats(self) -> dict[str, Any]:
-        told = {f"kv_receiver_{name}": value for name, value in self.receiver.stats().items()}
-        return self.outcomes.counts | told
+        return prefixed("kv_receiver", self.receiver.stats()) | self.outcomes.counts
 
     def shutdown(self) -> None:
         self.receiver.close()

@@ -30,12 +30,9 @@ if TYPE_CHECKING:
 class KVConnector:
     """Both sides. This one knows no other place."""
 
-    will_free = False  # device blocks come free when transfers under way are done
-    is_busy = False  # transfers are under way
-    num_copied = 0  # the last copy that other ranks must have done before the next step
-    role, address = "both", None  # what it does for other workers, and where they find it
-    secret: bytes | None = None  # that it shares with them
-    pairs = ()  # of caches, on the device and on the host
+    is_busy = will_free = False  # transfers are under way; blocks come free when these are done
+    num_copied, pairs = 0, ()  # what other ranks must have copied before a step; host caches
+    role, address, secret = "both", None, None  # what it is to other workers
 
     # the scheduler's side
 

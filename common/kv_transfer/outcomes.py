@@ -36,6 +36,11 @@ class Outcomes:
             self.counts[f"kv_seconds_{phase}"] += seconds
 
 
+def prefixed(name: str, numbers: Mapping[str, float]) -> dict[str, float]:
+    """Numbers of a sender or a receiver, to stand beside an engine's own."""
+    return {f"{name}_{key}": value for key, value in numbers.items()}
+
+
 def split(times: Mapping[str, float]) -> dict[str, float]:
     """How long each phase of a transfer took, in seconds."""
     computed = times.get("computed", times["ended"])
