@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from common.device import DTYPES
-from common.kv_transfer.options import ROLES, TRANSPORTS, check_role
+from common.kv_transfer.options import ASKING, ROLES, TELLING, TRANSPORTS, check_role
 from common.models.generation_config import USES
 from common.options import option, validate
 
@@ -17,7 +17,7 @@ OFFLOADING, KEEPING = ("offload", OFFLOADS[1:]), ("offload", ("prefix", "both"))
 SLEEP_REQUESTS = ("wait", "refuse")
 PROPOSERS = ("off", "ngram", "draft", "self")
 DRAFTING, NGRAM = ("speculative", PROPOSERS[1:]), ("speculative", ("ngram",))
-APART = ("role", ROLES[1:])
+APART, PREFILL, DECODE = (("role", roles) for roles in (ROLES[1:], TELLING, ASKING))
 DRAFT, SELF = ("speculative", ("draft",)), ("speculative", ("self",))
 
 
@@ -65,13 +65,13 @@ class EngineConfig:
     )
     # prefill and decode apart
     role: str = option("both", "prompts, tokens, both, or a proxy of such workers", choices=ROLES)
-    kv_transfer: str = option("shm", "how blocks leave a worker", choices=TRANSPORTS, needs=APART)
-    kv_host: str | None = option(None, "address for tcp and nixl (loopback)", needs=APART)
-    kv_port: int = option(0, "port for tcp and nixl; 0 takes a free one", 0, 65535, needs=APART)
+    kv_transfer: str = option("shm", "how blocks leave a worker", choices=TRANSPORTS, needs=PREFILL)
+    kv_host: str | None = option(None, "address for tcp and nixl (loopback)", needs=PREFILL)
+    kv_port: int = option(0, "port for tcp and nixl; 0 takes a free one", 0, 65535, needs=PREFILL)
     kv_secret_file: str | None = option(None, "the workers' secret (chmod 600)", needs=APART)
-    kv_lease: float = option(30.0, "seconds that blocks wait to be fetched", 0.1, needs=APART)
-    kv_timeout: float = option(10.0, "seconds without progress of a fetch", 0.1, needs=APART)
-    kv_min_tokens: int = option(64, "fewest tokens to fetch, not to compute", 1, needs=APART)
+    kv_lease: float = option(30.0, "seconds that blocks wait to be fetched", 0.1, needs=PREFILL)
+    kv_timeout: float = option(10.0, "seconds without progress of a fetch", 0.1, needs=DECODE)
+    kv_min_tokens: int = option(64, "fewest tokens to fetch, not to compute", 1, needs=DECODE)
     kv_secret: str | None = field(default=None, repr=False)  # from the proxy that starts it
     # memory
     block_size: int | None = option(

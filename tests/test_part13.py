@@ -26,6 +26,7 @@ from part13.policies import POLICIES
 from part13.proxy import PrefillAndDecode
 from part13.sequence import Status
 
+from common.http.run import ServerConfig
 from common.kv_transfer.ticket import (
     HEADER,
     Ticket,
@@ -35,6 +36,7 @@ from common.kv_transfer.ticket import (
     write_ticket,
 )
 from common.requests import Request
+from common.router.launchers import make_launcher
 from common.router.link import Status as RouterStatus
 from common.router.proxy_config import ProxyConfig
 from common.router.request import RoutedRequest
@@ -495,7 +497,11 @@ def test_a_secret_in_a_file(tmp_path: Path) -> None:
         ({"role": "prefill", "kv_secret": SECRET, "offload": "swap"},
          "offload is swap: role prefill has no host tier"),
         ({"kv_transfer": "tcp"},
-         "kv_transfer is 'tcp': it needs role to be prefill or decode or proxy, not both"),
+         "kv_transfer is 'tcp': it needs role to be prefill or proxy, not both"),
+        ({"role": "decode", "kv_lease": 5.0},
+         "kv_lease is 5.0: it needs role to be prefill or proxy, not decode"),
+        ({"role": "prefill", "kv_timeout": 5.0},
+         "kv_timeout is 5.0: it needs role to be decode or proxy, not prefill"),
         ({"role": "somebody"}, "role must be one of both, prefill, decode, proxy, not 'somebody'"),
     ],
 )  # fmt: skip
@@ -643,3 +649,18 @@ def test_a_proxys_settings_that_do_not_fit(fields: dict[str, Any], message: str)
     with pytest.raises(ValueError, match=message):
         ProxyConfig(**fields)
     assert ProxyConfig(num_prefill=2, num_decode=1).roles == ["prefill", "prefill", "decode"]
+
+
+def test_a_proxy_gives_each_worker_the_settings_of_its_role() -> None:
+    """A worker refuses those that it has no use for."""
+    chosen = {"kv_transfer": "tcp", "kv_lease": 5.0, "kv_timeout": 2.0, "kv_min_tokens": 9}
+    engine_config = EngineConfig(role="proxy", num_blocks=40, **chosen)
+    launcher = make_launcher("m", engine_config, ProxyConfig(num_decode=2), ServerConfig())
+    configs = [EngineConfig(**launcher.job_of(index)["engine"]) for index in range(3)]
+    assert [config.role for config in configs] == ["prefill", "decode", "decode"]
+    prefill, decode, _ = configs
+    assert (prefill.kv_transfer, prefill.kv_lease) == ("tcp", 5.0)
+    assert (decode.kv_timeout, decode.kv_min_tokens) == (2.0, 9)
+    assert {(config.num_blocks, config.kv_secret) for config in configs} == {
+        (40, launcher.kv_secret)
+    }

@@ -18,7 +18,7 @@ from common.testing.transfer_pair import KNOWN, LONG, MODEL, Pair, pair
 @pytest.fixture(scope="module", params=["shm", "tcp"])
 def both(request: pytest.FixtureRequest) -> Iterator[Pair]:
     transfer = {"kv_transfer": request.param}
-    engines = pair(transfer, transfer | {"kv_timeout": 1.0})
+    engines = pair(transfer, {"kv_timeout": 1.0})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sleeping, "release_unused", lambda: None)
         yield engines

@@ -9,6 +9,12 @@ from typing import Any
 from common.kv_transfer.ticket import read_secret
 
 ROLES, TRANSPORTS = ("both", "prefill", "decode", "proxy"), ("shm", "tcp", "nixl")
+TELLING, ASKING = ("prefill", "proxy"), ("decode", "proxy")
+# Settings that a worker's role has no use for.
+OF_OTHERS = {
+    "prefill": ("kv_timeout", "kv_min_tokens"),
+    "decode": ("kv_transfer", "kv_host", "kv_port", "kv_lease"),
+}
 
 
 def check_role(config: Any) -> None:

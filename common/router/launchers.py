@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.http.run import ServerConfig
+from common.kv_transfer.options import OF_OTHERS
 from common.router.config import RouterConfig
 from common.router.launching import ChildServer, GivenLauncher, Launcher
 from common.router.proxy_config import shared_secret
@@ -48,7 +49,7 @@ def make_launcher(module: str, engine: Any, config: RouterConfig, server: Server
         return RayLauncher(module, job, engine, config)
     environments = [gpu_environment(engine, i, config.most) for i in range(config.most)]
     if config.roles:
-        launcher = RoleLauncher(module, job, environments, config.roles)
+        launcher = RoleLauncher(module, job, environments, config.roles, asdict(type(engine)()))
         launcher.kv_secret = shared_secret(engine, config)
         return launcher
     if getattr(engine, "enable_expert_parallel", False) and config.most > 1:
@@ -103,12 +104,15 @@ class RoleLauncher(LocalLauncher):
         job: dict[str, Any],
         environments: list[dict[str, str]],
         roles: list[str],
+        defaults: dict[str, Any],
     ) -> None:
+        """defaults: an engine's settings."""
         super().__init__(module, job, environments)
-        self.roles, self.kv_secret = roles, ""
+        self.roles, self.kv_secret, self.defaults = roles, "", defaults
 
     def job_of(self, index: int) -> dict[str, Any]:
-        own = {"role": self.roles[index]}
+        role = self.roles[index]
+        own = {"role": role} | {name: self.defaults[name] for name in OF_OTHERS[role]}
         if self.job["engine"]["kv_secret_file"] is None:
             own["kv_secret"] = self.kv_secret
         return self.job | {"engine": self.job["engine"] | own}
