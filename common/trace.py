@@ -161,19 +161,23 @@ class Trace:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[StepRecord]:
-        """Record one step; the record is kept even when the step raises, unless nothing has happened:
-        an engine that waits for a copy looks again and again."""
-        record, self._in_step = self._next, True
+        """Record one step; the record is kept even when the step raises."""
+        record, self._in_step, self._may_skip = self._next, True, False
         record.begin = time.perf_counter()
         try:
             yield record
         finally:
             record.end = time.perf_counter()
             self._in_step = False
-            if record.has_news:
+            if self._may_skip and not record.has_news:
+                record.phases.clear()  # the next step is recorded in its place
+            else:
                 self._keep(record)
-            else:  # the next step is recorded in its place
-                record.phases.clear()
+
+    def skip(self) -> None:
+        """Do not keep the record of the step under way if nothing has happened in it: an engine that
+        waits for a copy looks again and again."""
+        self._may_skip = True
 
     def _keep(self, record: StepRecord) -> None:
         self._next = StepRecord(record.step + 1, 0.0)

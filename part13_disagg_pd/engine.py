@@ -134,6 +134,7 @@ class LLMEngine:
                 self.speculator.propose(self.scheduler, scheduled.num_tokens, seconds)
             elif not scheduled.num_tokens:
                 self.runner.connector.wait(WAIT_SECONDS)  # a copy is all there is to do
+                self.trace.skip()
             outputs, self.outbox = self.outbox, []
             self.trace.outputs(outputs)
         return outputs

@@ -267,7 +267,7 @@ class Scheduler:
 
     # The life of a sequence: nothing else changes its status.
 
-    def start(self, sequence: Sequence, status: Status) -> None:
+    def start(self, sequence: Sequence, status: Status = Status.RUNNING) -> None:
         """The head of the queue joins the running sequences, or those that are loading."""
         self.become(sequence, status)
         joined = self.running if status is Status.RUNNING else self.loading

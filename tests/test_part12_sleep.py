@@ -762,7 +762,7 @@ from part12.config import EngineConfig
 from part12.engine import LLMEngine
 
 flags = dict(device="cuda", dtype="float32", kernels="reference", num_blocks=8, block_size=16)
-flags |= dict(max_num_seqs=2, max_num_batched_tokens=32, offload="both")
+flags |= dict(max_num_seqs=2, max_num_batched_tokens=32)
 params = SamplingParams(seed=3, temperature=0.9, max_tokens=6, ignore_eos=True)
 with cuda_on_cpu.OnCpu():
     engine = LLMEngine(EngineConfig(model={MODEL!r}, **flags))

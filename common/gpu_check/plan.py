@@ -186,9 +186,9 @@ SECTIONS = {
     "oracle": Section(65, oracle, is_timed=False),
     "steps": Section(50, steps),
     "nano_vllm": Section(75, nano_vllm),
-    "copies": Section(45, copies),
-    "rooflines": Section(70, rooflines, needs_limits=True),
-    "ladder": Section(95, ladder, needs_limits=True),
+    "copies": Section(30, copies),
+    "rooflines": Section(60, rooflines, needs_limits=True),
+    "ladder": Section(75, ladder, needs_limits=True),
     "formats": Section(15, formats, is_timed=False),
     "large": Section(10, large, needs_limits=True),
 }
