@@ -6,6 +6,7 @@ first line of its standard input, then calls, one a line; a line of its standard
 an event (a prompt has come, a transfer was cancelled).
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -14,6 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,7 +86,10 @@ class Worker:
         return self.events.get(timeout=30)
 
     def stop(self) -> None:
+        """It stands still when this returns: the signal reaches its threads one by one, and later."""
         os.kill(self.pid, signal.SIGSTOP)
+        while any(state != "T" for state in thread_states(self.pid)):
+            time.sleep(0.0001)
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
@@ -104,6 +110,15 @@ class Worker:
             for line in lines:
                 kind, value = json.loads(line)
                 (self.events if kind == "event" else self._answers).put(value)
+
+
+def thread_states(pid: int) -> list[str]:
+    """R runs, S sleeps, T is stopped (proc(5)); a thread that has ended meanwhile is left out."""
+    states = []
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            states.append(path.read_text().rpartition(")")[2].split()[0])
+    return states
 
 
 def contents(shape: list[int], seed: int | None, shared: bool = False) -> Tensor:
