@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from common.kv_store import DiskStore, block_file
+from common.testing.leaks import open_files
 
 KEYS = [b"%d" % number * 8 for number in range(6)]
 SIZES = [[3000], [1000, 700], [5000]]  # of a block's pieces
@@ -432,10 +433,10 @@ def test_another_users_folder_is_refused(folder: Path, monkeypatch: pytest.Monke
 def test_no_folder(folder: Path, name: str) -> None:
     folder.mkdir(mode=0o700)
     (folder / "file").write_text("")
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(ValueError, match=r"^disk_kv \S+ cannot be used: [A-Z][^\n]+$"):
         DiskStore(folder / name, LARGE, LAYOUTS[0])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() <= before
 
 
 def test_a_link_or_pipe_for_a_lock_does_no_harm(folder: Path) -> None:
@@ -459,9 +460,9 @@ def test_one_process_at_a_time(folder: Path) -> None:
         DiskStore(folder, LARGE, LAYOUTS[0])
     store.close()
     store.close()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     DiskStore(folder, LARGE, LAYOUTS[0]).close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() <= before
 
 
 def test_a_folder_that_vanishes(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -502,12 +503,12 @@ def test_a_write_that_fails_leaves_nothing(
 ) -> None:
     store = DiskStore(folder, LARGE, LAYOUTS[0])
     assert write(store, KEYS[0])
-    before, descriptors = bytes_in(folder), len(os.listdir("/proc/self/fd"))
+    before, descriptors = bytes_in(folder), open_files()
     with pytest.MonkeyPatch.context() as patch:
         Fails(patch, name, number, after)
         assert not write(store, KEYS[1], SIZES[1]) and not write(store, KEYS[2], SIZES[1])
     assert bytes_in(folder) == before == store.stats()["num_bytes"]
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_files() <= descriptors
     assert KEYS[1] not in store and not read(store, KEYS[1], SIZES[1])
     assert store.stats()["num_failures"] == 2
     reason = os.strerror(number)

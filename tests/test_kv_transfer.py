@@ -25,6 +25,7 @@ from common.kv_transfer.inlets import TcpInlet, split_host
 from common.kv_transfer.layout import Layout, copy
 from common.kv_transfer.memory import descriptor_of, map_shared
 from common.kv_transfer.outcomes import split
+from common.testing.leaks import open_files, shared_names
 
 SECRET = b"sixteen bytes or more"
 SHAPE = (24, 3, 2, 4, 2, 8)  # blocks, layers, ...
@@ -328,7 +329,7 @@ def test_peers_that_differ_are_refused_and_both_logs_say_why(
 
 
 def test_shared_memory_has_no_name_and_is_given_out_read_only() -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_names()
     tensor = allocate_shared((5, 3, 16), torch.float32)
     assert torch.equal(tensor, torch.zeros(5, 3, 16))
     tensor[4, 2] = 7.0
@@ -339,10 +340,10 @@ def test_shared_memory_has_no_name_and_is_given_out_read_only() -> None:
         os.write(descriptor_of(tensor), b"x")
     with pytest.raises(OSError):
         os.ftruncate(descriptor_of(tensor), 1)
-    assert set(os.listdir("/dev/shm")) == before
-    count = len(os.listdir("/proc/self/fd"))
+    assert shared_names() <= before
+    files = open_files()
     del tensor, view
-    assert len(os.listdir("/proc/self/fd")) < count
+    assert open_files() < files
 
 
 def test_memory_that_could_shrink_is_refused() -> None:

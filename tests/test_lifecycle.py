@@ -10,7 +10,6 @@ import contextlib
 import gc
 import json
 import logging
-import os
 import random
 import signal
 import socket
@@ -33,6 +32,7 @@ from fastapi import FastAPI
 
 from common.http.run import ServerConfig
 from common.http.trace_routes import add_trace_routes
+from common.testing.leaks import shared_names
 from common.testing.parts import (
     HTTP_PARTS,
     PARTS,
@@ -660,10 +660,10 @@ def test_sigterm_lets_running_requests_finish(part: int) -> None:
         # SIGKILL: nothing of it stays, and so the port is free once more.
         process = psutil.Process(again.process.pid)
         assert process.children(recursive=True) == []
-        shared = set(os.listdir("/dev/shm"))
+        shared = shared_names()
     finally:
         again.kill()
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert shared_names() <= shared
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", port))

@@ -23,6 +23,7 @@ from common.distributed import RankError
 from common.models.checkpoint import load_config, resolve
 from common.requests import Request
 from common.sampling import SamplingParams
+from common.testing.leaks import shared_names
 from common.testing.oracle import check_greedy
 from common.testing.parts import module_of
 from common.testing.server import RunningServer
@@ -43,12 +44,6 @@ def is_alive(pid: int) -> bool:
 
 def children(pid: int) -> list[int]:
     return sorted(child.pid for child in psutil.Process(pid).children(recursive=True))
-
-
-def segments() -> set[str]:
-    """Names in /dev/shm, but for those of Python's multiprocessing: no part uses it, other programs of
-    the machine do."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
 
 
 def wait_until(condition: Callable[[], Any], seconds: float) -> float:
@@ -73,7 +68,7 @@ class Served:
     """A server of some ranks, and clients of it."""
 
     def __init__(self, size: int) -> None:
-        self.segments = segments()
+        self.segments = shared_names()
         flags = "--num-blocks", "200", "--max-num-seqs", "4", "--rank-timeout", str(TIMEOUT)
         self.server = RunningServer(9, "--model", MODEL, "--tp", str(size), *flags)
         self.server.wait_until_ready()
@@ -122,7 +117,7 @@ class Served:
 
     def check_nothing_is_left(self) -> None:
         wait_until(lambda: not any(map(is_alive, [self.pid, *self.workers])), 5)
-        assert segments() <= self.segments
+        assert shared_names() <= self.segments
 
     def close(self) -> None:
         for pid in self.workers:
