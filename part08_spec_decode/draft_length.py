@@ -62,7 +62,9 @@ class StepTime:
         full = [bucket for _, bucket in sorted(self.buckets.items()) if len(bucket) >= ENOUGH]
         known = [[median(column) for column in zip(*b, strict=True)] for b in full] or UNKNOWN
         _, sizes, seconds = (list(column) for column in zip((0, 0, 0.0), *known, strict=True))
-        slope = max(np.diff(seconds)[-1] / np.diff(sizes)[-1], 0.0) if len(known) > 1 else 0.0
+        # More tokens take no less time: where they seem to, the smaller step was disturbed.
+        seconds = np.minimum.accumulate(seconds[::-1])[::-1].tolist()
+        slope = np.diff(seconds)[-1] / np.diff(sizes)[-1] if len(known) > 1 else 0.0
         sizes, seconds = [*sizes, 2 * sizes[-1]], [*seconds, seconds[-1] + slope * sizes[-1]]
         return np.interp(num_tokens, sizes, seconds, right=np.inf)
 

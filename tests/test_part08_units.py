@@ -893,7 +893,16 @@ class TestStepTime:
         times = StepTime()
         for num_tokens, seconds in ((2, 0.09), (16, 0.03)) * 3:
             times.observe(num_tokens, seconds)
-        assert self.estimate(times, 16, 32) == [0.03, 0.03]
+        assert self.estimate(times, 2, 9, 16, 32) == [0.03, 0.03, 0.03, 0.03]
+
+    def test_a_disturbed_small_step_does_not_make_bad_drafts_pay(self) -> None:
+        """Else they would be verified until it is forgotten: while there are drafts no step is small."""
+        lengths, sequence = DraftLength(), sequence_of([1])
+        for num_tokens, seconds in ((1, 0.09), (4, 0.03)) * 3:
+            lengths.observe_step(num_tokens, seconds)
+        for _ in range(20):
+            lengths.observe(sequence, [1, 1, 1], [2])
+        assert lengths.choose([sequence], [3], 1) == [0]
 
     def test_one_slow_step_is_not_believed(self) -> None:
         times = StepTime()
