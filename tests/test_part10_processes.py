@@ -110,6 +110,7 @@ def test_a_replica_killed_under_load_fails_nothing_that_had_no_token(engines: Ru
     assert all(stream.num_chunks >= 150 for stream in streams if stream.is_done)
     until(lambda: health(engines)["available"] == 3)
     assert "was ended by SIGKILL; it starts again in 0.25 s" in engines.output
+    assert re.search(r"Engine \d is ready again: http://127.0.0.1:\d+\n", engines.output)
     again = asyncio.run(stream_many(engines.base_url, bodies[:12]))
     assert {stream.ending for stream in again} == {"done"}
     assert {stream.engine for stream in again} == {"0", "1", "2"}

@@ -51,6 +51,8 @@ class Member:
         if not self.is_well:
             self.is_well, self.well_since = True, time.monotonic()
             self.recover()
+            if self.num_restarts and self.link.upstream is not None:
+                print(f"Engine {self.index} is ready again: {self.link.upstream.url}", flush=True)
         self.status, self.seen, self.misses = status, seen, 0
         self.num_referred -= told
 

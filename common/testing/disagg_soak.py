@@ -33,6 +33,7 @@ PART = 13
 NUM_PROMPTS, MAX_TOKENS = 24, 24
 VOCABULARY = 512  # of the tiny models
 KILL, STOP, STOP_LONG, CUT = "kill", "stop", "stop long", "cut"
+NO_WORKER = ": no worker"  # that the fault could be done to
 FAULTS = (
     (CUT, PREFILL), (STOP_LONG, PREFILL), (KILL, PREFILL), (STOP, DECODE), (CUT, DECODE),
     (KILL, DECODE), (STOP, PREFILL), (CUT, PREFILL), (STOP_LONG, DECODE),
@@ -43,6 +44,7 @@ FLAGS = (
     "--kv-lease", "3", "--kv-min-tokens", "8", "--health-interval", "0.2", "--num-blocks", "160",
     "--block-size", "4", "--max-num-seqs", "8", "--threads", "1", "--max-waiting", "5000",
 )  # fmt: skip
+RESTART_SECONDS = 15.0  # within which there is a worker again
 SETTLE_SECONDS = 15.0  # leases, and what is still on its way
 SPARE_FILES, SPARE_THREADS = 12, 6  # that idle connections and pools may have more at the end
 
@@ -58,6 +60,7 @@ class Soak:
     errors: list[str] = field(default_factory=list)
     answers: dict[int, list[str]] = field(default_factory=dict)  # prompt's number: its tokens
     killed: list[float] = field(default_factory=list)  # times at which a decode worker was
+    turns: list[tuple[str, str]] = field(default_factory=lambda: list(FAULTS))  # the next is first
 
     def body(self, number: int, *, stream: bool) -> dict[str, Any]:
         """One of the prompts, greedy: its answer is known."""
@@ -157,10 +160,15 @@ class Soak:
         await asyncio.gather(*tasks)
 
     async def fault(self, kind: str, worker: str, workers: Workers) -> None:
-        process = await asyncio.to_thread(workers.find, worker)
-        other = await asyncio.to_thread(workers.find, DECODE if worker == PREFILL else PREFILL)
+        deadline = time.monotonic() + RESTART_SECONDS
+        while True:
+            process = await asyncio.to_thread(workers.find, worker)
+            other = await asyncio.to_thread(workers.find, DECODE if worker == PREFILL else PREFILL)
+            if (process and other) or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.2)
         if process is None or other is None:
-            self.faults[f"{kind} {worker}: no worker"] += 1
+            self.faults[f"{kind} {worker}{NO_WORKER}"] += 1
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             if kind == KILL:
@@ -178,13 +186,20 @@ class Soak:
     async def all_faults(self, workers: Workers, seconds: float, every: float) -> None:
         """One after the other. A kill waits until both workers are well: each request has a worker that
         can finish it."""
-        end, faults = time.monotonic() + seconds, list(FAULTS)
+        end, faults = time.monotonic() + seconds, self.turns
         while time.monotonic() + every < end:
             await asyncio.sleep(every)
             are_well = await asyncio.to_thread(workers.are_well)
             number = next(i for i, (kind, _) in enumerate(faults) if are_well or kind != KILL)
             faults.append(faults.pop(number))
             await self.fault(*faults[-1], workers)
+
+    async def load_and_faults(
+        self, workers: Workers, seconds: float, every: float, rate: float
+    ) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.all_faults(workers, seconds, every))
+            group.create_task(self.open_loop(seconds, rate))
 
 
 def held(pid: int) -> dict[str, int]:
@@ -223,16 +238,15 @@ async def soak(
         await run.learn()
         capacity = await run.closed_loop(min(10.0, seconds / 8), clients=12)
         print(f"Capacity: {capacity:.1f} requests/s; load: {load * capacity:.1f}", file=sys.stderr)
-        await run.open_loop(seconds / 10, load * capacity)
+        # What a backlog takes is not given back, so memory is first looked at after some faults.
+        await run.load_and_faults(workers, 0.25 * seconds, every, load * capacity)
         await settle(server, workers)
         for kind in (PREFILL, DECODE):
             if process := await asyncio.to_thread(workers.find, kind):
                 pids[process.pid] = kind
         pids[server.process.pid] = "proxy"
         early = {pid: held(pid) for pid in pids}
-        async with asyncio.TaskGroup() as group:
-            group.create_task(run.all_faults(workers, 0.75 * seconds, every))
-            group.create_task(run.open_loop(0.75 * seconds, load * capacity))
+        await run.load_and_faults(workers, 0.6 * seconds, every, load * capacity)
     left = await settle(server, workers)
     workers.note()
     late = {pid: held(pid) for pid in pids if psutil.pid_exists(pid)}

@@ -36,7 +36,7 @@ class Workers:
     def find(self, kind: str) -> psutil.Process | None:
         """The worker's process; None while there is none that is ready."""
         self.note()
-        pattern = rf"Engine {(PREFILL, DECODE).index(kind)} is ready .*: http://[\w.]+:(\d+)$"
+        pattern = rf"Engine {(PREFILL, DECODE).index(kind)} is ready (?:again|after .*): http://[\w.]+:(\d+)$"
         ports = re.findall(pattern, self.server.output, re.MULTILINE)
         if not ports:
             return None
@@ -70,7 +70,7 @@ def cut_connections(one: psutil.Process, other: psutil.Process) -> int:
 
     By pidfd_getfd, which takes a copy of another process's file: the process itself does nothing.
     """
-    addresses = {tuple(c.laddr) for c in other.net_connections("inet") if c.status == "LISTEN"}
+    addresses = {tuple(c.laddr) for c in other.net_connections("inet")}
     libc = ctypes.CDLL(None, use_errno=True)
     handle = os.pidfd_open(one.pid)
     count = 0
