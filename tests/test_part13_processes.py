@@ -255,12 +255,14 @@ def leaks(server: RunningServer) -> dict[str, Any]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_twenty_faults_leave_nothing_behind(proxy: RunningServer) -> None:
+    """One after the other, so a worker is started again later each time: at last after 30 s."""
     generator = random.Random(3)
     expected = {n: complete(proxy, [n] * 80).json()["choices"] for n in range(100, 105)}
     before, children_before, names = leaks(proxy), len(children(proxy)), shared_names()
     for number in range(20):
-        until(lambda: health(proxy)["available"] == 2)
+        until(lambda: health(proxy)["available"] == 2, 60)
         victim = worker_of(proxy, generator.choice(["prefill", "decode"]))
         victim.send_signal(generator.choice(SIGNALS))
         for n, choices in expected.items():
@@ -269,7 +271,7 @@ def test_twenty_faults_leave_nothing_behind(proxy: RunningServer) -> None:
             if answer.status_code == 200:
                 assert answer.json()["choices"] == choices
         until(lambda victim=victim: not victim.is_running() or victim.status() == "zombie")
-    until(lambda: health(proxy)["available"] == 2)
+    until(lambda: health(proxy)["available"] == 2, 60)
     until(lambda: leaks(proxy) == before and shared_names() <= names)
     assert len(children(proxy)) == children_before
 
