@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections import OrderedDict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from part10 import policies
 from part10.config import EngineConfig
 from part10.policies import CacheAware, LeastPending, RoundRobin, Session
-from part10.replicas import Breaker, BreakerState, Replica
+from part10.replicas import Breaker, BreakerState, Replica, ReplicaSet
 from prometheus_client.parser import text_string_to_metric_families
 
 from common.bench.prefix.workloads import Draw, Sizes, agent
@@ -24,6 +25,7 @@ from common.http.middleware import ClientGone
 from common.router import exposition
 from common.router.config import RouterConfig
 from common.router.exchange import Exchange
+from common.router.launching import ReplicaDied
 from common.router.link import Status
 from common.router.request import PIECE_TOKENS, RoutedRequest
 from common.router.resources import share
@@ -419,6 +421,73 @@ def test_a_client_that_does_not_read_is_left(monkeypatch):
         asyncio.run(Exchange(request("x"), never).run(Upstream([TOKENS[0]]), lambda: None))
 
 
+# Replicas that are looked after
+
+
+class Starting:
+    """A launcher's replicas: each is called on `url` with its number, from 0, and may die by `kill`."""
+
+    api_key = None
+
+    def __init__(self, url: Callable[[int], str | None]) -> None:
+        self.asked, self.num_launched, self.killed = url, 0, set[int]()
+
+    def launch(self, index: int) -> Any:
+        number, self.num_launched = self.num_launched, self.num_launched + 1
+
+        async def url() -> str | None:
+            if number in self.killed:
+                raise ReplicaDied(f"engine {index} was ended")
+            return self.asked(number)
+
+        return SimpleNamespace(
+            url=url, kill=lambda: self.killed.add(number), stop=lambda: None, ended=url
+        )
+
+
+def look_after(launcher: Starting, seconds: float) -> None:
+    """One replica, until the second has been launched."""
+
+    async def main() -> None:
+        replicas = ReplicaSet(launcher, RouterConfig(data_parallel_size=1, health_interval=0.05), 1)
+        keeper = asyncio.create_task(replicas._keep_on(replicas.replicas[0]))
+        try:
+            async with asyncio.timeout(seconds):
+                while launcher.num_launched < 2:
+                    await asyncio.sleep(0.01)
+        finally:
+            keeper.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_does_not_start_is_started_anew(monkeypatch, capsys):
+    """It may have been stopped, or its disk may hang: then it never says that it has died."""
+    launcher = Starting(lambda number: None)
+    with pytest.raises(TimeoutError):
+        look_after(launcher, 1.0)
+    monkeypatch.setattr("common.router.members.START_SECONDS", 0.3)
+    launcher = Starting(lambda number: None)
+    look_after(launcher, 20)
+    assert launcher.killed == {0}
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "engine 0 has not started in 0.3 s"
+    assert said[1] == "engine 0 was ended; it starts again in 0.25 s"
+
+
+def test_a_keeper_goes_on_after_an_error_that_nobody_foresaw(capsys):
+    errors = iter([OSError("no more processes")])
+
+    def url(number: int) -> str | None:
+        for error in errors:
+            raise error
+        raise ReplicaDied("engine 0 was ended")
+
+    look_after(Starting(url), 20)
+    said = capsys.readouterr().err
+    assert "OSError: no more processes" in said and "it starts again in" in said
+
+
 # The command line
 
 
@@ -429,6 +498,7 @@ def test_a_client_that_does_not_read_is_left(monkeypatch):
         ({"replica": ("http://x/v1",)}, "replica must be a URL"),
         ({"replica": ("http://x", "http://x/")}, "twice"),
         ({"replica": ("http://x",), "data_parallel_size": 2}, "data_parallel_size has no effect"),
+        ({"replica": ("http://x",), "start_timeout": 9.0}, "start_timeout has no effect"),
         ({"replica": ("http://x",), "launcher": "ray"}, "launcher"),
         ({"replica": ("http://x",), "replica_api_key": " "}, "replica_api_key must not be empty"),
         ({"min_replicas": 2}, "min_replicas"),

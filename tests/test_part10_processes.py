@@ -27,7 +27,7 @@ from common.testing.page.browser import chromium
 from common.testing.page.engine_page import EnginePage
 from common.testing.router import STAND_INS, children, health, router, until
 from common.testing.server import RunningServer
-from common.testing.streams import Streamed, stream_many
+from common.testing.streams import Streamed, amid, stream_many
 
 ENGINE = ("--model", "random:tiny-llama", "--kv-cache-memory", str(8 << 20), "--threads", "1")
 
@@ -95,9 +95,9 @@ def test_a_replica_killed_under_load_fails_nothing_that_had_no_token(engines: Ru
     victim = children(engines)[1]
 
     async def load() -> list[Streamed]:
-        streams = asyncio.ensure_future(stream_many(engines.base_url, bodies, concurrency=24))
-        await asyncio.sleep(0.7)
-        assert not streams.done()
+        begun: list[Streamed] = []
+        streams = asyncio.ensure_future(stream_many(engines.base_url, bodies, 24, begun))
+        await amid(begun, "012")
         victim.send_signal(signal.SIGKILL)
         return await streams
 
@@ -123,8 +123,9 @@ def test_a_router_that_is_killed_leaves_no_replica(engines: RunningServer):
     bodies = [{"prompt": [n, 2, 3], "max_tokens": 900, "ignore_eos": True} for n in range(6)]
 
     async def load() -> list[Streamed]:
-        streams = asyncio.ensure_future(stream_many(engines.base_url, bodies))
-        await asyncio.sleep(0.3)
+        begun: list[Streamed] = []
+        streams = asyncio.ensure_future(stream_many(engines.base_url, bodies, None, begun))
+        await amid(begun, "012")
         engines.kill()
         return await streams
 
@@ -157,18 +158,29 @@ def test_more_engines_under_load_fewer_after_it_and_a_drain_at_the_end():
         [process] = children(server)
 
         async def drain() -> list[Streamed]:
-            load = asyncio.ensure_future(stream_many(server.base_url, [{"prompt": "x"}] * 8))
-            await asyncio.sleep(0.4)  # of a second
+            begun: list[Streamed] = []
+            bodies = [{"prompt": "x", "metadata": {"interval": "0.1"}}] * 8  # for 4 s
+            load = asyncio.ensure_future(stream_many(server.base_url, bodies, None, begun))
+            while len(begun) < 8 or not all(stream.num_chunks for stream in begun):
+                await asyncio.sleep(0.01)
             server.process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.2)
-            with pytest.raises(httpx.TransportError):
-                httpx.post(f"{server.base_url}/v1/completions", json={"prompt": "x"})
+            await asyncio.to_thread(until, lambda: not answers(server))
+            assert any(stream.is_open for stream in begun)
             return await load
 
         streams = asyncio.run(drain())
         assert {(stream.ending, stream.num_chunks) for stream in streams} == {("done", 41)}
         assert server.stop() == 0
         assert not process.is_running()
+
+
+def answers(server: RunningServer) -> bool:
+    """Whether it takes a request."""
+    try:
+        httpx.get(f"{server.base_url}/health")
+    except httpx.TransportError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")

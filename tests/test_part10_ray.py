@@ -14,7 +14,7 @@ import pytest
 
 from common.testing.router import children, health, router, until
 from common.testing.server import RunningServer
-from common.testing.streams import Streamed, stream_many
+from common.testing.streams import Streamed, amid, stream_many
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed"
@@ -58,14 +58,16 @@ def test_everything_listens_on_loopback_and_tells_nobody(cluster: RunningServer)
 
 
 def test_an_actor_that_is_killed_fails_nothing_that_had_no_token(cluster: RunningServer):
+    until(lambda: health(cluster)["available"] == 2)
     replica = running(cluster, "stand_ins.replicas")[0]
     actor = replica.parent()
     assert "ReplicaActor" in " ".join(actor.cmdline())
 
     async def load() -> list[Streamed]:
         bodies = [{"prompt": str(n), "metadata": {"interval": "0.03"}} for n in range(40)]
-        streams = asyncio.ensure_future(stream_many(cluster.base_url, bodies, concurrency=10))
-        await asyncio.sleep(0.6)
+        begun: list[Streamed] = []
+        streams = asyncio.ensure_future(stream_many(cluster.base_url, bodies, 10, begun))
+        await amid(begun, "01")
         actor.send_signal(signal.SIGKILL)
         replica.send_signal(signal.SIGKILL)
         return await streams

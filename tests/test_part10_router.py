@@ -311,7 +311,8 @@ def test_replicas_that_are_not_well_get_nothing_until_they_are(stand_ins):
 def test_a_frozen_replica_loses_its_requests_to_others_or_to_an_error():
     stand_ins = StandIns(2, "--interval", "0.05")
     try:
-        with routing(stand_ins.urls, policy="round-robin", health_timeout=0.3) as (url, _):
+        with routing(stand_ins.urls, policy="round-robin", health_timeout=0.3) as (url, router):
+            first, second = router.replicas.replicas
             answers: dict[str, httpx.Response] = {}
 
             def run(name: str, **metadata: str) -> None:
@@ -319,9 +320,10 @@ def test_a_frozen_replica_loses_its_requests_to_others_or_to_an_error():
 
             names = {"streams": {"tokens": "40"}, "on 1": {}, "waits": {"first": "2"}}
             threads = [threading.Thread(target=run, args=(n,), kwargs=k) for n, k in names.items()]
-            for thread in threads:
+            for number, thread in enumerate(threads, 1):
                 thread.start()
-                time.sleep(0.1)
+                until(lambda n=number: first.num_requests + second.num_requests == n)
+            time.sleep(0.3)  # for the first token of the first
             stand_ins.servers[0].process.send_signal(signal.SIGSTOP)
             for thread in threads:
                 thread.join(20)

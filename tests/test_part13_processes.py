@@ -163,16 +163,17 @@ def count(server: RunningServer, name: str) -> float:
 
 def worker_of(server: RunningServer, role: str) -> psutil.Process:
     """A prefill worker is the one that listens on a socket in the abstract namespace. One that was
-    lost a moment ago may not be missed yet: then this waits for the next."""
+    lost a moment ago may not be missed yet: then this waits for the next, until it serves."""
     found: dict[str, psutil.Process] = {}
 
     def look() -> bool:
         found.clear()
         for process in children(server):
             with contextlib.suppress(psutil.NoSuchProcess):
-                names = [str(c.laddr) for c in process.net_connections("unix")]
-                is_sender = any(name.startswith("@kv-") for name in names)
-                found["prefill" if is_sender else "decode"] = process
+                if any(c.status == "LISTEN" for c in process.net_connections("inet")):
+                    names = [str(c.laddr) for c in process.net_connections("unix")]
+                    is_sender = any(name.startswith("@kv-") for name in names)
+                    found["prefill" if is_sender else "decode"] = process
         return len(found) == 2
 
     until(look)

@@ -52,6 +52,9 @@ class RouterConfig:
     response_timeout: float = option(600.0, "seconds without a byte from an engine", 0.1)
     health_interval: float = option(1.0, "seconds between looks at an engine", 0.05, 60)
     health_timeout: float = option(5.0, "seconds in which an engine says that it is well", 0.05, 60)
+    start_timeout: float | None = option(
+        None, "seconds in which an engine starts, or is ended and started anew (600)", 1
+    )
     breaker_failures: int = option(5, "failures in a row that take an engine out", 1)
     breaker_seconds: float = option(10.0, "seconds before it gets a request again", 0)
 
@@ -62,7 +65,7 @@ class RouterConfig:
                 raise ValueError(f"replica must be a URL such as http://host:8000, not {url!r}")
         if len({url.rstrip("/") for url in self.replica}) < len(self.replica):
             raise ValueError("replica names the same URL twice")
-        for name in ("data_parallel_size", "min_replicas", "max_replicas"):
+        for name in ("data_parallel_size", "min_replicas", "max_replicas", "start_timeout"):
             if self.replica and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no effect on the servers that --replica names")
         if self.replica and self.launcher != "local":

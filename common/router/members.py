@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import sys
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -10,6 +12,8 @@ from common.router.config import RouterConfig
 from common.router.launching import Launcher, cancel
 from common.router.link import Link, Status
 from common.router.upstream import Upstream, UpstreamFailed
+
+START_SECONDS = 600.0  # for a large model from a slow disk
 
 
 class Member:
@@ -20,6 +24,7 @@ class Member:
         # set by the task that looks after it
         self.is_well = self.is_draining = False
         self.well_since = 0.0
+        self.starting_since: float | None = None
         self.misses = self.num_deaths = self.num_restarts = 0
         self.status, self.seen = Status(), 0  # `seen`: what was outstanding when it was asked
         self.role = config.roles[self.index] if config.roles else None
@@ -45,7 +50,9 @@ class Member:
         status = await self.link.look()
         if status is None:
             self.is_well = False
+            self.limit_start(time.monotonic())
             return
+        self.starting_since = None
         if expected_model not in (None, status.model):
             raise UpstreamFailed(f"it serves {status.model[:100]!r}, and not {expected_model!r}")
         if not self.is_well:
@@ -56,12 +63,25 @@ class Member:
         self.status, self.seen, self.misses = status, seen, 0
         self.num_referred -= told
 
+    def limit_start(self, now: float) -> None:
+        """One that takes too long to start is ended; the next look finds it dead."""
+        if self.starting_since is None:
+            self.starting_since = now
+            return
+        timeout = self.config.start_timeout or START_SECONDS
+        if now - self.starting_since >= timeout:
+            told = f"engine {self.index} has not started in {timeout:g} s"
+            print(told, file=sys.stderr, flush=True)
+            self.starting_since = None
+            self.link.handle.kill()
+
     def recover(self) -> None:
         """It is well again: what it did before does not count."""
 
     async def lose(self) -> None:
         """Out of rotation. What it runs breaks off now, and does not wait for ever."""
         self.is_well, self.status, self.seen = False, Status(), 0
+        self.starting_since = None
         await self.link.cut()
 
     async def wait_or_suspect(self) -> None:
@@ -120,7 +140,17 @@ class Members(Generic[M]):
         self._watch(self._launch())
 
     def _watch(self, replica: M) -> None:
-        self._keepers[replica.index] = asyncio.create_task(self.keep(replica))
+        self._keepers[replica.index] = asyncio.create_task(self._keep_on(replica))
+
+    async def _keep_on(self, replica: M) -> None:
+        """`keep`, after an error that nobody foresaw too: no replica is left without its keeper."""
+        while True:
+            try:
+                await self.keep(replica)
+            except Exception:
+                print(f"engine {replica.index} is looked after again, after this:", file=sys.stderr)
+                traceback.print_exc()
+                await asyncio.sleep(self.config.health_interval)
 
     async def remove(self, replica: M) -> None:
         """One less: it has drained."""

@@ -16,6 +16,7 @@ class Streamed:
     """A stream's chunks with text or a token, and how it ended: `done`, `error`, `status N`, `cut`.
 
     begin, times: when it was asked for, and each chunk's arrival (seconds of `time.perf_counter`).
+    is_open: more of it may come.
     """
 
     num_chunks: int = 0
@@ -25,14 +26,21 @@ class Streamed:
     begin: float = field(default_factory=time.perf_counter)
     times: list[float] = field(default_factory=list)
 
+    is_open: bool = True
+
     @property
     def is_done(self) -> bool:
         return self.ending == "done"
 
 
-async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Streamed:
-    """One completion. A `[DONE]` after an error is told as `error, then done`."""
-    result, parser = Streamed(), SSEParser()
+async def stream(
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], result: Streamed | None = None
+) -> Streamed:
+    """One completion. A `[DONE]` after an error is told as `error, then done`.
+
+    result: filled in as chunks come.
+    """
+    result, parser = result or Streamed(), SSEParser()
     try:
         async with session.post(f"{url}/v1/completions", json=body | {"stream": True}) as response:
             result.engine = response.headers.get("x-engine", "")
@@ -44,6 +52,8 @@ async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any])
                     take(event.data, result)
     except aiohttp.ClientError as error:
         result.ending = f"cut: {type(error).__name__}"
+    finally:
+        result.is_open = False
     return result
 
 
@@ -60,9 +70,16 @@ def take(data: str, result: Streamed) -> None:
 
 
 async def stream_many(
-    url: str, bodies: list[dict[str, Any]], concurrency: int | None = None
+    url: str,
+    bodies: list[dict[str, Any]],
+    concurrency: int | None = None,
+    results: list[Streamed] | None = None,
 ) -> list[Streamed]:
-    """All of them, so many at a time, in their order."""
+    """All of them, so many at a time, in their order.
+
+    results: an empty list that gets each stream as it begins.
+    """
+    results = [] if results is None else results
     limit = asyncio.Semaphore(concurrency or len(bodies))
     timeout = aiohttp.ClientTimeout(total=120)
     connector = aiohttp.TCPConnector(limit=0)
@@ -70,6 +87,20 @@ async def stream_many(
 
         async def one(body: dict[str, Any]) -> Streamed:
             async with limit:
-                return await stream(session, url, body)
+                results.append(Streamed())
+                return await stream(session, url, body, results[-1])
 
         return await asyncio.gather(*map(one, bodies))
+
+
+async def amid(results: list[Streamed], engines: str, chunks: int = 1) -> None:
+    """Return when each of the engines (their digits) has a stream that has begun and not ended.
+
+    chunks: that such a stream has. Raises AssertionError after 60 s.
+    """
+    deadline = time.monotonic() + 60
+    while not set(engines) <= {
+        result.engine for result in results if result.num_chunks >= chunks and result.is_open
+    }:
+        assert time.monotonic() < deadline, f"not every engine of {engines} streams: {results}"
+        await asyncio.sleep(0.001)
