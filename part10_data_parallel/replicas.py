@@ -84,10 +84,11 @@ class Replica(Member):
 
     @property
     def load(self) -> int:
-        """4 * waiting + running, as the replica said last. What the router has sent since waits."""
-        new = self.outstanding - self.seen
-        waiting, running = self.status.waiting + max(0, new), self.status.running + min(0, new)
-        return 4 * waiting + max(0, running)
+        """4 * waiting + running, as the replica said last. What the router has sent since waits, and
+        where some have ended, others wait no longer."""
+        waiting = self.status.waiting + self.outstanding - self.seen
+        running = self.status.running + min(0, waiting)
+        return 4 * max(0, waiting) + max(0, running)
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[Upstream]:

@@ -429,7 +429,9 @@ def test_a_peer_that_does_not_read_stalls_nobody() -> None:
         receiver = Receiver([target], timeout=20.0, **KNOWN)
         for i in range(3):
             fetch_from(good, receiver, target, f"good {i}")
-        (lazy,) = (c for c in good["sender"]._connections if c.num_unsent)
+        connections = good["sender"]._connections
+        until(lambda: sum(bool(c.num_unsent) for c in connections) == 1)  # the others have all
+        (lazy,) = (c for c in connections if c.num_unsent)
         assert lazy.num_unsent < 4 << 20  # what waits for it is bounded: 8 transfers have 25 MB
         wire.socket.close()
         until(lambda: good["sender"].stats()["connections"] == 1)

@@ -70,10 +70,12 @@ def test_what_was_sent_since_the_replica_was_asked_counts_as_waiting():
     assert one.load == 4 * 1 + 5
     one.outstanding = 9  # three more
     assert one.load == 4 * 4 + 5
-    one.outstanding = 2  # four have ended
-    assert one.load == 4 * 1 + 1
+    one.outstanding = 2  # four have ended, so the one that waited runs, and another with it
+    assert one.load == 2
     one.outstanding = 0
-    assert one.load == 4
+    assert one.load == 0
+    one.outstanding, one.seen = 0, 3  # what comes from elsewhere stays
+    assert one.load == 3
 
 
 def test_least_pending_spreads_a_burst_between_two_looks():

@@ -25,9 +25,9 @@ from common.router.launching import GivenLauncher
 from common.router.run import wait_until_well
 from common.testing.page.browser import chromium
 from common.testing.page.engine_page import EnginePage
-from common.testing.router import STAND_INS, children, health, router, until
+from common.testing.router import STAND_INS, children, engine_process, health, router, until
 from common.testing.server import RunningServer
-from common.testing.streams import Streamed, amid, stream_many
+from common.testing.streams import Streamed, stream_many, streaming_engine
 
 ENGINE = ("--model", "random:tiny-llama", "--kv-cache-memory", str(8 << 20), "--threads", "1")
 
@@ -92,12 +92,11 @@ def test_a_replica_killed_under_load_fails_nothing_that_had_no_token(engines: Ru
         {"prompt": [n, 2, 3] * 5, "max_tokens": 150, "ignore_eos": True, "temperature": 0}
         for n in range(60)
     ]
-    victim = children(engines)[1]
 
     async def load() -> list[Streamed]:
         begun: list[Streamed] = []
         streams = asyncio.ensure_future(stream_many(engines.base_url, bodies, 24, begun))
-        await amid(begun, "012")
+        victim = engine_process(engines, await streaming_engine(begun))
         victim.send_signal(signal.SIGKILL)
         return await streams
 
@@ -111,7 +110,7 @@ def test_a_replica_killed_under_load_fails_nothing_that_had_no_token(engines: Ru
     until(lambda: health(engines)["available"] == 3)
     assert "was ended by SIGKILL; it starts again in 0.25 s" in engines.output
     assert re.search(r"Engine \d is ready again: http://127.0.0.1:\d+\n", engines.output)
-    again = asyncio.run(stream_many(engines.base_url, bodies[:12]))
+    again = asyncio.run(stream_many(engines.base_url, bodies[:24]))  # what broke off too
     assert {stream.ending for stream in again} == {"done"}
     assert {stream.engine for stream in again} == {"0", "1", "2"}
 
@@ -125,7 +124,7 @@ def test_a_router_that_is_killed_leaves_no_replica(engines: RunningServer):
     async def load() -> list[Streamed]:
         begun: list[Streamed] = []
         streams = asyncio.ensure_future(stream_many(engines.base_url, bodies, None, begun))
-        await amid(begun, "012")
+        await streaming_engine(begun)
         engines.kill()
         return await streams
 

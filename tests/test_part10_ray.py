@@ -12,9 +12,9 @@ import httpx
 import psutil
 import pytest
 
-from common.testing.router import children, health, router, until
+from common.testing.router import children, engine_process, health, router, until
 from common.testing.server import RunningServer
-from common.testing.streams import Streamed, amid, stream_many
+from common.testing.streams import Streamed, stream_many, streaming_engine
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed"
@@ -59,15 +59,14 @@ def test_everything_listens_on_loopback_and_tells_nobody(cluster: RunningServer)
 
 def test_an_actor_that_is_killed_fails_nothing_that_had_no_token(cluster: RunningServer):
     until(lambda: health(cluster)["available"] == 2)
-    replica = running(cluster, "stand_ins.replicas")[0]
-    actor = replica.parent()
-    assert "ReplicaActor" in " ".join(actor.cmdline())
 
     async def load() -> list[Streamed]:
         bodies = [{"prompt": str(n), "metadata": {"interval": "0.03"}} for n in range(40)]
         begun: list[Streamed] = []
         streams = asyncio.ensure_future(stream_many(cluster.base_url, bodies, 10, begun))
-        await amid(begun, "01")
+        replica = engine_process(cluster, await streaming_engine(begun))
+        actor = replica.parent()
+        assert "ReplicaActor" in " ".join(actor.cmdline())
         actor.send_signal(signal.SIGKILL)
         replica.send_signal(signal.SIGKILL)
         return await streams
@@ -78,7 +77,7 @@ def test_an_actor_that_is_killed_fails_nothing_that_had_no_token(cluster: Runnin
     for stream in broken:
         assert stream.ending == "error" and stream.num_chunks > 0, stream
     until(lambda: health(cluster)["available"] == 2)  # Ray has started it again
-    again = asyncio.run(stream_many(cluster.base_url, [{"prompt": str(n)} for n in range(8)]))
+    again = asyncio.run(stream_many(cluster.base_url, [{"prompt": str(n)} for n in range(10)]))
     assert {(s.ending, s.engine) for s in again} == {("done", "0"), ("done", "1")}
 
 

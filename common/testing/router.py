@@ -1,6 +1,7 @@
 """A router in a process of its own, for tests, and looks at it and its replicas."""
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,17 @@ def until(condition: Any, seconds: float = 60.0) -> None:
 
 def children(server: RunningServer) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def engine_process(server: RunningServer, engine: str) -> psutil.Process:
+    """The process that listens where this engine was last said to be ready."""
+    said = re.findall(rf"Engine {engine} is ready .*http://127\.0\.0\.1:(\d+)", server.output)
+    for process in children(server):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            for connection in process.net_connections("inet"):
+                if connection.status == "LISTEN" and connection.laddr.port == int(said[-1]):
+                    return process
+    raise AssertionError(f"engine {engine} listens nowhere: {server.output}")
 
 
 def health(server: RunningServer) -> dict[str, Any]:
