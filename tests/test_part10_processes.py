@@ -92,12 +92,12 @@ def test_a_replica_killed_under_load_fails_nothing_that_had_no_token(engines: Ru
         {"prompt": [n, 2, 3] * 5, "max_tokens": 150, "ignore_eos": True, "temperature": 0}
         for n in range(60)
     ]
+    processes = {engine: engine_process(engines, engine) for engine in "012"}
 
     async def load() -> list[Streamed]:
         begun: list[Streamed] = []
         streams = asyncio.ensure_future(stream_many(engines.base_url, bodies, 24, begun))
-        victim = engine_process(engines, await streaming_engine(begun))
-        victim.send_signal(signal.SIGKILL)
+        processes[await streaming_engine(begun)].send_signal(signal.SIGKILL)
         return await streams
 
     streams = asyncio.run(load())

@@ -59,15 +59,16 @@ def test_everything_listens_on_loopback_and_tells_nobody(cluster: RunningServer)
 
 def test_an_actor_that_is_killed_fails_nothing_that_had_no_token(cluster: RunningServer):
     until(lambda: health(cluster)["available"] == 2)
+    replicas = {engine: engine_process(cluster, engine) for engine in "01"}
+    actors = {replica: replica.parent() for replica in replicas.values()}
+    assert all("ReplicaActor" in " ".join(actor.cmdline()) for actor in actors.values())
 
     async def load() -> list[Streamed]:
         bodies = [{"prompt": str(n), "metadata": {"interval": "0.03"}} for n in range(40)]
         begun: list[Streamed] = []
         streams = asyncio.ensure_future(stream_many(cluster.base_url, bodies, 10, begun))
-        replica = engine_process(cluster, await streaming_engine(begun))
-        actor = replica.parent()
-        assert "ReplicaActor" in " ".join(actor.cmdline())
-        actor.send_signal(signal.SIGKILL)
+        replica = replicas[await streaming_engine(begun)]
+        actors[replica].send_signal(signal.SIGKILL)
         replica.send_signal(signal.SIGKILL)
         return await streams
 
