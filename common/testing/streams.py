@@ -25,7 +25,6 @@ class Streamed:
     error: dict[str, Any] = field(default_factory=dict)
     begin: float = field(default_factory=time.perf_counter)
     times: list[float] = field(default_factory=list)
-
     is_open: bool = True
 
     @property
