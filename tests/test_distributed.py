@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from common.distributed import (
 from common.distributed.children import Children, process_state
 from common.distributed.control import SocketReceiver, SocketSender
 from common.distributed.control_gloo import GlooReceiver, GlooSender
-from common.distributed.gloo import TorchGroup, make_backend, num_children
+from common.distributed.gloo import TorchGroup, make_backend, num_children, wait_for
 from common.distributed.health import Health
 from common.distributed.launch import join_group
 from common.distributed.rendezvous import LocalStore, file_store, first_difference, open_store
@@ -305,6 +306,53 @@ def gloo_controls(size: int, timeout: float) -> tuple[GlooSender, list[GlooRecei
     sender = GlooSender(first, stores[0], timeout, Health())
     pairs = zip(others, stores[1:], strict=True)
     return sender, [GlooReceiver(other, store, timeout, Health()) for other, store in pairs]
+
+
+def test_what_ends_as_a_wait_for_it_is_given_up_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An operation is waited for in slices. Here it ends when one does, again and again."""
+    monkeypatch.setattr("common.distributed.gloo.SLICE", timedelta(milliseconds=1))
+    groups = make_groups("gloo", 2)
+    generator = random.Random(5)
+    pauses = [generator.uniform(0.0005, 0.0015) for _ in range(1500)]
+
+    def run(group: Group) -> list[int]:
+        sums = []
+        for pause in pauses:
+            if group.rank == 1:
+                time.sleep(pause)
+            sums.append(int(group.all_reduce(torch.ones(1, dtype=torch.int64))))
+        return sums
+
+    try:
+        assert each(groups, run) == [[2] * len(pauses)] * 2
+    finally:
+        for group in groups:
+            group.close()
+
+
+class Ending:
+    """An operation that ends between the end of a wait and the question whether it has ended."""
+
+    def __init__(self, error: str | None) -> None:
+        self.error, self.waits = error, 0
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self, *timeout: Any) -> None:
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error is not None:
+            raise RuntimeError(self.error)
+
+
+def test_how_it_has_ended_is_asked_again() -> None:
+    wait_for(Ending(None), "", 10.0, Health())
+    with pytest.raises(RuntimeError, match="Connection reset"):
+        wait_for(Ending("Connection reset"), "", 10.0, Health())
 
 
 def free_port() -> int:

@@ -34,7 +34,8 @@ def router() -> Iterator[RunningServer]:
 def answer(router: RunningServer) -> tuple[str, list[str]]:
     """The engine that answers, and its tokens."""
     response = httpx.post(f"{router.base_url}/v1/completions", json=BODY, timeout=60)
-    response.raise_for_status()
+    if response.status_code >= 400:
+        raise httpx.HTTPError(f"{response.status_code}: {response.text}; {router.output}")
     return response.headers["x-engine"], response.json()["choices"][0]["logprobs"]["tokens"]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.distributed import Store
 
 from common.distributed.control import CLOSED, Receiver, Sender
-from common.distributed.gloo import SLICE, wait_for
+from common.distributed.gloo import is_done, wait_for
 from common.distributed.group import RankError
 from common.distributed.health import Health, reason_of
 
@@ -78,7 +78,7 @@ class GlooReceiver(Receiver):
         frame = torch.empty(FRAME, dtype=torch.int64)
         try:
             work = self._backend.broadcast(frame, 0)
-            while not self._is_done(work):
+            while not is_done(work):
                 self.health.check()
                 if self._silence > self.timeout:
                     silence = f"rank 0 has given no sign of life for {self.timeout:g} s"
@@ -89,16 +89,6 @@ class GlooReceiver(Receiver):
             reason = reason_of(error)
             raise self.health.report(f"rank 0 is gone ({reason})") from None
         return frame.tolist()
-
-    def _is_done(self, work: Any) -> bool:
-        """Wait for a while. Raises RuntimeError when the connection has failed."""
-        try:
-            work.wait(SLICE)
-            return True
-        except RuntimeError:
-            if work.is_completed():
-                raise
-            return False
 
     def _give_sign(self) -> None:
         before = self._count

@@ -184,16 +184,21 @@ def wait_for(work: Any, what: str, timeout: float, health: Health) -> None:
     """Wait for an operation of gloo. Raises RankError after `timeout` seconds or when a rank is
     known to have died, RuntimeError when the connection has failed."""
     deadline = time.monotonic() + timeout
-    while True:
-        try:
-            work.wait(SLICE)
-            return
-        except RuntimeError:
-            if work.is_completed():
-                raise
+    while not is_done(work):
         health.check()
         if time.monotonic() > deadline:
             raise health.report(f"another rank does not answer: {what} for {timeout:g} s")
+
+
+def is_done(work: Any) -> bool:
+    """Wait for an operation of gloo for a while. Raises RuntimeError when it has failed."""
+    try:
+        work.wait(SLICE)
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        work.wait()  # it may have ended after that wait had been given up: only this one knows how
+    return True
 
 
 def num_children(place: int, size: int) -> int:
