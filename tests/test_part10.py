@@ -29,6 +29,7 @@ from common.router.launching import ReplicaDied
 from common.router.link import Status
 from common.router.request import PIECE_TOKENS, RoutedRequest
 from common.router.resources import share
+from common.router.run import wait_until_well
 from common.router.upstream import UpstreamFailed
 
 ENGINE = ("--model", "random:tiny-llama", "--kv-cache-memory", str(4 << 20), "--threads", "1")
@@ -427,7 +428,8 @@ def test_a_client_that_does_not_read_is_left(monkeypatch):
 
 
 class Starting:
-    """A launcher's replicas: each is called on `url` with its number, from 0, and may die by `kill`."""
+    """A launcher. url: what a replica answers when it is asked where it listens, by its number, from 0;
+    one that was killed has died."""
 
     api_key = None
 
@@ -472,9 +474,11 @@ def test_a_replica_that_does_not_start_is_started_anew(monkeypatch, capsys):
     launcher = Starting(lambda number: None)
     look_after(launcher, 20)
     assert launcher.killed == {0}
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "engine 0 has not started in 0.3 s"
-    assert said[1] == "engine 0 was ended; it starts again in 0.25 s"
+    said = "engine 0 has not started in 0.3 s; it starts again in 0.25 s\n"
+    assert capsys.readouterr().err == said
+    replicas = ReplicaSet(Starting(lambda number: None), RouterConfig(data_parallel_size=1), 1)
+    with pytest.raises(ValueError, match=r"engine 0 has not started in 0\.3 s"):
+        asyncio.run(wait_until_well(replicas, None))
 
 
 def test_a_keeper_goes_on_after_an_error_that_nobody_foresaw(capsys):

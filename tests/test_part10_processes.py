@@ -89,10 +89,10 @@ def test_the_page_shows_the_engine_that_is_chosen(engines: RunningServer):
 def test_a_replica_killed_under_load_fails_nothing_that_had_no_token(engines: RunningServer):
     until(lambda: health(engines)["available"] == 3)
     bodies = [
-        {"prompt": [n, 2, 3] * 5, "max_tokens": 150, "ignore_eos": True, "temperature": 0}
+        {"prompt": [n, 2, 3] * 5, "max_tokens": 400, "ignore_eos": True, "temperature": 0}
         for n in range(60)
     ]
-    processes = {engine: engine_process(engines, engine) for engine in "012"}
+    processes = {str(engine): engine_process(engines, engine) for engine in range(3)}
 
     async def load() -> list[Streamed]:
         begun: list[Streamed] = []
@@ -106,7 +106,7 @@ def test_a_replica_killed_under_load_fails_nothing_that_had_no_token(engines: Ru
     for stream in broken:
         assert stream.ending == "error" and stream.num_chunks > 0, stream
         assert stream.error["code"] == "engine_failed"
-    assert all(stream.num_chunks >= 150 for stream in streams if stream.is_done)
+    assert all(stream.num_chunks >= 400 for stream in streams if stream.is_done)
     until(lambda: health(engines)["available"] == 3)
     assert "was ended by SIGKILL; it starts again in 0.25 s" in engines.output
     assert re.search(r"Engine \d is ready again: http://127.0.0.1:\d+\n", engines.output)

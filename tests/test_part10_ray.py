@@ -59,7 +59,7 @@ def test_everything_listens_on_loopback_and_tells_nobody(cluster: RunningServer)
 
 def test_an_actor_that_is_killed_fails_nothing_that_had_no_token(cluster: RunningServer):
     until(lambda: health(cluster)["available"] == 2)
-    replicas = {engine: engine_process(cluster, engine) for engine in "01"}
+    replicas = {str(engine): engine_process(cluster, engine) for engine in range(2)}
     actors = {replica: replica.parent() for replica in replicas.values()}
     assert all("ReplicaActor" in " ".join(actor.cmdline()) for actor in actors.values())
 

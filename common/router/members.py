@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from common.router.config import RouterConfig
-from common.router.launching import Launcher, cancel
+from common.router.launching import Launcher, ReplicaDied, cancel
 from common.router.link import Link, Status
 from common.router.upstream import Upstream, UpstreamFailed
 
@@ -64,16 +64,15 @@ class Member:
         self.num_referred -= told
 
     def limit_start(self, now: float) -> None:
-        """One that takes too long to start is ended; the next look finds it dead."""
+        """One that takes too long to start is ended. Raises ReplicaDied."""
         if self.starting_since is None:
             self.starting_since = now
             return
         timeout = self.config.start_timeout or START_SECONDS
         if now - self.starting_since >= timeout:
-            told = f"engine {self.index} has not started in {timeout:g} s"
-            print(told, file=sys.stderr, flush=True)
             self.starting_since = None
             self.link.handle.kill()
+            raise ReplicaDied(f"engine {self.index} has not started in {timeout:g} s")
 
     def recover(self) -> None:
         """It is well again: what it did before does not count."""

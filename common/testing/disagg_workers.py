@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import psutil
 
+from common.testing.router import engine_process
 from common.testing.server import RunningServer
 
 PREFILL, DECODE = "prefill", "decode"
@@ -36,16 +37,8 @@ class Workers:
     def find(self, kind: str) -> psutil.Process | None:
         """The worker's process; None while there is none that is ready."""
         self.note()
-        pattern = rf"Engine {(PREFILL, DECODE).index(kind)} is ready (?:again|after .*): http://[\w.]+:(\d+)$"
-        ports = re.findall(pattern, self.server.output, re.MULTILINE)
-        if not ports:
-            return None
-        for pid in self.seen:
-            with contextlib.suppress(psutil.Error):
-                process = psutil.Process(pid)
-                for connection in process.net_connections("inet"):
-                    if connection.status == "LISTEN" and connection.laddr.port == int(ports[-1]):
-                        return process
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return engine_process(self.server, (PREFILL, DECODE).index(kind))
         return None
 
     def are_well(self) -> bool:
