@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from common.kernels.quantized import QuantizedWeight
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:
@@ -106,10 +108,14 @@ class Ops(ABC):
         """silu(gate) * up; gate_up: [num_tokens, 2 * size], gate first. Returns [num_tokens, size]."""
 
     @abstractmethod
-    def prepare_weight(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    def prepare_weight(
+        self, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None = None
+    ) -> Any:
         """A weight object for `linear` from [out_features, in_features], made once at load.
 
-        The object keeps the only copy of the weight: callers drop theirs.
+        The object keeps the only copy of the weight: callers drop theirs. A quantised weight stays
+        quantised; products are those of `QuantizedWeight.dequantize` with inputs that are rounded as
+        `round_activations` does, up to float32's rounding of sums.
         """
 
     @abstractmethod
@@ -124,7 +130,11 @@ class Ops(ABC):
         return weight[0][token_ids]
 
     @abstractmethod
-    def prepare_experts(self, gate_up: Iterable[torch.Tensor], down: Iterable[torch.Tensor]) -> Any:
+    def prepare_experts(
+        self,
+        gate_up: Iterable[torch.Tensor | QuantizedWeight],
+        down: Iterable[torch.Tensor | QuantizedWeight],
+    ) -> Any:
         """A weights object for `experts`, made once at load.
 
         gate_up: of each expert [2 * size, hidden], gate first; down: [hidden, size]. Both are gone
@@ -146,7 +156,11 @@ class Ops(ABC):
 
     @abstractmethod
     def replace_expert(
-        self, prepared: Any, index: int, gate_up: torch.Tensor, down: torch.Tensor
+        self,
+        prepared: Any,
+        index: int,
+        gate_up: torch.Tensor | QuantizedWeight,
+        down: torch.Tensor | QuantizedWeight,
     ) -> None:
         """Overwrite one expert's weights in place. gate_up, down: as in `prepare_experts`."""
 

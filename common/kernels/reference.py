@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.kernels import AttentionMetadata, Ops
+from common.kernels.quantized import QuantizedWeight, round_activations
 from common.sampling import NO_TOKEN, gumbel_noise, not_drawn
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy
@@ -28,6 +29,19 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x.dtype)
+
+
+def product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias; a quantised weight is unpacked for it."""
+    if isinstance(weight, QuantizedWeight):
+        group = weight.group
+        if weight.order is not None and weight.activations == "int8":  # its groups are reordered
+            ordered = round_activations(x[:, weight.order], weight.activations, group)
+            x = ordered[:, weight.order.argsort()]
+        else:
+            x = round_activations(x, weight.activations, group)
+        weight = weight.dequantize().to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 class ReferenceOps(Ops):
@@ -75,29 +89,51 @@ class ReferenceOps(Ops):
         gate, up = wide(gate_up).chunk(2, dim=-1)
         return (F.silu(gate) * up).to(gate_up.dtype)
 
-    def prepare_weight(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+    def prepare_weight(self, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Any:
         return weight, bias
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
-        return F.linear(x, *weight)
+        return product(x, *weight)
 
-    def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
+    def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
+        table = weight[0]
+        if isinstance(table, QuantizedWeight):
+            return table.rows(token_ids).dequantize()
+        return table[token_ids]
+
+    def prepare_experts(
+        self,
+        gate_up: Iterable[Tensor | QuantizedWeight],
+        down: Iterable[Tensor | QuantizedWeight],
+    ) -> Any:
         pairs = list(zip(gate_up, down, strict=True))
-        return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+        sides = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if isinstance(pairs[0][0], QuantizedWeight):
+            return sides
+        return torch.stack(sides[0]), torch.stack(sides[1])
 
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
         gate_ups, downs = prepared
         out = torch.zeros_like(wide(x))
         for expert in expert_ids[expert_ids >= 0].unique().tolist():
             tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
-            hidden = self.silu_and_mul(F.linear(x[tokens], gate_ups[expert]))
-            result = wide(F.linear(hidden, downs[expert]))
+            hidden = self.silu_and_mul(product(x[tokens], gate_ups[expert]))
+            result = wide(product(hidden, downs[expert]))
             out.index_add_(0, tokens, result * weights[tokens, places].unsqueeze(1))
         return out.to(x.dtype)
 
-    def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
-        for tensors, given in zip(prepared, (gate_up, down), strict=True):
-            tensors[index].copy_(given)
+    def replace_expert(
+        self,
+        prepared: Any,
+        index: int,
+        gate_up: Tensor | QuantizedWeight,
+        down: Tensor | QuantizedWeight,
+    ) -> None:
+        for side, given in zip(prepared, (gate_up, down), strict=True):
+            if isinstance(side, list):
+                side[index] = given
+            else:
+                side[index].copy_(given)
 
     def attention(
         self,
