@@ -24,10 +24,12 @@ from common.kernels.cpu import elementwise
 from common.kernels.cpu.attention import attention
 from common.kernels.cpu.compile import compile_missing
 from common.kernels.cpu.experts import PanelExperts, experts
+from common.kernels.cpu.integer_weight import IntegerExperts, IntegerWeight, is_integer
 from common.kernels.cpu.linear import linear
 from common.kernels.cpu.sampler import sample, smallest_kept
 from common.kernels.cpu.vector import LANES, PANEL
 from common.kernels.cpu.weight import PanelWeight, WeightMemory
+from common.kernels.quantized import QuantizedWeight
 from common.kernels.reference import ReferenceOps
 
 FLOAT = torch.float32
@@ -197,12 +199,19 @@ class CpuOps(Ops):
         elementwise.silu_and_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, size, num_threads)
         return out
 
-    def prepare_weight(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+    def prepare_weight(self, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Any:
+        if isinstance(weight, QuantizedWeight) and is_integer(weight):
+            return IntegerWeight.pack(weight, bias, self.memory)
+        if isinstance(weight, QuantizedWeight):
+            return self.reference.prepare_weight(weight, bias)
         if weight.dtype is not FLOAT:
             return self.reference.prepare_weight(weight, bias)
         return PanelWeight.pack(weight, bias, self.memory)
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
+        if isinstance(weight, IntegerWeight):
+            num_threads = self.threads_for(weight.is_large or len(x) > 4)
+            return weight.multiply(plain(x, FLOAT), num_threads)
         if not isinstance(weight, PanelWeight):
             return self.reference.linear(x, weight)
         x = plain(x, FLOAT)
@@ -223,6 +232,8 @@ class CpuOps(Ops):
         return out
 
     def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
+        if isinstance(weight, IntegerWeight):
+            return weight.rows(token_ids)
         if not isinstance(weight, PanelWeight):
             return self.reference.embedding(token_ids, weight)
         return weight.panels[token_ids // PANEL, :, token_ids % PANEL]
@@ -230,7 +241,9 @@ class CpuOps(Ops):
     def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
         pairs = zip(gate_up, down, strict=True)
         first = [next(pairs)]
-        if first[0][0].dtype is not FLOAT:
+        if isinstance(first[0][0], QuantizedWeight) and is_integer(first[0][0]):
+            return IntegerExperts.pack([*first, *pairs], self.memory)
+        if isinstance(first[0][0], QuantizedWeight) or first[0][0].dtype is not FLOAT:
             return self.reference.prepare_experts(*zip(*first, *pairs, strict=True))
 
         def each() -> Iterator[tuple[Tensor, Tensor]]:
@@ -240,6 +253,8 @@ class CpuOps(Ops):
         return PanelExperts.pack(each(), self.memory)
 
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
+        if isinstance(prepared, IntegerExperts):
+            return self._integer_experts(x, expert_ids, weights, prepared)
         if not isinstance(prepared, PanelExperts):
             return self.reference.experts(x, expert_ids, weights, prepared)
         x, expert_ids = plain(x, FLOAT), plain(expert_ids, torch.int64)
@@ -268,8 +283,30 @@ class CpuOps(Ops):
             )
         return out
 
-    def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
-        if isinstance(prepared, PanelExperts):
+    def _integer_experts(
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: IntegerExperts
+    ) -> Tensor:
+        out = torch.zeros(x.shape)
+        for expert in expert_ids[expert_ids >= 0].unique().tolist():
+            if expert >= len(prepared.weights):
+                raise ValueError(
+                    f"experts: {len(prepared.weights)} of them, ids up to {expert_ids.max()}"
+                )
+            tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
+            gate_up, down = prepared.weights[expert]
+            hidden = self.silu_and_mul(self.linear(x[tokens], gate_up))
+            result = self.linear(hidden, down)
+            out.index_add_(0, tokens, result * weights[tokens, places].unsqueeze(1))
+        return out
+
+    def replace_expert(
+        self,
+        prepared: Any,
+        index: int,
+        gate_up: Tensor | QuantizedWeight,
+        down: Tensor | QuantizedWeight,
+    ) -> None:
+        if isinstance(prepared, PanelExperts | IntegerExperts):
             prepared.replace(index, gate_up, down)
         else:
             self.reference.replace_expert(prepared, index, gate_up, down)
@@ -391,6 +428,10 @@ class CpuOps(Ops):
         self.silu_and_mul(torch.zeros(1, 2))
         self.linear(x, self.prepare_weight(x))
         query = self.rotary_and_store(x.repeat(1, 3), x, token, kv_cache, 0, token)
+        integer = QuantizedWeight("int8", x.to(torch.int8), x[:, :1], LANES, activations="int8")
+        integer = self.prepare_weight(integer)
+        self.linear(x, integer)
+        self.embedding(token, integer)
         starts, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         metadata = AttentionMetadata(starts, one, token[None].int(), token, 1, 1)
         self.attention(query, kv_cache, 0, metadata, 1.0)
