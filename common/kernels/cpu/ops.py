@@ -24,6 +24,7 @@ from common.kernels.cpu import elementwise
 from common.kernels.cpu.attention import attention
 from common.kernels.cpu.compile import compile_missing
 from common.kernels.cpu.experts import PanelExperts, experts
+from common.kernels.cpu.integer_weight import IntegerWeight, is_integer
 from common.kernels.cpu.linear import linear
 from common.kernels.cpu.quantized_experts import QuantizedExperts
 from common.kernels.cpu.quantized_weight import QuantizedPanels
@@ -202,19 +203,20 @@ class CpuOps(Ops):
 
     def prepare_weight(self, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Any:
         if isinstance(weight, QuantizedWeight):
-            return QuantizedPanels.pack(weight, bias, self.memory)
+            kind = IntegerWeight if is_integer(weight) else QuantizedPanels
+            return kind.pack(weight, bias, self.memory)
         if weight.dtype is not FLOAT:
             return self.reference.prepare_weight(weight, bias)
         return PanelWeight.pack(weight, bias, self.memory)
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
-        if not isinstance(weight, PanelWeight | QuantizedPanels):
+        if not isinstance(weight, PanelWeight | IntegerWeight | QuantizedPanels):
             return self.reference.linear(x, weight)
         x = plain(x, FLOAT)
         num_tokens, in_features = x.shape
         if in_features != weight.in_features:
             raise ValueError(f"linear: x {x.shape}, weight takes {weight.in_features} features")
-        if isinstance(weight, QuantizedPanels):
+        if isinstance(weight, IntegerWeight | QuantizedPanels):
             return weight.linear(x, self.threads_for(weight.is_large or num_tokens > 4))
         out = torch.empty(num_tokens, weight.out_features)
         linear(
@@ -230,7 +232,7 @@ class CpuOps(Ops):
         return out
 
     def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
-        if isinstance(weight, QuantizedPanels):
+        if isinstance(weight, IntegerWeight | QuantizedPanels):
             return weight.rows(plain(token_ids, torch.int64))
         if not isinstance(weight, PanelWeight):
             return self.reference.embedding(token_ids, weight)
@@ -252,7 +254,7 @@ class CpuOps(Ops):
             yield from pairs
 
         if is_quantized:
-            return QuantizedExperts.pack(each(), self.memory)
+            return QuantizedExperts.pack(each(), self.prepare_weight)
         return PanelExperts.pack(each(), self.memory)
 
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
@@ -435,6 +437,10 @@ class CpuOps(Ops):
         self.linear(x, quantized)
         self.embedding(token, quantized)
         query = self.rotary_and_store(x.repeat(1, 3), x, token, kv_cache, 0, token)
+        integer = QuantizedWeight("int8", x.to(torch.int8), x[:, :1], LANES, activations="int8")
+        integer = self.prepare_weight(integer)
+        self.linear(x, integer)
+        self.embedding(token, integer)
         starts, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         metadata = AttentionMetadata(starts, one, token[None].int(), token, 1, 1)
         self.attention(query, kv_cache, 0, metadata, 1.0)
