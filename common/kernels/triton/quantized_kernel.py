@@ -27,8 +27,17 @@ def scale_values(raw, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def codes_of_run(packed, run: tl.constexpr, RUNS: tl.constexpr):
+    """One run's codes of a step."""
+    if RUNS == 1:
+        return packed
+    else:
+        return (packed >> (4 * run)) & 15
+
+
+@triton.jit
 def half_values(codes, table, KIND: tl.constexpr, HALF: tl.constexpr):
-    """What codes stand for, exactly, in a format of 16 bits. codes: uint8, a nibble or a byte.
+    """What codes stand for, exactly, in a format of 16 bits. codes: uint8, or int16 with a nibble.
 
     Their bits are put where those of the result are, which is faster than a conversion: an integer
     into the mantissa of a number that is then subtracted, an exponent and a mantissa into theirs,
@@ -40,7 +49,7 @@ def half_values(codes, table, KIND: tl.constexpr, HALF: tl.constexpr):
     elif KIND == "int4" or KIND == "uint4":
         LARGE: tl.constexpr = 128.0 if IS_BF16 else 1024.0  # its last bit is 1
         BITS: tl.constexpr = 0x4300 if IS_BF16 else 0x6400
-        numbers = (codes.to(tl.int16) | BITS).to(HALF, bitcast=True)
+        numbers = (codes | BITS).to(HALF, bitcast=True)
         return numbers - tl.full([], LARGE + (8.0 if KIND == "int4" else 0.0), HALF)
     elif KIND == "fp8_e4m3":
         wide = codes.to(tl.int8, bitcast=True).to(tl.int16)  # the sign in all upper bits
@@ -48,9 +57,8 @@ def half_values(codes, table, KIND: tl.constexpr, HALF: tl.constexpr):
         bias: tl.constexpr = 1.329227995784916e36 if IS_BF16 else 256.0  # 2**120, 2**8
         return bits.to(HALF, bitcast=True) * tl.full([], bias, HALF)
     elif KIND == "fp4_e2m1":
-        wide = codes.to(tl.int16)
         shift: tl.constexpr = 6 if IS_BF16 else 9
-        bits = ((wide & 8) << 12) | ((wide & 7) << shift)
+        bits = ((codes & 8) << 12) | ((codes & 7) << shift)
         bias: tl.constexpr = 8.507059173023462e37 if IS_BF16 else 16384.0  # 2**126, 2**14
         return bits.to(HALF, bitcast=True) * tl.full([], bias, HALF)
     else:
@@ -64,7 +72,7 @@ def values(codes, table, KIND: tl.constexpr, DTYPE: tl.constexpr):
         if KIND == "int8":
             return codes.to(tl.int8, bitcast=True)
         else:
-            return codes.to(tl.int8, bitcast=True) - (8 if KIND == "int4" else 0)
+            return (codes - (8 if KIND == "int4" else 0)).to(tl.int8)
     elif DTYPE == tl.float32:
         if KIND == "nf4":
             return tl.load(table + codes.to(tl.int32))
@@ -109,21 +117,21 @@ def weighted_sums(
     x,  # [TOKENS] pointers to the inputs of each token
     has_token,
     x_scales,  # [TOKENS] pointers to the scales of each token
-    codes,  # [ROWS] pointers to the first byte of each output
+    codes,  # [ROWS] pointers to the first codes of each output
     scales, row_scales, minimums, table,
     outputs, num_padded, num_groups, in_features, first_step, end_step,
     KIND: tl.constexpr, DTYPE: tl.constexpr, FORMAT: tl.constexpr, HAS_X_SCALES: tl.constexpr,
     HAS_ROW_SCALES: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
     STEPS_PER_GROUP: tl.constexpr,  # 0: one group
-    STEP_BYTES: tl.constexpr,  # from one step's codes of an output to the next's
+    STEP_SIZE: tl.constexpr,  # from one step's codes of an output to the next's
     DEPTH: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, TOKENS] float32: a tile of the weight times inputs, over some steps of the depth.
 
-    A step is DEPTH bytes of each output: as many codes of 8 bits, or in the lower halves of the bytes
-    as many of 4 bits and in the upper halves the next ones.
+    A step is DEPTH elements of each output: as many codes of 8 bits, or four runs of as many codes of
+    4 bits.
     """
-    HALVES: tl.constexpr = 1 if KIND == "int8" or KIND == "fp8_e4m3" else 2
+    RUNS: tl.constexpr = 1 if KIND == "int8" or KIND == "fp8_e4m3" else 4
     TOTAL: tl.constexpr = tl.int32 if DTYPE == tl.int8 else tl.float32
     ONE_GROUP: tl.constexpr = STEPS_PER_GROUP == 0
     depths = tl.arange(0, DEPTH)
@@ -134,18 +142,12 @@ def weighted_sums(
     x_total = tl.zeros((TOKENS,), TOTAL)
     x_scale = tl.zeros((TOKENS,), tl.float32)
     for step in range(first_step, end_step):
-        packed = tl.load(left + step * STEP_BYTES)
-        for half in tl.static_range(HALVES):
-            part = step * HALVES + half
+        packed = tl.load(left + step * STEP_SIZE)
+        for run in tl.static_range(RUNS):
+            part = step * RUNS + run
             inside = has_token[:, None] & (part * DEPTH + depths < in_features)[None, :]
             inputs = tl.load(right + part * DEPTH, mask=inside, other=0)
-            if HALVES == 1:
-                own = packed
-            elif half == 0:
-                own = packed & 15
-            else:
-                own = packed >> 4
-            numbers = values(own, table, KIND, DTYPE)
+            numbers = values(codes_of_run(packed, run, RUNS), table, KIND, DTYPE)
             if ONE_GROUP:
                 whole = tl.dot(
                     numbers, tl.trans(inputs), whole, input_precision="tf32x3", out_dtype=TOTAL
@@ -219,12 +221,12 @@ def product_kernel(
     split = tl.program_id(2)
     has_token = tokens < num_tokens
     rows = tl.minimum(outputs, num_padded - 1)
-    row_bytes = num_steps * DEPTH
+    row_size = num_steps * DEPTH
     if IS_PACKED:
-        places = (rows // PACK_ROWS).to(tl.int64) * (row_bytes * PACK_ROWS)
+        places = (rows // PACK_ROWS).to(tl.int64) * (row_size * PACK_ROWS)
         places += rows % PACK_ROWS * DEPTH
     else:
-        places = rows.to(tl.int64) * row_bytes
+        places = rows.to(tl.int64) * row_size
     HAS_X_SCALES: tl.constexpr = x_scales is not None
     sums = weighted_sums(
         x + tokens.to(tl.int64) * in_features,

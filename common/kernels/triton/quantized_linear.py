@@ -82,13 +82,12 @@ def fitting(tile: Tile, step_bytes: tuple[int, int], device: Device) -> Tile:
 
 
 @lru_cache
-def tile_for(num_tokens: int, depth: int, input_bytes: int, device: Device) -> Tile:
-    """input_bytes: of a token's inputs in one step of `depth` bytes of codes."""
-    rows = 16 if num_tokens <= 16 else 64 if num_tokens <= 64 else 128
-    tile = TILES[rows]
-    if input_bytes > 4 * depth:  # float32: more registers
+def tile_for(num_tokens: int, step_bytes: tuple[int, int], device: Device, is_wide: bool) -> Tile:
+    """is_wide: products of float32 take more registers."""
+    tile = TILES[16 if num_tokens <= 16 else 64 if num_tokens <= 64 else 128]
+    if is_wide:
         tile = replace(tile, rows=64, tokens=min(32, tile.tokens))
-    return fitting(tile, (depth, input_bytes), device)
+    return fitting(tile, step_bytes, device)
 
 
 def num_splits(num_tokens: int, num_programs: int, num_steps: int, row_bytes: int, cores: int) -> int:
@@ -135,17 +134,19 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     if num_tokens > most and not is_integer(weight):
         return unpacked_product(x, weight, bias)
     inputs, x_scales = as_inputs(x, weight)
-    tile = tile_for(num_tokens, weight.depth, input_bytes(inputs, weight), Device.of(x.device))
+    tile = own_tile(num_tokens, inputs, weight)
     programs = triton.cdiv(weight.out_features, tile.rows) * triton.cdiv(num_tokens, tile.tokens)
     num_steps = weight.codes.shape[1]
     cores = num_multiprocessors(x.device)
-    splits = num_splits(num_tokens, programs, num_steps, num_steps * weight.depth, cores)
+    row_bytes = num_steps * weight.depth * weight.codes.element_size()
+    splits = num_splits(num_tokens, programs, num_steps, row_bytes, cores)
     return product(inputs, x_scales, weight, bias, x.dtype, tile, splits)
 
 
-def input_bytes(inputs: Tensor, weight: PackedWeight) -> int:
-    """Of a token in one step."""
-    return weight.step_inputs * inputs.element_size()
+def own_tile(num_tokens: int, inputs: Tensor, weight: PackedWeight) -> Tile:
+    size = inputs.element_size()
+    step_bytes = (weight.depth * weight.codes.element_size(), weight.step_inputs * size)
+    return tile_for(num_tokens, step_bytes, Device.of(inputs.device), size > 2)
 
 
 def compile_all(dtype: torch.dtype, weight: PackedWeight, bias: Tensor | None) -> None:
@@ -164,11 +165,7 @@ def compile_all(dtype: torch.dtype, weight: PackedWeight, bias: Tensor | None) -
     COMPILED.add(key)
     x = torch.zeros(1, weight.in_features, dtype=dtype, device=device)
     inputs, x_scales = as_inputs(x, weight)
-    tiles = {
-        tile_for(count, weight.depth, input_bytes(inputs, weight), Device.of(device))
-        for count in TILES
-    }
-    for tile in tiles:
+    for tile in {own_tile(count, inputs, weight) for count in TILES}:
         for splits in (1, 2):
             product(inputs, x_scales, weight, bias, dtype, tile, splits)
     if not is_integer(weight):

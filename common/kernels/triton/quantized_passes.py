@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from common.kernels.triton.launch import Launcher
-from common.kernels.triton.quantized_kernel import scale_values, values
+from common.kernels.triton.quantized_kernel import codes_of_run, scale_values, values
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def unpack_kernel(
     IS_PACKED: tl.constexpr, PACK_ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One step's codes of a tile's outputs, as the numbers that they stand for."""
-    HALVES: tl.constexpr = 1 if KIND == "int8" or KIND == "fp8_e4m3" else 2
+    RUNS: tl.constexpr = 1 if KIND == "int8" or KIND == "fp8_e4m3" else 4
     tile, step = first_tile + tl.program_id(0), tl.program_id(1)
     inner, depths = tl.arange(0, PACK_ROWS), tl.arange(0, DEPTH)
     base = tile.to(tl.int64) * PACK_ROWS * num_steps * DEPTH
@@ -87,17 +87,11 @@ def unpack_kernel(
     packed = tl.load(codes + base + places)
     outputs = tile * PACK_ROWS + inner
     target = out + (tl.program_id(0).to(tl.int64) * PACK_ROWS + inner)[:, None] * in_features
-    for half in tl.static_range(HALVES):
-        part = step * HALVES + half
+    for run in tl.static_range(RUNS):
+        part = step * RUNS + run
         group = part // STEPS_PER_GROUP if STEPS_PER_GROUP > 0 else 0
-        if HALVES == 1:
-            own = packed
-        elif half == 0:
-            own = packed & 15
-        else:
-            own = packed >> 4
         scale = scale_values(tl.load(scales + group * num_padded + outputs), FORMAT)
-        numbers = values(own, table, KIND, tl.float32) * scale[:, None]
+        numbers = values(codes_of_run(packed, run, RUNS), table, KIND, tl.float32) * scale[:, None]
         if row_scales is not None:
             numbers *= tl.load(row_scales + outputs)[:, None]
         if minimums is not None:

@@ -1,12 +1,13 @@
 """How a quantised weight lies in a GPU's memory.
 
-A step of a product takes `depth` bytes of each output: a group's codes, or a power of two of them that
-divides it. With 8 bits these are codes of `depth` neighbours. With 4 bits they are two such runs, the
-first in the lower halves of the bytes and the second in the upper ones: a thread gets 32 codes by one
-load of 16 bytes, and no two halves have to be put side by side in registers.
+A step of a product takes `depth` elements of each output. With 8 bits an element is a code: a group's, or
+a power of two of them that divides it. With 4 bits it is a word of 16 bits, and a step is four such
+runs: the first run's codes in the lowest bits of the words, the next run's above them, and so on. So a
+thread gets 32 codes by a load of 16 bytes, and two words side by side in a register become two
+numbers side by side without being taken apart.
 
 Where a step is short, the outputs' parts of one step lie next to each other, by 64 outputs, so that
-memory is read in long runs. Else outputs lie as they are, in rows.
+memory is read in long pieces. Else outputs lie as they are, in rows.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.kernels.quantized import BYTES, TABLES, QuantizedWeight, unpack_nibbles
+from common.kernels.quantized import BYTES, TABLES, QuantizedWeight, pack_nibbles, unpack_nibbles
 
 PACK_ROWS = 64
-LONG_DEPTH = 128  # bytes of a step: a whole line of the cache
+LINE = 128  # bytes of an output's step, at most: a line of the cache
 MIN_DEPTH = 16  # of a matrix product
+RUNS = {kind: 1 for kind in BYTES} | {kind: 4 for kind in TABLES}  # codes of an element
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}  # of scales that come as bytes
 
 
@@ -27,7 +29,7 @@ FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}  # of scal
 class PackedWeight:
     """[out_features, in_features], both padded: codes and scales of 0.
 
-    codes: [tiles, steps, PACK_ROWS, depth] uint8, in any order of memory. scales, minimums:
+    codes: [tiles, steps, PACK_ROWS, depth] uint8 or int16, in any order of memory. scales, minimums:
     [groups, tiles * PACK_ROWS]. order: as in `QuantizedWeight`.
     """
 
@@ -51,7 +53,7 @@ class PackedWeight:
 
     @property
     def is_packed(self) -> bool:
-        return self.depth < LONG_DEPTH
+        return self.depth * self.codes.element_size() < LINE
 
     @property
     def num_rows(self) -> int:
@@ -63,7 +65,7 @@ class PackedWeight:
 
     @property
     def step_inputs(self) -> int:
-        return self.depth * (1 if self.kind in BYTES else 2)
+        return self.depth * RUNS[self.kind]
 
     @property
     def steps_per_group(self) -> int:
@@ -77,28 +79,28 @@ class PackedWeight:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def depth_of(group: int, in_features: int) -> int:
-    """Bytes of a step; 0 where groups are too short or odd for a product."""
-    if group == in_features:
-        return LONG_DEPTH
-    depth = min(LONG_DEPTH, group & -group)
+def depth_of(weight: QuantizedWeight) -> int:
+    """Elements of a step; 0 where groups are too short or odd for a product."""
+    most = LINE if weight.kind in BYTES else LINE // 2
+    if weight.group == weight.shape[1]:
+        return most
+    depth = min(most, weight.group & -weight.group)
     return depth if depth >= MIN_DEPTH else 0
 
 
 def can_pack(weight: QuantizedWeight) -> bool:
-    return depth_of(weight.group, weight.shape[1]) > 0
+    return depth_of(weight) > 0
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
     """Ask `can_pack` first."""
     out_features, in_features = weight.shape
-    depth = depth_of(weight.group, in_features)
     scales, row_scales = weight.scales, weight.row_scales
     scale_format = FORMATS.get(scales.dtype, "float")
     if scale_format != "float":
         scales = scales.view(torch.uint8)
     has_table = weight.kind == "nf4"
-    codes = packed_codes(weight, depth)
+    codes = packed_codes(weight)
     spare = codes.shape[0] * PACK_ROWS - out_features
     return PackedWeight(
         weight.kind,
@@ -116,28 +118,28 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
     )
 
 
-def packed_codes(weight: QuantizedWeight, depth: int) -> Tensor:
-    """[tiles, steps, PACK_ROWS, depth] uint8."""
+def packed_codes(weight: QuantizedWeight) -> Tensor:
+    """[tiles, steps, PACK_ROWS, depth] uint8 or int16."""
     out_features, in_features = weight.shape
-    halves = 1 if weight.kind in BYTES else 2
+    depth, runs = depth_of(weight), RUNS[weight.kind]
     codes = weight.codes.view(torch.uint8)
-    spare = (-in_features % (halves * depth)) // halves, -out_features % PACK_ROWS
+    spare = -in_features % (runs * depth) * codes.shape[1] // in_features, -out_features % PACK_ROWS
     codes = F.pad(codes, (0, spare[0], 0, spare[1])) if any(spare) else codes
-    if halves == 2:
-        low, high = unpack_nibbles(codes).unflatten(1, (-1, 2, depth)).unbind(2)
-        codes = (low | high << 4).flatten(1)
-    codes = codes.unflatten(1, (-1, depth)).unflatten(0, (-1, PACK_ROWS)).transpose(1, 2)
-    if depth < LONG_DEPTH:
-        return codes.contiguous()
+    if runs > 1:
+        a, b, c, d = unpack_nibbles(codes).unflatten(1, (-1, runs, depth)).unbind(2)
+        codes = torch.stack([a | b << 4, c | d << 4], dim=3).flatten(1).view(torch.int16)
+    codes = codes.unflatten(1, (-1, depth)).unflatten(0, (-1, PACK_ROWS))
+    if depth * codes.element_size() < LINE:
+        return codes.transpose(1, 2).contiguous()
     # A view of rows; of 8 bits these are the codes that were given, if nothing had to be added.
-    return codes.transpose(1, 2).contiguous().transpose(1, 2)
+    return codes.contiguous().transpose(1, 2)
 
 
 def by_group(scales: Tensor, codes: Tensor, weight: QuantizedWeight) -> Tensor:
     """[out, groups] as [groups, outputs], for all places that there are codes for."""
     tiles, steps, _, depth = codes.shape
-    halves = 1 if weight.kind in BYTES else 2
-    groups = -(-steps * halves * depth // weight.group) if scales.shape[1] > 1 else 1
+    inputs = steps * depth * RUNS[weight.kind]
+    groups = -(-inputs // weight.group) if scales.shape[1] > 1 else 1
     spare = (0, groups - scales.shape[1], 0, tiles * PACK_ROWS - len(scales))
     return F.pad(scales, spare).T.contiguous()
 
@@ -152,8 +154,8 @@ def rows(packed: PackedWeight, indices: Tensor) -> QuantizedWeight:
     """Some outputs, [n] int64, as they were given."""
     codes = packed.codes[indices // PACK_ROWS, :, indices % PACK_ROWS]  # [n, steps, depth]
     if packed.kind not in BYTES:
-        pairs = torch.cat([codes & 15, codes >> 4], dim=2).unflatten(2, (-1, 2))
-        codes = pairs[..., 0] | pairs[..., 1] << 4
+        nibbles = unpack_nibbles(codes.contiguous().view(torch.uint8)).unflatten(2, (-1, 4))
+        codes = pack_nibbles(nibbles.transpose(2, 3).flatten(1))
     width = packed.in_features // (1 if packed.kind in BYTES else 2)
     codes = codes.flatten(1)[:, :width]
     num_groups = packed.in_features // packed.group
