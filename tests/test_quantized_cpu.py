@@ -79,7 +79,8 @@ def check_linear(
     largest = exact.abs() + 16 * (weight.kind == "int4") * weight.scales.double().amax()
     if weight.minimums is not None:
         largest = largest + 2 * weight.minimums.double().abs().amax()
-    bound = 4e-7 * (x.double().abs() @ largest.T) * weight.shape[1] ** 0.5 + 1e-30
+    largest = x.double().abs() @ largest.T + (0 if bias is None else bias.abs())
+    bound = 4e-7 * largest * weight.shape[1] ** 0.5 + 1e-30
     assert found.dtype is torch.float32 and found.shape == expected.shape
     assert bool(((found - expected).abs() <= bound).all()), (found - expected).abs().amax()
 
@@ -271,6 +272,6 @@ def test_an_expert_is_replaced_in_place(ops: CpuOps) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * float(expected.abs().amax()))
     assert prepared.num_bytes == held
     with pytest.raises(ValueError, match="expert"):
-        ops.replace_expert(prepared, 3, pairs[0][0].columns(slice(0, 16)), pairs[0][1])
+        ops.replace_expert(prepared, 3, pairs[0][0].rows(slice(0, 16)), pairs[0][1])
     with pytest.raises(ValueError, match="to replace"):
         ops.replace_expert(prepared, 3, *random_experts(("int4", "nf4"), 48, 22, set())[0])

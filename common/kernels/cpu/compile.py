@@ -33,6 +33,7 @@ from common.kernels.cpu import (  # noqa: F401
     exchange,
     experts,
     linear,
+    quantized_experts,
     quantized_linear,
     sampler,
 )
@@ -41,7 +42,7 @@ from common.kernels.cpu.jit import KERNELS
 
 # Names of what numba puts around the body of a parallel loop, and of the body.
 WRAPPERS = ("__numba_parfor_gufunc", "<numba.np.ufunc.wrappers", "parallelgufuncwrapper", "work")
-DEAREST = ("attention", "sample", "experts", "linear")  # half of the time goes into the first
+DEAREST = ("attention", "sample", "quantized_experts", "quantized_linear", "experts", "linear")
 
 
 def missing() -> list[str]:

@@ -25,7 +25,7 @@ from common.kernels.cpu.attention import attention
 from common.kernels.cpu.compile import compile_missing
 from common.kernels.cpu.experts import PanelExperts, experts
 from common.kernels.cpu.linear import linear
-from common.kernels.cpu.quantized_experts import QuantizedExperts
+from common.kernels.cpu.quantized_experts import QuantizedExperts, quantized_experts
 from common.kernels.cpu.quantized_weight import QuantizedPanels
 from common.kernels.cpu.sampler import sample, smallest_kept
 from common.kernels.cpu.vector import LANES, PANEL
@@ -263,15 +263,18 @@ class CpuOps(Ops):
         num_tokens, hidden = x.shape
         if hidden != prepared.hidden or weights.shape != shape or shape[:-1] != (num_tokens,):
             raise ValueError(f"experts: x {x.shape}, ids {shape}, weights {weights.shape}")
-        if isinstance(prepared, QuantizedExperts):
-            return self._quantized_experts(x, expert_ids, weights, prepared)
+        if isinstance(prepared, QuantizedExperts) and not prepared.is_simple:
+            return self._experts_in_turns(x, expert_ids, weights, prepared)
         out = torch.empty(num_tokens, hidden)
-        is_known = experts(
+        if isinstance(prepared, QuantizedExperts):
+            run, addresses = quantized_experts, [prepared.tables.data_ptr()]
+        else:
+            run, addresses = experts, [prepared.addresses.data_ptr(), prepared.zeros.data_ptr()]
+        is_known = run(
             x.data_ptr(),
             expert_ids.data_ptr(),
             weights.data_ptr(),
-            prepared.addresses.data_ptr(),
-            prepared.zeros.data_ptr(),
+            *addresses,
             out.data_ptr(),
             num_tokens,
             shape[1],
@@ -286,7 +289,7 @@ class CpuOps(Ops):
             )
         return out
 
-    def _quantized_experts(
+    def _experts_in_turns(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: QuantizedExperts
     ) -> Tensor:
         """One expert after another, each with all of its tokens."""
@@ -297,7 +300,8 @@ class CpuOps(Ops):
             )
         for expert in expert_ids[expert_ids >= 0].unique().tolist():
             tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
-            hidden = self.silu_and_mul(self.linear(x[tokens], prepared.gate_ups[expert]))
+            gate, up = (self.linear(x[tokens], y[expert]) for y in (prepared.gates, prepared.ups))
+            hidden = self.silu_and_mul(torch.cat([gate, up], dim=1))
             result = self.linear(hidden, prepared.downs[expert])
             out.index_add_(0, tokens, result * weights[tokens, places].unsqueeze(1))
         return out
@@ -434,6 +438,10 @@ class CpuOps(Ops):
         quantized = self.prepare_weight(QuantizedWeight("int8", codes, column[None], LANES))
         self.linear(x, quantized)
         self.embedding(token, quantized)
+        down = QuantizedWeight("int8", codes[:, :1].repeat(LANES, 1), column.repeat(LANES, 1), 1)
+        gate_up = QuantizedWeight("int8", codes.repeat(2, 1), column.repeat(2, 1), LANES)
+        prepared = self.prepare_experts([gate_up], [down])
+        self.experts(x, token[None], column[None], prepared)
         query = self.rotary_and_store(x.repeat(1, 3), x, token, kv_cache, 0, token)
         starts, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         metadata = AttentionMetadata(starts, one, token[None].int(), token, 1, 1)

@@ -27,21 +27,26 @@ from common.kernels.cpu.vector import (
 )
 from common.kernels.quantized import TABLES
 
+# Of products with scales: a constant factor joined to a scale could leave the range of floats.
+IN_ORDER = ("contract", "nsz")
 # Kinds as kernels number them. uint4 and int4 have the same values here: 8 is subtracted with the
 # minimums.
 INT8, FP8, INT4, FP4, NF4 = range(5)
 NUM_KINDS = 5
 # float8_e4m3fn's bits, moved into a float16, are 2**-8 of the number.
 FP8_FACTOR = 256.0
-# FP4 is looked up as whole numbers, and in the highest byte of an int32, where that is fastest.
-FP4_FACTOR = 2.0**-25 if LANES == 8 and FEATURES.get("avx2") else 1.0
 # The second half of int4's nibbles stays where it is in the byte, as 16 times the number.
 HIGH_FACTOR = 16.0
-FACTORS = {FP8: FP8_FACTOR, FP4: FP4_FACTOR}
 FLOAT32, FLOAT16, BFLOAT16, E4M3, E8M0 = range(5)  # dtypes of scales
 SCALE_BYTES = (4, 2, 2, 1, 1)
 # Whether float16 becomes float32 in one instruction: NEON always does, x86 with F16C.
 HAS_HALF = LANES == 4 or FEATURES.get("f16c", False)
+# How 16 values are looked up: a table of floats with AVX-512, for FP4 one of bytes with AVX2, in the
+# highest byte of an int32 and twice too large; or its bits are moved into a float16's.
+HAS_TABLE = LANES == 16 and FEATURES.get("avx512f", False)
+HAS_BYTE_TABLE = LANES == 8 and FEATURES.get("avx2", False)
+FP4_FACTOR = 1.0 if HAS_TABLE else 2.0**-25 if HAS_BYTE_TABLE else 2.0**14 if HAS_HALF else 1.0
+FACTORS = {kind: x for kind, x in ((FP8, FP8_FACTOR), (FP4, FP4_FACTOR)) if x != 1}
 
 HALF, BYTE, SHORT, WORD = ir.HalfType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
 WORDS = ir.VectorType(WORD, LANES)
@@ -74,9 +79,9 @@ def look_up(builder: ir.IRBuilder, table: tuple[float, ...], byte: ir.Value, low
         return builder.icmp_signed("<", moved, constant(WORDS, 0))
 
     index = builder.lshr(byte, constant(WORDS, low)) if low else byte
-    if LANES == 16 and FEATURES.get("avx512f"):  # looks at the lowest 4 bits of the index
+    if HAS_TABLE:  # looks at the lowest 4 bits of the index
         return permute("llvm.x86.avx512.permvar.sf.512", numbers(table), index)
-    if LANES == 8 and FEATURES.get("avx2"):  # and this at the lowest 3
+    if HAS_BYTE_TABLE:  # AVX2's looks at the lowest 3
         halves = [
             permute("llvm.x86.avx2.permps", numbers(half), index) for half in (table[:8], table[8:])
         ]
@@ -110,6 +115,17 @@ def look_up_bytes(builder: ir.IRBuilder, codes: ir.Value) -> list[ir.Value]:
         found = builder.call(shuffle, [ir.Constant(wide, table * 2), index])
         values.append(builder.sitofp(builder.bitcast(found, WORDS), VECTOR))
     return values
+
+
+def emit_half_fp4(builder: ir.IRBuilder, codes: ir.Value, low: int) -> ir.Value:
+    """FP4 codes from bit `low` of int16 lanes on, as floats of 1 / FP4_FACTOR of their value."""
+
+    def moved(mask: int, place: int) -> ir.Value:
+        bits = builder.and_(codes, constant(codes.type, mask << low))
+        return builder.shl(bits, constant(codes.type, place - low))
+
+    bits = builder.or_(moved(8, 12), moved(7, 9))
+    return builder.fpext(builder.bitcast(bits, vector_of(HALF)), VECTOR)
 
 
 def emit_half(builder: ir.IRBuilder, codes: ir.Value) -> ir.Value:
@@ -146,8 +162,11 @@ def emit_codes(builder: ir.IRBuilder, kind: int, address: ir.Value) -> list[ir.V
     if kind == INT4:
         nibbles = [builder.and_(words, constant(WORDS, mask)) for mask in (0x0F, 0xF0)]
         return [builder.sitofp(nibble, VECTOR) for nibble in nibbles]
-    if kind == FP4 and FP4_FACTOR != 1:
+    if kind == FP4 and HAS_BYTE_TABLE:
         return look_up_bytes(builder, load_bytes(builder, codes, address))
+    if kind == FP4 and HAS_HALF and not HAS_TABLE:
+        shorts = builder.zext(load_bytes(builder, codes, address), vector_of(SHORT))
+        return [emit_half_fp4(builder, shorts, low) for low in (0, 4)]
     table = TABLES["fp4_e2m1" if kind == FP4 else "nf4"]
     return [look_up(builder, table, words, low) for low in (0, 4)]
 
@@ -223,11 +242,12 @@ def emit_product(builder: ir.IRBuilder, kind: int, rows: int, args: list[ir.Valu
             total = builder.load(group_sums[0, row, vector])
             for turn in range(1, num_sums):
                 total = builder.fadd(total, builder.load(group_sums[turn, row, vector]), flags=FAST)
-            if FACTORS.get(kind, 1) != 1:
+            if kind in FACTORS:
                 total = builder.fmul(total, constant(VECTOR, FACTORS[kind]))
             scale = load(builder, VECTOR, part(own_scales, vector))
             place = totals[row, vector]
-            builder.store(multiply_add(builder, total, scale, builder.load(place)), place)
+            total = multiply_add(builder, total, scale, builder.load(place), IN_ORDER)
+            builder.store(total, place)
         has_minimums = builder.icmp_unsigned("!=", minimums, INT(0))
         with builder.if_then(has_minimums):
             own_minimums = builder.add(minimums, offset)
@@ -297,9 +317,9 @@ def emit_expand(builder: ir.IRBuilder, kind: int, args: list[ir.Value]) -> None:
         )
         place = builder.add(out, builder.mul(k, INT(PANEL * 4)))
         for vector, value, factor, term in zip(vectors, values, factors, terms, strict=True):
-            if FACTORS.get(kind, 1) != 1:
+            if kind in FACTORS:
                 value = builder.fmul(value, constant(VECTOR, FACTORS[kind]))
-            value = multiply_add(builder, value, factor, term)
+            value = multiply_add(builder, value, factor, term, IN_ORDER)
             store(builder, value, builder.add(place, vector))
 
     emit_steps(builder, kind, codes, depth, ahead, one_step)

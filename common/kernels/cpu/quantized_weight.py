@@ -170,7 +170,7 @@ def by_panel(scales: Tensor, num_panels: int, memory: WeightMemory) -> Tensor:
 
 def pack_codes(weight: QuantizedWeight, num_panels: int, memory: WeightMemory) -> Tensor:
     """[num_panels, in, PANEL] bytes, or half as many with a nibble of each half of a panel."""
-    out_features, in_features = weight.shape
+    _, in_features = weight.shape
     is_byte = weight.kind in BYTES
     packed = memory.take(num_panels, in_features, PANEL if is_byte else LANES, dtype=torch.uint8)
     for first in range(0, num_panels, AT_ONCE):
