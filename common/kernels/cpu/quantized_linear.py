@@ -19,7 +19,8 @@ from common.kernels.cpu.jit import (
     next_index,
 )
 from common.kernels.cpu.linear import BLOCK, LINE
-from common.kernels.cpu.quantized_vector import expand, quantized_tile, widen
+from common.kernels.cpu.quantized_codes import widen
+from common.kernels.cpu.quantized_vector import expand, quantized_tile
 from common.kernels.cpu.vector import FEW_ROWS, LANES, MAX_ROWS, PANEL, panel_tile
 
 DEPTH = 320  # rows of a panel that are unpacked at once

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from common.kernels.cpu.quantized_linear import quantized_linear, quantized_rows
-from common.kernels.cpu.quantized_vector import (
+from common.kernels.cpu.quantized_codes import (
     FP4,
     FP8,
     HAS_HALF,
