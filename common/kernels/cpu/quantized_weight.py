@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.kernels.cpu.quantized_linear import quantized_linear, quantized_rows
 from common.kernels.cpu.quantized_codes import (
     FP4,
     FP8,
@@ -17,6 +16,7 @@ from common.kernels.cpu.quantized_codes import (
     NUM_KINDS,
     SCALE_BYTES,
 )
+from common.kernels.cpu.quantized_linear import quantized_linear, quantized_rows
 from common.kernels.cpu.vector import LANES, PANEL
 from common.kernels.cpu.weight import PARALLEL_LINEAR, WeightMemory
 from common.kernels.quantized import (
