@@ -32,6 +32,8 @@ from common.kernels.cpu import (  # noqa: F401
     elementwise,
     exchange,
     experts,
+    integer_embedding,
+    integer_linear,
     linear,
     quantized_experts,
     quantized_linear,
@@ -42,7 +44,15 @@ from common.kernels.cpu.jit import KERNELS
 
 # Names of what numba puts around the body of a parallel loop, and of the body.
 WRAPPERS = ("__numba_parfor_gufunc", "<numba.np.ufunc.wrappers", "parallelgufuncwrapper", "work")
-DEAREST = ("attention", "sample", "quantized_experts", "quantized_linear", "experts", "linear")
+DEAREST = (
+    "attention",
+    "sample",
+    "quantized_experts",
+    "quantized_linear",
+    "experts",
+    "integer_linear",
+    "linear",
+)
 
 
 def missing() -> list[str]:

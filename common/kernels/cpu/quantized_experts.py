@@ -4,7 +4,7 @@ Gate and up are two weights here, so that a panel of each can be multiplied in t
 activation of its columns follow at once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from common.kernels.cpu.experts import (
     sort_by_expert,
     sum_rows,
 )
+from common.kernels.cpu.integer_weight import IntegerWeight
 from common.kernels.cpu.jit import float32_array, helper, int64_array, kernel, next_index
 from common.kernels.cpu.linear import LINE
 from common.kernels.cpu.quantized_linear import (
@@ -35,64 +36,87 @@ from common.kernels.cpu.quantized_linear import (
 )
 from common.kernels.cpu.quantized_weight import QuantizedPanels
 from common.kernels.cpu.vector import PANEL
-from common.kernels.cpu.weight import WeightMemory
 from common.kernels.quantized import QuantizedWeight
+
+Prepared = QuantizedPanels | IntegerWeight
 
 
 @dataclass(frozen=True)
 class QuantizedExperts:
-    """A layer's experts as `quantized_experts` reads them."""
+    """A layer's experts: gate and up, two weights or one, and down, of each."""
 
-    gates: list[QuantizedPanels]
-    ups: list[QuantizedPanels]
-    downs: list[QuantizedPanels]
-    tables: Tensor  # [3, num_experts, fields]
+    gate_ups: list[tuple[Prepared, ...]]
+    downs: list[Prepared]
+    # [num_experts, 3, fields] where `quantized_experts` takes them: experts of one format whose
+    # inputs are neither rounded nor reordered. Others take turns.
+    tables: Tensor | None
     hidden: int
     size: int
-    # Whether the kernel takes them: one format, and inputs as they are. Others take turns.
-    is_simple: bool
 
     @classmethod
     def pack(
-        cls, pairs: Iterable[tuple[QuantizedWeight, QuantizedWeight]], memory: WeightMemory
+        cls,
+        pairs: Iterable[tuple[QuantizedWeight, QuantizedWeight]],
+        prepare: Callable[[QuantizedWeight], Prepared],
     ) -> "QuantizedExperts":
-        """pairs: gate_up and down of each expert. Raises ValueError for shapes that do not fit."""
-        sides: tuple[list[QuantizedPanels], ...] = ([], [], [])
-        shapes = set()
+        """pairs: gate_up and down of each expert. prepare: `Ops.prepare_weight`. Raises ValueError
+        for shapes that do not fit."""
+        gate_ups, downs, shapes = [], [], set()
         for gate_up, down in pairs:
-            shapes.add(down.shape)
-            for side, weight in zip(sides, parts(gate_up, down, *down.shape), strict=True):
-                side.append(QuantizedPanels.pack(weight, None, memory))
+            hidden, size = down.shape
+            shapes.add((hidden, size))
+            check_shapes(gate_up, down, hidden, size)
+            gate_ups.append(tuple(prepare(part) for part in split(gate_up)))
+            downs.append(prepare(down))
         if len(shapes) != 1:
             raise ValueError(
                 f"experts: those of a layer are of one (hidden, size), not {sorted(shapes)}"
             )
-        tables = torch.stack([torch.stack([panels.table for panels in side]) for side in sides])
-        is_simple = all(
-            panels.format == first.format and panels.order is None and panels.activations is None
-            for first, side in zip((sides[0][0], sides[0][0], sides[2][0]), sides, strict=True)
-            for panels in side
-        )
-        return cls(*sides, tables, *shapes.pop(), is_simple)
+        return cls(gate_ups, downs, tables_of(gate_ups, downs), *shapes.pop())
 
     @property
     def num_bytes(self) -> int:
-        return sum(panels.num_bytes for panels in self.gates + self.ups + self.downs)
+        gate_ups = sum(panels.num_bytes for parts in self.gate_ups for panels in parts)
+        return gate_ups + sum(panels.num_bytes for panels in self.downs)
 
     def replace(self, index: int, gate_up: QuantizedWeight, down: QuantizedWeight) -> None:
         """Raises ValueError for another shape or format."""
-        sides = self.gates, self.ups, self.downs
-        for side, weight in zip(sides, parts(gate_up, down, self.hidden, self.size), strict=True):
-            side[index].overwrite(weight)
+        check_shapes(gate_up, down, self.hidden, self.size)
+        parts = split(gate_up)
+        if len(parts) != len(self.gate_ups[index]):
+            raise ValueError(f"expert: inputs {gate_up.activations}, to replace others")
+        for panels, part in zip(self.gate_ups[index], parts, strict=True):
+            panels.overwrite(part)
+        self.downs[index].overwrite(down)
 
 
-def parts(
-    gate_up: QuantizedWeight, down: QuantizedWeight, hidden: int, size: int
-) -> tuple[QuantizedWeight, ...]:
-    """Gate, up and down. Raises ValueError for other shapes."""
+def check_shapes(gate_up: QuantizedWeight, down: QuantizedWeight, hidden: int, size: int) -> None:
     if gate_up.shape != (2 * size, hidden) or down.shape != (hidden, size):
         raise ValueError(f"expert: gate_up {gate_up.shape}, down {down.shape}, not of {hidden=}")
-    return gate_up.rows(slice(0, size)), gate_up.rows(slice(size, 2 * size)), down
+
+
+def is_simple(weight: QuantizedWeight | QuantizedPanels) -> bool:
+    """Whether its inputs are taken as they are."""
+    return weight.activations is None and weight.order is None
+
+
+def split(gate_up: QuantizedWeight) -> tuple[QuantizedWeight, ...]:
+    """Gate and up; one weight where the kernel does not take them."""
+    if not is_simple(gate_up):
+        return (gate_up,)
+    size = gate_up.shape[0] // 2
+    return gate_up.rows(slice(0, size)), gate_up.rows(slice(size, 2 * size))
+
+
+def tables_of(gate_ups: list[tuple[Prepared, ...]], downs: list[Prepared]) -> Tensor | None:
+    """What the kernel is told of each expert; None where it does not take them."""
+    rows = [(*parts, down) for parts, down in zip(gate_ups, downs, strict=True)]
+    for row in rows:
+        if not all(isinstance(panels, QuantizedPanels) and is_simple(panels) for panels in row):
+            return None
+        if [panels.format for panels in row] != [panels.format for panels in rows[0]]:
+            return None
+    return torch.stack([torch.stack([panels.table for panels in row]) for row in rows])
 
 
 @helper
@@ -102,11 +126,11 @@ def work(is_first, x, tables, sums, out, starts, first_units, counters, thread, 
     tables: the fields of each expert's gate, up and down. is_first: silu(gate) * up of the tokens'
     rows x, else the second product.
     """
-    weights = tables[0 if is_first else 2]
-    depth, num_columns = weights[0, IN_FEATURES], weights[0, OUT_FEATURES]
+    which = 0 if is_first else 2
+    depth, num_columns = tables[0, which, IN_FEATURES], tables[0, which, OUT_FEATURES]
     num_panels = (num_columns + PANEL - 1) // PANEL
     num_units = first_units[-1]
-    spaces = scratch(weights[0], len(x))
+    spaces = scratch(tables[0, which], len(x))
     num_groups = len(spaces[0])
     for i in range(threads):
         owner = (thread + i) % threads
@@ -127,12 +151,12 @@ def work(is_first, x, tables, sums, out, starts, first_units, counters, thread, 
                 pair = np.empty((count, 2 * PANEL), np.float32)
                 for product in range(2):
                     place, stride = pair.ctypes.data + product * PANEL * 4, 2 * PANEL * 4
-                    own = tables[product, expert]
+                    own = tables[expert, product]
                     multiply_quantized(rows, own_sums, own, place, stride, panel, count, *spaces)
                 result = float32_array(target, (count, num_columns))
                 silu_columns(pair, result, panel * PANEL)
             else:
-                write_panel(rows, own_sums, weights[expert], target, count, panel, spaces)
+                write_panel(rows, own_sums, tables[expert, 2], target, count, panel, spaces)
             unit = begin + next_index(counters + owner * LINE)
 
 
@@ -140,10 +164,9 @@ def work(is_first, x, tables, sums, out, starts, first_units, counters, thread, 
 def quantized_experts(
     x, expert_ids, weights, tables, out, num_tokens, k, num_experts, hidden, size, num_threads
 ):
-    """As `Ops.experts`. tables: addresses' and sizes' of each expert's gate, up and down. Returns
-    whether all experts are there; otherwise nothing is computed."""
-    shape = (3, num_experts, NUM_FIELDS)
-    fields = int64_array(tables, shape)
+    """As `Ops.experts`. tables: the fields of each expert's gate, up and down. Returns whether all
+    experts are there; otherwise nothing is computed."""
+    fields = int64_array(tables, (num_experts, 3, NUM_FIELDS))
     starts = np.zeros(num_experts + 1, np.int64)
     tokens = np.empty(num_tokens * k, np.int64)
     slots = np.empty((num_tokens, k), np.int64)
@@ -163,7 +186,7 @@ def quantized_experts(
         first_units = np.zeros(num_experts + 1, np.int64)
         count_units(starts, first_units, left.shape[1], num_panels)
         counters[:] = 0
-        first = fields[2 * phase, 0]
+        first = fields[0, 2 * phase]
         num_sums = num_slots if first[HAS_TERMS] else 0
         num_groups = left.shape[1] // first[GROUP]
         sums = sum_groups(left.ctypes.data, num_sums, num_groups, first[GROUP])
@@ -173,7 +196,7 @@ def quantized_experts(
             work(is_first, *places, counters.ctypes.data, 0, 1)
         else:
             for i in prange(num_threads):
-                own = int64_array(tables, (3, num_experts, NUM_FIELDS))
+                own = int64_array(tables, (num_experts, 3, NUM_FIELDS))
                 places = (left, own, sums.ctypes.data, right.ctypes.data, starts, first_units)
                 work(is_first, *places, counters.ctypes.data, i, num_threads)
     outs = float32_array(out, (num_tokens, hidden))
