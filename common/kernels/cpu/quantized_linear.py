@@ -1,10 +1,11 @@
 """Linear layers with quantised weights on a CPU, inputs in float32, for all kinds of codes.
 
 A decode step waits for memory, so fewer bytes a weight are less time, as long as unpacking keeps
-up: a few tokens have codes unpacked in registers, and a group's sum is scaled once (a sum of codes
-times a scale is the sum of products). Many tokens wait for arithmetic: for them a block of a panel
-is unpacked once, into the nearest cache, and multiplied as a float panel is. What a minimum adds is
-the same for all inputs of a group: minimum * the sum of the inputs.
+up: codes are unpacked in registers, and a group's sum is scaled once (a sum of codes times a scale
+is the sum of products). What a minimum adds is the same for all inputs of a group: minimum * the sum
+of the inputs. With many tokens a code is unpacked again for every tile of rows. For whole numbers
+that costs nothing, since multiply-adds need other units; where it does, a block of a panel is
+unpacked once, into the nearest cache, and multiplied as a float panel is.
 """
 
 import numpy as np
@@ -24,7 +25,6 @@ from common.kernels.cpu.quantized_vector import expand, quantized_tile
 from common.kernels.cpu.vector import FEW_ROWS, LANES, MAX_ROWS, PANEL, panel_tile
 
 DEPTH = 320  # rows of a panel that are unpacked at once
-FEW_TOKENS = FEW_ROWS  # up to so many, codes are unpacked in registers
 
 # What a weight is to a kernel: so many int64.
 (
@@ -40,14 +40,15 @@ FEW_TOKENS = FEW_ROWS  # up to so many, codes are unpacked in registers
     SCALE_BYTES,  # of one
     MINIMUM_BYTES,
     CODE_BYTES,  # of a panel, one step in depth
+    MOST_TOKENS,  # for which codes are unpacked in registers
     CODES,  # addresses from here on
     SCALES,
     MINIMUMS,
     ROW_SCALES,
     ROW_STRIDE,
     BIAS,
-) = range(18)
-NUM_FIELDS = 18
+) = range(19)
+NUM_FIELDS = 19
 
 
 @helper
@@ -73,14 +74,16 @@ def load_scales(weight, panel, scales, minimums):
 
 @helper
 def multiply_few(x, sums, weight, out, out_stride, panel, num_tokens, scales, minimums):
-    """Codes unpacked in registers, once for FEW_ROWS tokens."""
+    """Codes unpacked in registers, for MAX_ROWS tokens at once or up to FEW_ROWS."""
     depth, group = weight[IN_FEATURES], weight[GROUP]
     num_groups = depth // group
     size = depth * weight[CODE_BYTES]
     codes = weight[CODES] + panel * size
-    num_tiles = (num_tokens + FEW_ROWS - 1) // FEW_ROWS
-    for tile in range(num_tiles):
-        row, end = tile * num_tokens // num_tiles, (tile + 1) * num_tokens // num_tiles
+    row, end = 0, 0
+    while end < num_tokens:
+        row, left = end, num_tokens - end
+        num_tiles = (left + FEW_ROWS - 1) // FEW_ROWS
+        end += MAX_ROWS if left >= MAX_ROWS else (left + num_tiles - 1) // num_tiles
         quantized_tile(
             weight[KIND],
             end - row,
@@ -155,7 +158,7 @@ def multiply_quantized(
 ):
     """out[:, PANEL] = x @ one panel + its bias; addresses, the stride in bytes."""
     load_scales(weight, panel, scales, minimums)
-    if num_tokens <= FEW_TOKENS:
+    if num_tokens <= weight[MOST_TOKENS]:
         multiply_few(x, sums, weight, out, out_stride, panel, num_tokens, scales, minimums)
     else:
         multiply_many(x, weight, out, out_stride, panel, num_tokens, scales, minimums, block)
@@ -167,7 +170,7 @@ def scratch(weight, most_tokens):
     num_groups = weight[IN_FEATURES] // weight[GROUP]
     scales = np.empty((num_groups, PANEL), np.float32)
     minimums = np.empty((num_groups, PANEL), np.float32)
-    block = np.empty((DEPTH if most_tokens > FEW_TOKENS else 0) * PANEL, np.float32)
+    block = np.empty((DEPTH if most_tokens > weight[MOST_TOKENS] else 0) * PANEL, np.float32)
     return scales, minimums, block
 
 
@@ -226,7 +229,7 @@ def sum_groups(x, num_tokens, num_groups, group):
 def quantized_linear(x, table, out, num_tokens, num_threads):
     """out = x @ weight.T + bias. x: [num_tokens, depth] float32. table: the weight's fields."""
     weight = int64_array(table, NUM_FIELDS)
-    num_sums = num_tokens if weight[HAS_TERMS] and num_tokens <= FEW_TOKENS else 0
+    num_sums = num_tokens if weight[HAS_TERMS] else 0
     group = weight[GROUP]
     sums = sum_groups(x, num_sums, weight[IN_FEATURES] // group, group)
     counters = np.zeros((num_threads, LINE // 8), np.int64)

@@ -1,7 +1,7 @@
 """The inner loops of products with quantised weights; see `quantized_codes` for where codes lie.
 
-`quantized_tile` is for few rows: each code is unpacked in registers and used at once. `expand`
-writes a piece of a panel as floats, for `panel_tile` to multiply.
+`quantized_tile` unpacks codes in registers and uses each at once. `expand` writes a piece of a panel
+as floats, for `panel_tile` to multiply.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from common.kernels.cpu.vector import (
     FLOAT,
     INT,
     LANES,
+    MAX_ROWS,
     PANEL,
     VECTOR,
     broadcast,
@@ -43,9 +44,10 @@ def emit_steps(
     depth: ir.Value,
     ahead: ir.Value,
     one_step: Callable[[ir.Value, int], None],
+    most: int = 8,
 ) -> None:
     """one_step(k, turn) for every k < depth, and ask for as many bytes at `ahead`."""
-    unroll = max(4, min(8, 64 // step_bytes(kind)))
+    unroll = max(4, min(most, 64 // step_bytes(kind)))
     num_lines = -(-unroll * step_bytes(kind) // 64)
     whole = builder.udiv(depth, INT(unroll))
     with cgutils.for_range(builder, whole, intp=INT) as loop:
@@ -102,7 +104,8 @@ def emit_product(builder: ir.IRBuilder, kind: int, rows: int, args: list[ir.Valu
                     builder.store(total, place)
 
         next_block = builder.add(ahead, builder.mul(loop.index, group_bytes))
-        emit_steps(builder, kind, group, next_block, one_step)
+        most = 8 if rows <= FEW_ROWS else 4
+        emit_steps(builder, kind, group, next_block, one_step, most)
         offset = builder.mul(loop.index, INT(PANEL * 4))
         own_scales = builder.add(scales, offset)
         for row, vector in tile:
@@ -148,7 +151,7 @@ def quantized_tile(
     group,
     ahead,
 ):
-    """out[r, :] = start + x[r, :] @ a panel of codes, for r < rows <= FEW_ROWS.
+    """out[r, :] = start + x[r, :] @ a panel of codes, for r < rows: up to FEW_ROWS, or MAX_ROWS.
 
     scales, minimums: [num_groups, PANEL] float32; minimums 0 where there are none. sums: of each
     row's inputs of each group. All but kind, rows and numbers of groups and in a group are addresses
@@ -157,12 +160,12 @@ def quantized_tile(
 
     def codegen(context, builder, signature, args):
         end = builder.append_basic_block("product.end")
-        choice = builder.add(builder.mul(args[0], INT(FEW_ROWS + 1)), args[1])
+        choice = builder.add(builder.mul(args[0], INT(MAX_ROWS + 1)), args[1])
         switch = builder.switch(choice, end)
         for number in range(NUM_KINDS):
-            for count in range(1, FEW_ROWS + 1):
+            for count in (*range(1, FEW_ROWS + 1), MAX_ROWS):
                 block = builder.append_basic_block(f"product.{number}.{count}")
-                switch.add_case(INT(number * (FEW_ROWS + 1) + count), block)
+                switch.add_case(INT(number * (MAX_ROWS + 1) + count), block)
                 builder.position_at_end(block)
                 emit_product(builder, number, count, args[2:])
                 builder.branch(end)
