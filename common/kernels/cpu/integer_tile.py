@@ -92,7 +92,9 @@ class Instructions:
         if self.names:
             return self.call(builder, self.names[1], self.shorts, codes, x)
         wide = ir.VectorType(SHORT, self.lanes * 4)
-        return self.add_pairs(builder, builder.mul(builder.zext(codes, wide), builder.sext(x, wide)))
+        return self.add_pairs(
+            builder, builder.mul(builder.zext(codes, wide), builder.sext(x, wide))
+        )
 
 
 class Tile:

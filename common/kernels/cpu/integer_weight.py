@@ -55,7 +55,9 @@ class IntegerWeight:
         group_chunks = -(-weight.group // (CHUNK if bits == 4 else PAD))
         code_bytes = group_chunks * PANEL * (CHUNK // 2 if bits == 4 else PAD)
         levels = [level for level in (scales_of(weight), weight.minimums) if level is not None]
-        half = HALF_SCALES and all(torch.equal(level.half().float(), level.float()) for level in levels)
+        half = HALF_SCALES and all(
+            torch.equal(level.half().float(), level.float()) for level in levels
+        )
         record = code_bytes + len(levels) * PANEL * (2 if half else 4)
         panel_bytes = num_groups * record
         taken = memory.take(num_panels, panel_bytes // 4).view(torch.uint8)
@@ -123,9 +125,7 @@ def scales_of(weight: QuantizedWeight) -> Tensor:
     return scales if weight.row_scales is None else scales * weight.row_scales.unsqueeze(1)
 
 
-def fill_panels(
-    panels: Tensor, weight: QuantizedWeight, code_bytes: int, half: bool
-) -> None:
+def fill_panels(panels: Tensor, weight: QuantizedWeight, code_bytes: int, half: bool) -> None:
     """Write [out_features, in_features] into panels, [num_panels, num_groups, bytes of a group]."""
     num_panels, num_groups, _ = panels.shape
     bits = BITS[weight.kind]
