@@ -218,7 +218,7 @@ def compile_tile(lanes: int, bits: int, rows: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("lanes", [4, 16])
 def test_other_machines(lanes: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors of NEON's and of AVX-512's length, and no instruction of x86's."""
-    num_rows, columns, num_groups, group = 3, 2 * lanes, 3, 64
+    num_rows, columns, num_groups, group = 2, 2 * lanes, 3, 64
     depth = num_groups * group
     run = compile_tile(lanes, bits, num_rows, monkeypatch)
     kind = "int8" if bits == 8 else "int4"
