@@ -35,6 +35,7 @@ from common.kernels.cpu import (  # noqa: F401
     integer_embedding,
     integer_linear,
     linear,
+    quantized_linear,
     sampler,
 )
 from common.kernels.cpu.cache import cache_folder, mark_complete

@@ -5,7 +5,6 @@ minimums, all of PANEL outputs. Codes of 8 bits lie in pairs of depth steps, [gr
 of 4 bits in twice four, [group / 8, PANEL, 4]: the first four steps in the low halves of the bytes.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +87,18 @@ class IntegerWeight:
             ),
         )
 
-    def multiply(self, x: Tensor, num_threads: int) -> Tensor:
+    @property
+    def num_bytes(self) -> int:
+        return self.panels.nbytes
+
+    def overwrite(self, weight: QuantizedWeight) -> None:
+        """Put another weight of the same form in its place. Raises ValueError."""
+        new = self.pack(weight, None, WeightMemory()) if is_integer(weight) else None
+        if new is None or (new.sizes, new.in_features) != (self.sizes, self.in_features):
+            raise ValueError(f"weight: {weight.kind} {weight.shape} {weight.activations}")
+        self.panels.copy_(new.panels)
+
+    def linear(self, x: Tensor, num_threads: int) -> Tensor:
         """x: [num_tokens, in_features] float32, contiguous. Raises ValueError for another size."""
         num_tokens, in_features = x.shape
         if in_features != self.in_features:
@@ -150,29 +160,3 @@ def fill_panels(panels: Tensor, weight: QuantizedWeight, code_bytes: int, half: 
             values = values.view(torch.uint8)
             panels[..., place : place + values.shape[2]] = values
             place += values.shape[2]
-
-
-@dataclass
-class IntegerExperts:
-    """A layer's experts, of weights that `is_integer`; one expert is multiplied after another."""
-
-    weights: list[tuple[IntegerWeight, IntegerWeight]]  # gate_up and down
-    memory: WeightMemory
-
-    @classmethod
-    def pack(
-        cls, pairs: Iterable[tuple[QuantizedWeight, QuantizedWeight]], memory: WeightMemory
-    ) -> "IntegerExperts":
-        def packed(weight: QuantizedWeight) -> IntegerWeight:
-            return IntegerWeight.pack(weight, None, memory)
-
-        return cls([(packed(gate_up), packed(down)) for gate_up, down in pairs], memory)
-
-    def replace(self, index: int, gate_up: QuantizedWeight, down: QuantizedWeight) -> None:
-        """Raises ValueError for weights of another form."""
-        for old, new in zip(self.weights[index], (gate_up, down), strict=True):
-            if not is_integer(new) or new.shape != (old.out_features, old.in_features):
-                raise ValueError(f"expert: {new.kind} {new.shape}, activations {new.activations}")
-        self.weights[index] = tuple(
-            IntegerWeight.pack(weight, None, self.memory) for weight in (gate_up, down)
-        )
