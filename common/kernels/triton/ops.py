@@ -155,7 +155,8 @@ class TritonOps(Ops):
         if not is_matrix(qkv) or not kv_cache.is_contiguous() or cos_sin.dtype != torch.float32:
             arguments = (qkv, cos_sin, positions, kv_cache, layer, slot_mapping)
             return self.reference.rotary_and_store(*arguments, q_norm, k_norm, eps)
-        num_layers, num_kv_heads, head_dim = *kv_cache.shape[1:5:3], head_size(kv_cache)
+        _, num_layers, _, _, num_kv_heads, _ = kv_cache.shape
+        head_dim = head_size(kv_cache)
         num_tokens, num_columns = qkv.shape
         num_heads, rest = divmod(num_columns - 2 * num_kv_heads * head_dim, head_dim)
         assert num_heads > 0 and rest == 0 and head_dim % 2 == 0, (qkv.shape, kv_cache.shape)
