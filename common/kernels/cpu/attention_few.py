@@ -22,7 +22,7 @@ from common.kernels.cpu.vector import (
 
 MAX_FEW_ROWS = 8  # rows of a KV head that count as few
 TILE_ROWS = min(MAX_ROWS, MAX_FEW_ROWS)
-panel_tile, half_panel_tile = make_tile(2, TILE_ROWS), make_tile(1, TILE_ROWS)
+panel_tile, half_panel_tile = (make_tile(vectors, TILE_ROWS, is_sum=True) for vectors in (2, 1))
 KEYS = 128  # keys of a tile
 MASKED = np.float32(-1e30)
 LOWEST = np.float32(-1e20)  # above MASKED: rows that have seen nothing yet give masked keys nothing
