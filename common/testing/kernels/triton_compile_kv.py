@@ -14,10 +14,8 @@ from common.kernels.quantized_kv import row_size
 from common.kernels.triton.ops import TritonOps
 from common.testing.kernels.attention_cases import DECODE, LONG, MIXED, Spec, make_attention
 from common.testing.kernels.case import Target
-from common.testing.kernels.fake_gpu import ARCHITECTURES, Architecture, fake_gpu
+from common.testing.kernels.fake_gpu import ARCHITECTURES, fake_gpu
 from common.testing.kernels.triton_compile import compiled_kernels
-
-ARCHITECTURES.setdefault("B200", Architecture(100, 227 << 10))
 
 
 def launch(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -> None:
