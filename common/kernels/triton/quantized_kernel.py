@@ -196,7 +196,8 @@ def product_kernel(
     minimums,  # [groups, num_padded]
     table,
     bias,
-    out,  # [splits, num_tokens, out_features]
+    out,  # [num_tokens, out_features]
+    parts,  # [splits, num_tokens, out_features] float32, if there are several
     num_tokens,
     out_features,
     num_padded,
@@ -239,13 +240,16 @@ def product_kernel(
         KIND, DTYPE, FORMAT, HAS_X_SCALES, row_scales is not None, minimums is not None,
         STEPS_PER_GROUP, DEPTH * PACK_ROWS if IS_PACKED else DEPTH, DEPTH, ROWS, TOKENS,
     )  # fmt: skip
-    if bias is not None:
-        own = tl.load(bias + outputs, mask=outputs < out_features, other=0.0)
-        sums += own.to(tl.float32)[:, None]
     place = (split * num_tokens + tokens).to(tl.int64) * out_features
+    places = place[None, :] + outputs[:, None]
     is_inside = (outputs < out_features)[:, None] & has_token[None, :]
-    target = out + place[None, :] + outputs[:, None]
-    tl.store(target, sums.to(out.dtype.element_ty), mask=is_inside)
+    if tl.num_programs(2) > 1:
+        tl.store(parts + places, sums, mask=is_inside)
+    else:
+        if bias is not None:
+            own = tl.load(bias + outputs, mask=outputs < out_features, other=0.0)
+            sums += own.to(tl.float32)[:, None]
+        tl.store(out + places, sums.to(out.dtype.element_ty), mask=is_inside)
 
 
 PRODUCT = Launcher(product_kernel)
