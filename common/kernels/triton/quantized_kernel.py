@@ -182,6 +182,18 @@ def weighted_sums(
     return sums
 
 
+@triton.jit
+def code_places(
+    rows, row_size, IS_PACKED: tl.constexpr, PACK_ROWS: tl.constexpr, DEPTH: tl.constexpr
+):
+    """Where the codes of outputs begin."""
+    if IS_PACKED:
+        places = (rows // PACK_ROWS).to(tl.int64) * (row_size * PACK_ROWS)
+        return places + rows % PACK_ROWS * DEPTH
+    else:
+        return rows.to(tl.int64) * row_size
+
+
 NUMBERS = ["num_tokens", "out_features", "num_padded", "num_groups"]
 NUMBERS += ["units", "num_steps", "steps_each"]
 
@@ -222,12 +234,7 @@ def product_kernel(
     split = tl.program_id(2)
     has_token = tokens < num_tokens
     rows = tl.minimum(outputs, num_padded - 1)
-    row_size = num_steps * DEPTH
-    if IS_PACKED:
-        places = (rows // PACK_ROWS).to(tl.int64) * (row_size * PACK_ROWS)
-        places += rows % PACK_ROWS * DEPTH
-    else:
-        places = rows.to(tl.int64) * row_size
+    places = code_places(rows, num_steps * DEPTH, IS_PACKED, PACK_ROWS, DEPTH)
     HAS_X_SCALES: tl.constexpr = x_scales is not None
     sums = weighted_sums(
         x + tokens.to(tl.int64) * in_features,

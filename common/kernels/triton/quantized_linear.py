@@ -23,7 +23,7 @@ from common.kernels.triton import quantized_weight
 from common.kernels.triton.attention import Device
 from common.kernels.triton.quantized_kernel import PRODUCT
 from common.kernels.triton.quantized_passes import ROUND, SUM_PARTS, UNPACK
-from common.kernels.triton.quantized_weight import PACK_ROWS, PackedWeight
+from common.kernels.triton.quantized_weight import PACK_ROWS, PackedWeight, table_of
 
 UNIT = 16  # inputs: a row of x is a multiple of it, so that its loads are as long as they can be
 MAX_TOKENS = 512
@@ -140,7 +140,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     inputs, x_scales = as_inputs(x, weight)
     tile = own_tile(num_tokens, inputs, weight)
     programs = triton.cdiv(weight.out_features, tile.rows) * triton.cdiv(num_tokens, tile.tokens)
-    num_steps = weight.codes.shape[1]
+    num_steps = weight.num_steps
     cores = num_multiprocessors(x.device)
     row_bytes = num_steps * weight.depth * weight.codes.element_size()
     splits = num_splits(num_tokens, programs, num_steps, row_bytes, cores)
@@ -213,7 +213,7 @@ def product(
 ) -> Tensor:  # fmt: skip
     """[num_tokens, out_features]. x: [num_tokens, a multiple of UNIT], of int8 numbers with x_scales."""
     num_tokens, outs = len(x), weight.out_features
-    num_steps = weight.codes.shape[1]
+    num_steps = weight.num_steps
     out = x.new_empty(num_tokens, outs, dtype=dtype)
     parts = x.new_empty((splits, num_tokens, outs) if splits > 1 else 0, dtype=torch.float32)
     grid = triton.cdiv(outs, tile.rows), triton.cdiv(num_tokens, tile.tokens), splits
@@ -221,9 +221,10 @@ def product(
     numbers = (num_tokens, outs, weight.num_rows)
     num_groups = 0 if x_scales is None else x_scales.shape[1]
     numbers += (num_groups, x.shape[1] // UNIT, num_steps)
+    table = table_of(kind, x.dtype, x.device)
     PRODUCT(
         grid,
-        (x, x_scales, weight.codes, weight.scales, weight.row_scales, weight.minimums, weight.table,
+        (x, x_scales, weight.codes, weight.scales, weight.row_scales, weight.minimums, table,
          bias, out, parts, *numbers, triton.cdiv(num_steps, splits)),
         (kind, FORMATS[x.dtype], *others, tile.rows, tile.tokens),
         tile.num_warps,
@@ -238,10 +239,11 @@ def product(
 def unpacked(weight: PackedWeight, dtype: torch.dtype, begin: int, end: int) -> Tensor:
     """Outputs `begin` to `end` as numbers, [end - begin, in_features]; begin: a multiple of PACK_ROWS."""
     out = torch.empty(end - begin, weight.in_features, dtype=dtype, device=weight.codes.device)
-    num_steps = weight.codes.shape[1]
+    num_steps = weight.num_steps
+    table = table_of(weight.kind, torch.float32, weight.codes.device)
     UNPACK(
         (triton.cdiv(end - begin, PACK_ROWS), num_steps),
-        (weight.codes, weight.scales, weight.row_scales, weight.minimums, weight.table, out,
+        (weight.codes, weight.scales, weight.row_scales, weight.minimums, table, out,
          weight.num_rows, weight.in_features, begin // PACK_ROWS, end, num_steps),
         constants(weight),
     )  # fmt: skip
