@@ -166,7 +166,10 @@ def test_counted_bytes(name: str) -> None:
 @needs_triton
 @settings(max_examples=25, deadline=None)
 @given(
-    st.sampled_from(list(FORMATS)), st.sampled_from(LARGE_SHAPES), st.integers(0, 3000), st.booleans()
+    st.sampled_from(list(FORMATS)),
+    st.sampled_from(LARGE_SHAPES),
+    st.integers(0, 3000),
+    st.booleans(),
 )
 def test_nothing_is_compiled_after_the_first_inputs(
     name: str, shape: tuple[int, int], num_tokens: int, is_float32: bool
@@ -214,7 +217,9 @@ def check_compiled(found: list[dict], architecture: str, most_stack: int) -> Non
     for kernel in found:
         assert kernel["shared"] <= kernel["allowed"], kernel
         assert kernel["stack"] <= most_stack, kernel
-        if architecture.startswith("H"):  # codes go from shared memory into registers and are multiplied
+        if architecture.startswith(
+            "H"
+        ):  # codes go from shared memory into registers and are multiplied
             assert kernel["num_warpgroup_products"] > 0, kernel
 
 

@@ -45,7 +45,7 @@ def half_values(codes, table, KIND: tl.constexpr, HALF: tl.constexpr):
     into the mantissa of a number that is then subtracted, an exponent and a mantissa into theirs,
     with a factor for the difference of the biases. NF4 has a table, rounded to the format.
     """
-    IS_BF16: tl.constexpr = HALF == tl.bfloat16
+    IS_BF16: tl.constexpr = tl.bfloat16 == HALF
     if KIND == "int8":
         return codes.to(tl.int8, bitcast=True).to(HALF)
     elif KIND == "int4" or KIND == "uint4":
@@ -70,12 +70,12 @@ def half_values(codes, table, KIND: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def values(codes, table, KIND: tl.constexpr, DTYPE: tl.constexpr):
     """What codes stand for, in the product's format."""
-    if DTYPE == tl.int8:
+    if tl.int8 == DTYPE:
         if KIND == "int8":
             return codes.to(tl.int8, bitcast=True)
         else:
             return (codes - (8 if KIND == "int4" else 0)).to(tl.int8)
-    elif DTYPE == tl.float32:
+    elif tl.float32 == DTYPE:
         if KIND == "nf4":
             return tl.load(table + codes.to(tl.int32))
         else:
@@ -134,7 +134,7 @@ def weighted_sums(
     4 bits.
     """
     RUNS: tl.constexpr = 1 if KIND == "int8" or KIND == "fp8_e4m3" else 4
-    TOTAL: tl.constexpr = tl.int32 if DTYPE == tl.int8 else tl.float32
+    TOTAL: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
     ONE_GROUP: tl.constexpr = STEPS_PER_GROUP == 0
     depths = tl.arange(0, DEPTH)
     left = codes[:, None] + depths[None, :]

@@ -30,7 +30,7 @@ from common.kernels.quantized import (
 PACK_ROWS = 64
 LINE = 128  # bytes of an output's step, at most: a line of the cache
 MIN_DEPTH = 16  # of a matrix product
-RUNS = {kind: 1 for kind in BYTES} | {kind: 4 for kind in TABLES}  # codes of an element
+RUNS = dict.fromkeys(BYTES, 1) | dict.fromkeys(TABLES, 4)  # codes of an element
 FORMATS = {
     torch.float8_e4m3fn: "e4m3",
     torch.float8_e8m0fnu: "e8m0",
@@ -212,7 +212,9 @@ TENSORS = ("codes", "scales", "minimums", "row_scales")
 def can_stack(weights: Sequence[QuantizedWeight]) -> bool:
     """Whether they are of one format and can be packed, their inputs in their own order."""
     sizes = {weight.shape for weight in weights}
-    return len(sizes) == 1 and can_join(weights) and can_pack(weights[0]) and weights[0].order is None
+    return (
+        len(sizes) == 1 and can_join(weights) and can_pack(weights[0]) and weights[0].order is None
+    )
 
 
 def stack(weights: Sequence[QuantizedWeight]) -> PackedWeight:

@@ -33,7 +33,9 @@ class Spec:
         parts = [self.kind, f"{self.out_features} x {self.in_features}", f"groups of {self.group}"]
         parts += [str(self.scales).removeprefix("torch.")]
         parts += ["minimums"] * (self.minimums is not None) + ["rows"] * self.has_row_scales
-        parts += ["order"] * self.has_order + [f"{self.activations} inputs"] * bool(self.activations)
+        parts += ["order"] * self.has_order + [f"{self.activations} inputs"] * bool(
+            self.activations
+        )
         return ", ".join(parts)
 
 
@@ -100,7 +102,12 @@ def off_by(found: Tensor, wanted: Tensor) -> float:
 
 
 def linear_error(
-    ops: Ops, spec: Spec, num_tokens: int, dtype: torch.dtype, device: Any = "cpu", bias: bool = True
+    ops: Ops,
+    spec: Spec,
+    num_tokens: int,
+    dtype: torch.dtype,
+    device: Any = "cpu",
+    bias: bool = True,
 ) -> float:
     generator = torch.Generator().manual_seed(num_tokens)
     x = torch.randn(num_tokens, spec.in_features, generator=generator).to(dtype)
