@@ -269,9 +269,9 @@ def _matches(module: str, target: str) -> bool:
         return target == module
     pattern = target.removeprefix("re:")
     repeats = len(re.findall(r"[*+{?]", pattern))
-    nested = re.search(r"[*+}?][^()]*\)[*+{]|\)\)[*+{]", pattern)
+    is_nested = re.search(r"\)[*+{]|\\[1-9]|\(\?[^:]", pattern)  # and what looks back or ahead
     is_slow = math.comb(len(module) + repeats, repeats) > MOST_STEPS
-    if nested or is_slow or re.search(r"\\[1-9]|\(\?", pattern) or len(pattern) > LONGEST_PATTERN:
+    if is_nested or is_slow or len(pattern) > LONGEST_PATTERN:
         raise ModelError(
             f"config.json has the target {target!r:.80}, which could take long to match"
         )
