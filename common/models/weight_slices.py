@@ -57,6 +57,10 @@ class WeightSource:
             raise ModelError(f"the checkpoint has {name} as {list(found)}, not {list(shape)}")
         return self.readers[name](part)
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether the checkpoint has this weight as codes and scales."""
+        return name in self.quantized_readers
+
     def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedWeight | None:
         """The whole weight, [out_features, in_features], on the device; None where the checkpoint
         has it in plain numbers. Raises ModelError unless it is there, of that shape, and sound."""
