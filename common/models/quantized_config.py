@@ -189,7 +189,7 @@ def _compressed(fields: Fields) -> Quantization:
         raise fields.fail("config_groups", "an object with at least one group")
     notes: dict[str, None] = {}
     schemes = [
-        _scheme(Fields(group, f"{groups.where}.{name:.40}"), notes)
+        _scheme(Fields(group, f"{groups.where}.{name!r:.40}"), notes)
         for name, group in groups.values.items()
     ]
     return Quantization("compressed-tensors", tuple(schemes), notes=tuple(notes))
