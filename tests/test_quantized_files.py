@@ -1236,3 +1236,25 @@ def test_notes_are_for_people(tmp_path: Path) -> None:
     (note,) = source.notes
     assert re.search("fixed scales", note)
     shutil.rmtree(tmp_path)
+
+
+def test_gguf_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes nothing of it: one line, and no folder is left."""
+    monkeypatch.setenv("FIFTEEN_ENGINES_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "tiny.gguf", "Q4_0")
+    refuse(lambda: resolve(str(tmp_path / "tiny.gguf")), "tiny.gguf", "config or tokenizer")
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.long
+def test_a_local_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the embedded file under another name is the same model, words and all."""
+    source = embedded.gguf_path()
+    if source is None:
+        pytest.skip(f"the package {embedded.PACKAGE} is not installed")
+    known = resolve("smollm2-135m-q4_1")
+    monkeypatch.setenv("FIFTEEN_ENGINES_CACHE", str(tmp_path / "cache"))
+    shutil.copyfile(source, tmp_path / "copy.gguf")
+    folder = resolve(str(tmp_path / "copy.gguf"))
+    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors", "quantized.json"):
+        assert (folder / name).read_bytes() == (known / name).read_bytes(), name
