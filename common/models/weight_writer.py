@@ -15,7 +15,15 @@ from common.models.weight_files import INDEX, WHOLE
 
 HEADER_BYTES = 1 << 20  # of each file
 LONGEST_ENTRY = 512  # bytes of it that a tensor takes at most
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 
 
 class WeightWriter:
