@@ -7,7 +7,6 @@ its tensors: float32, contiguous, shapes that fit.
 An object serves one thread at a time; the number of threads is set for the thread that calls.
 """
 
-import math
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -24,13 +23,20 @@ from common.kernels.cpu import elementwise
 from common.kernels.cpu.attention import attention
 from common.kernels.cpu.compile import compile_missing
 from common.kernels.cpu.experts import PanelExperts, experts
+from common.kernels.cpu.integer_weight import IntegerWeight, is_integer
+from common.kernels.cpu.kv_rows import FLOAT32, FP8, INT8
 from common.kernels.cpu.linear import linear
+from common.kernels.cpu.quantized_experts import QuantizedExperts
+from common.kernels.cpu.quantized_weight import QuantizedPanels
 from common.kernels.cpu.sampler import sample, smallest_kept
 from common.kernels.cpu.vector import LANES, PANEL
 from common.kernels.cpu.weight import PanelWeight, WeightMemory
+from common.kernels.quantized import QuantizedWeight
+from common.kernels.quantized_kv import check_rows, head_size
 from common.kernels.reference import ReferenceOps
 
 FLOAT = torch.float32
+CACHE_KINDS = {FLOAT: FLOAT32, torch.int8: INT8, torch.float8_e4m3fn: FP8}
 # Elements from which a second core is worth its waking, some 3 to 5 microseconds.
 PARALLEL_NORM = 100_000
 PARALLEL_SILU = 12_000
@@ -46,20 +52,24 @@ class CacheLayout:
     """What the kernels need to know of a KV cache, asked once and not 60 times a step."""
 
     cache: weakref.ref[Tensor]
-    is_plain: bool
+    kind: int | None  # of `kv_rows`; None: not one that kernels take
     address: int
-    size: int  # floats
     num_layers: int
     block_size: int
     num_kv_heads: int
     head_dim: int
-    half: int  # floats of the keys, or values, of a block and layer
+    row_size: int  # bytes of one head's key or value
+    half: int  # bytes of the keys, or values, of a block and layer
 
     @classmethod
     def of(cls, kv_cache: Tensor) -> "CacheLayout":
-        _, num_layers, _, *sizes = kv_cache.shape
-        known = weakref.ref(kv_cache), is_plain(kv_cache), kv_cache.data_ptr(), kv_cache.numel()
-        return cls(*known, num_layers, *sizes, math.prod(sizes))
+        _, num_layers, _, block_size, num_kv_heads, row = kv_cache.shape
+        kind = CACHE_KINDS.get(kv_cache.dtype) if kv_cache.is_contiguous() else None
+        known = weakref.ref(kv_cache), kind, kv_cache.data_ptr()
+        sizes, row_bytes = (num_layers, block_size, num_kv_heads), row * kv_cache.itemsize
+        head_dim, half = head_size(kv_cache), block_size * num_kv_heads * row_bytes
+        check_rows(head_dim, kv_cache.dtype)
+        return cls(*known, *sizes, head_dim, row_bytes, half)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -142,7 +152,7 @@ class CpuOps(Ops):
         eps: float = 1e-6,
     ) -> Tensor:
         layout = self.layout_of(kv_cache)
-        is_simple = layout.is_plain and is_plain(qkv) and is_plain(cos_sin)
+        is_simple = layout.kind is not None and is_plain(qkv) and is_plain(cos_sin)
         is_simple = is_simple and (q_norm is None or is_plain(q_norm))
         if not (is_simple and (k_norm is None or is_plain(k_norm))):
             arguments = (qkv, cos_sin, positions, kv_cache, layer, slot_mapping)
@@ -166,7 +176,7 @@ class CpuOps(Ops):
             qkv.data_ptr(),
             cos_sin.data_ptr(),
             positions.data_ptr(),
-            layout.address + layer * 2 * half * 4,
+            layout.address + layer * 2 * half,
             slots.data_ptr(),
             0 if q_norm is None else q_norm.data_ptr(),
             0 if k_norm is None else k_norm.data_ptr(),
@@ -180,7 +190,8 @@ class CpuOps(Ops):
             layout.num_layers * 2 * half,
             half,
             layout.block_size,
-            layout.size - layer * 2 * half,
+            layout.row_size,
+            layout.kind,
             self.threads_for(num_tokens * width >= PARALLEL_ROTARY),
         )
         return out
@@ -197,18 +208,23 @@ class CpuOps(Ops):
         elementwise.silu_and_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, size, num_threads)
         return out
 
-    def prepare_weight(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+    def prepare_weight(self, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Any:
+        if isinstance(weight, QuantizedWeight):
+            kind = IntegerWeight if is_integer(weight) else QuantizedPanels
+            return kind.pack(weight, bias, self.memory)
         if weight.dtype is not FLOAT:
             return self.reference.prepare_weight(weight, bias)
         return PanelWeight.pack(weight, bias, self.memory)
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
-        if not isinstance(weight, PanelWeight):
+        if not isinstance(weight, PanelWeight | IntegerWeight | QuantizedPanels):
             return self.reference.linear(x, weight)
         x = plain(x, FLOAT)
         num_tokens, in_features = x.shape
         if in_features != weight.in_features:
             raise ValueError(f"linear: x {x.shape}, weight takes {weight.in_features} features")
+        if isinstance(weight, IntegerWeight | QuantizedPanels):
+            return weight.linear(x, self.threads_for(weight.is_large or num_tokens > 4))
         out = torch.empty(num_tokens, weight.out_features)
         linear(
             x.data_ptr(),
@@ -223,30 +239,41 @@ class CpuOps(Ops):
         return out
 
     def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
+        if isinstance(weight, IntegerWeight | QuantizedPanels):
+            return weight.rows(plain(token_ids, torch.int64))
         if not isinstance(weight, PanelWeight):
             return self.reference.embedding(token_ids, weight)
         return weight.panels[token_ids // PANEL, :, token_ids % PANEL]
 
-    def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
+    def prepare_experts(
+        self,
+        gate_up: Iterable[Tensor | QuantizedWeight],
+        down: Iterable[Tensor | QuantizedWeight],
+    ) -> Any:
         pairs = zip(gate_up, down, strict=True)
         first = [next(pairs)]
-        if first[0][0].dtype is not FLOAT:
+        is_quantized = isinstance(first[0][0], QuantizedWeight)
+        if not is_quantized and first[0][0].dtype is not FLOAT:
             return self.reference.prepare_experts(*zip(*first, *pairs, strict=True))
 
-        def each() -> Iterator[tuple[Tensor, Tensor]]:
+        def each() -> Iterator[tuple[Any, Any]]:
             yield first.pop()  # so that it is held no longer than the others
             yield from pairs
 
+        if is_quantized:
+            return QuantizedExperts.pack(each(), self.prepare_weight)
         return PanelExperts.pack(each(), self.memory)
 
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
-        if not isinstance(prepared, PanelExperts):
+        if not isinstance(prepared, PanelExperts | QuantizedExperts):
             return self.reference.experts(x, expert_ids, weights, prepared)
         x, expert_ids = plain(x, FLOAT), plain(expert_ids, torch.int64)
         weights, shape = plain(weights, FLOAT), expert_ids.shape
         num_tokens, hidden = x.shape
         if hidden != prepared.hidden or weights.shape != shape or shape[:-1] != (num_tokens,):
             raise ValueError(f"experts: x {x.shape}, ids {shape}, weights {weights.shape}")
+        if isinstance(prepared, QuantizedExperts):
+            return self._quantized_experts(x, expert_ids, weights, prepared)
         out = torch.empty(num_tokens, hidden)
         is_known = experts(
             x.data_ptr(),
@@ -268,8 +295,30 @@ class CpuOps(Ops):
             )
         return out
 
-    def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
-        if isinstance(prepared, PanelExperts):
+    def _quantized_experts(
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: QuantizedExperts
+    ) -> Tensor:
+        """One expert after another, each with all of its tokens."""
+        out = torch.zeros_like(x)
+        if len(x) and expert_ids.max() >= len(prepared.downs):
+            raise ValueError(
+                f"experts: {len(prepared.downs)} of them, ids up to {expert_ids.max()}"
+            )
+        for expert in expert_ids[expert_ids >= 0].unique().tolist():
+            tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
+            hidden = self.silu_and_mul(self.linear(x[tokens], prepared.gate_ups[expert]))
+            result = self.linear(hidden, prepared.downs[expert])
+            out.index_add_(0, tokens, result * weights[tokens, places].unsqueeze(1))
+        return out
+
+    def replace_expert(
+        self,
+        prepared: Any,
+        index: int,
+        gate_up: Tensor | QuantizedWeight,
+        down: Tensor | QuantizedWeight,
+    ) -> None:
+        if isinstance(prepared, PanelExperts | QuantizedExperts):
             prepared.replace(index, gate_up, down)
         else:
             self.reference.replace_expert(prepared, index, gate_up, down)
@@ -285,7 +334,7 @@ class CpuOps(Ops):
     ) -> Tensor:
         layout = self.layout_of(kv_cache)
         num_kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
-        if query.dtype is not FLOAT or not layout.is_plain or head_dim % LANES:
+        if query.dtype is not FLOAT or layout.kind is None or head_dim % LANES:
             arguments = (query, kv_cache, layer, metadata, scale, sliding_window)
             return self.reference.attention(*arguments)
         query = plain(query, FLOAT)
@@ -304,7 +353,7 @@ class CpuOps(Ops):
         out = torch.empty(num_tokens, num_heads * head_dim)
         if num_tokens == 0:
             return out
-        half = layout.half * 4
+        half = layout.half
         attention(
             query.data_ptr(),
             out.data_ptr(),
@@ -312,6 +361,8 @@ class CpuOps(Ops):
             layout.num_layers * 2 * half,
             half,
             layout.block_size,
+            layout.row_size,
+            layout.kind,
             starts.data_ptr(),
             lengths.data_ptr(),
             tables.data_ptr(),
@@ -385,16 +436,23 @@ class CpuOps(Ops):
 
     def _run_each(self) -> None:
         """Every kernel once, on a token."""
-        token = torch.zeros(1, dtype=torch.int64)
+        token, column = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
         x, kv_cache = torch.zeros(1, LANES), torch.zeros(1, 1, 2, 1, 1, LANES)
         self.add_rms_norm(x, x.clone(), x[0], 1e-6)
         self.silu_and_mul(torch.zeros(1, 2))
         self.linear(x, self.prepare_weight(x))
+        codes = torch.zeros(1, LANES, dtype=torch.int8)
+        quantized = self.prepare_weight(QuantizedWeight("int8", codes, column[None], LANES))
+        self.linear(x, quantized)
+        self.embedding(token, quantized)
         query = self.rotary_and_store(x.repeat(1, 3), x, token, kv_cache, 0, token)
+        integer = QuantizedWeight("int8", x.to(torch.int8), x[:, :1], LANES, activations="int8")
+        integer = self.prepare_weight(integer)
+        self.linear(x, integer)
+        self.embedding(token, integer)
         starts, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         metadata = AttentionMetadata(starts, one, token[None].int(), token, 1, 1)
         self.attention(query, kv_cache, 0, metadata, 1.0)
-        column = torch.zeros(1)
         self.sample(x, column, token, column, column, token, token)
         self.smallest_kept(x, token, column, column)
         prepared = self.prepare_experts([x.repeat(2, 1)], [x.T[:, :1]])
