@@ -14,17 +14,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.distributed.group import OneRank
-from common.kernels import AttentionMetadata, Ops, select_ops
 from common.kernels.quantized import QuantizedWeight, pack_nibbles
 from common.models.architecture import ModelConfig
-from common.models.checkpoint import context_length, load_config, read_json, resolve
+from common.models.checkpoint import context_length, load_config, resolve
 from common.models.errors import ModelError
 from common.models.quantized_writer import QuantizedWriter
 from common.models.tokenizer import Tokenizer
@@ -32,12 +30,9 @@ from common.models.weight_slices import WeightSource, open_weights
 from common.texts import CALIBRATION, sections
 
 from .gptq import fit_scales, gptq, round_to
-from .model import Context, DecoderLayer, Weights, rotary_table
+from .observe import Tensors, TextInLayers
 from .quantization import FORMATS
 from .scaling import Inputs, awq_scales, smooth_scales
-from .tensor_parallel import Shard
-
-Tensors = dict[str, Tensor | QuantizedWeight]  # of one layer, by their names in it
 
 # Projections that share their inputs, and what made these: 1 / s of a scaled input goes there.
 PRODUCTS = (
@@ -48,7 +43,6 @@ PRODUCTS = (
 )
 GROUPS = {"int4": 32, "int4-g64": 64, "int4-g128": 128, "int8": None}  # None: a row
 METHODS = ("round", "awq", "gptq", "awq+gptq", "smoothquant", "smoothquant+gptq")
-BLOCK_SIZE, SEQUENCES = 16, 8  # of the KV cache; run at a time
 
 
 @dataclass(frozen=True)
@@ -77,96 +71,6 @@ class Plan:
         if self.format == "int8":
             return QuantizedWeight("int8", codes.to(torch.int8), scales, group, activations="int8")
         return QuantizedWeight("int4", pack_nibbles(codes + 8), scales.half(), group)
-
-
-class Recorder:
-    """Operations that note what their products are given."""
-
-    def __init__(self, ops: Ops) -> None:
-        self.ops = ops
-        self.inputs: dict[int, Inputs] = {}  # by the weight object's id
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.ops, name)
-
-    def linear(self, x: Tensor, weight: Any) -> Tensor:
-        self.inputs.setdefault(id(weight), Inputs.of(x.shape[1])).add(x)
-        return self.ops.linear(x, weight)
-
-
-class LayerSource:
-    """One layer's weights, as `Weights` asks for them; quantised ones as what they stand for."""
-
-    def __init__(self, prefix: str, tensors: Tensors) -> None:
-        self.tensors = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-        self.names = set(self.tensors)
-
-    def quantized(self, name: str, shape: tuple[int, int]) -> None:
-        return None
-
-    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
-        tensor = self.tensors[name]
-        tensor = tensor.dequantize() if isinstance(tensor, QuantizedWeight) else tensor
-        if tensor.shape != shape:
-            raise ModelError(f"the checkpoint has {name} as {list(tensor.shape)}, not {shape}")
-        return tensor
-
-
-class Calibration:
-    """A text on its way through the layers of a model."""
-
-    def __init__(self, shape: ModelConfig, token_ids: Tensor, embedding: Tensor) -> None:
-        """token_ids: [sequences, length] int64; embedding: [vocab, hidden]."""
-        self.shape, self.ops = shape, select_ops("auto", "cpu", torch.get_num_threads())
-        self.rotary = rotary_table(shape, torch.device("cpu"))
-        self.shard = Shard.of(shape, 0, 1)
-        length, self.batches = token_ids.shape[1], token_ids.split(SEQUENCES)
-        # What the last layer adds, and the sum of those before: [num_tokens, hidden] of each batch.
-        self.residuals = [embedding[ids.flatten()].float() for ids in self.batches]
-        self.added = [torch.zeros_like(residual) for residual in self.residuals]
-        blocks = -(-length // BLOCK_SIZE)
-        self.tables = torch.arange(SEQUENCES * blocks, dtype=torch.int32).view(-1, blocks)
-        size = (len(self.tables) * blocks, 1, 2, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
-        self.kv_cache, self.length = torch.zeros(size), length
-
-    def context(self, num: int) -> Context:
-        """Of `num` sequences that are all new."""
-        length = self.length
-        positions = torch.arange(length).repeat(num)
-        blocks = self.tables[:num].long().repeat_interleave(length, dim=0)
-        slots = blocks.gather(1, (positions // BLOCK_SIZE).unsqueeze(1))[:, 0] * BLOCK_SIZE
-        metadata = AttentionMetadata(
-            cu_seqlens_q=torch.arange(num + 1, dtype=torch.int32) * length,
-            seq_lens=torch.full((num,), length, dtype=torch.int32),
-            block_tables=self.tables[:num],
-            slot_mapping=slots + positions % BLOCK_SIZE,
-            max_query_len=length,
-            max_seq_len=length,
-        )
-        return Context(positions, self.rotary, self.kv_cache, metadata, lambda layer: None)
-
-    def layer(self, number: int, tensors: Tensors, ops: Any) -> DecoderLayer:
-        source: Any = LayerSource(f"model.layers.{number}.", tensors)
-        weights = Weights(source, torch.float32, self.shard, OneRank(), None)
-        layer = DecoderLayer(self.shape, ops, number, weights)
-        layer.attention.layer = 0  # the cache here has only one
-        return layer
-
-    def observe(self, number: int, tensors: Tensors) -> list[Inputs]:
-        """What the products of a layer are given, in the order of PRODUCTS. Raises ModelError."""
-        recorder = Recorder(self.ops)
-        layer = self.layer(number, tensors, recorder)
-        for ids, added, residual in zip(self.batches, self.added, self.residuals, strict=True):
-            layer(added.clone(), residual.clone(), self.context(len(ids)))
-        attention, mlp = layer.attention, layer.mlp
-        products = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
-        return [recorder.inputs[id(product)] for product in products]
-
-    def advance(self, number: int, tensors: Tensors) -> None:
-        """Run the text through a layer."""
-        layer = self.layer(number, tensors, self.ops)
-        for i, ids in enumerate(self.batches):
-            self.added[i] = layer(self.added[i], self.residuals[i], self.context(len(ids)))
 
 
 def scale_layer(
@@ -246,7 +150,7 @@ def calibrated(
     def others(name: str) -> Tensor:
         return source.read(name, tuple(source.shapes[name]))
 
-    text = Calibration(shape, token_ids, others("model.embed_tokens.weight"))
+    text = TextInLayers(shape, token_ids, others("model.embed_tokens.weight"))
     for name in sorted(source.names):
         if not name.startswith("model.layers."):
             yield name, others(name)
@@ -315,8 +219,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(args: argparse.Namespace) -> None:
     """Raises ValueError."""
     folder = resolve(args.model)
-    if "quantization_config" in read_json(folder / "config.json"):
-        raise ModelError(f"{folder} is quantised already: calibration begins with plain weights")
     with QuantizedWriter(folder, args.output) as writer:
         token_ids = text_tokens(folder, args.text, args.tokens, args.length)
         plan = Plan(args.format, args.method)

@@ -20,7 +20,6 @@ from common.texts import CALIBRATION, EVALUATION, sections
 from part14_quantization import calibrate, scaling
 from part14_quantization.calibrate import (
     PRODUCTS,
-    Calibration,
     Plan,
     calibrated,
     layer_tensors,
@@ -28,6 +27,7 @@ from part14_quantization.calibrate import (
     scale_layer,
 )
 from part14_quantization.gptq import fit_scales, gptq, output_error, round_to
+from part14_quantization.observe import TextInLayers
 from part14_quantization.quantization import quantize_int4
 from part14_quantization.scaling import Inputs, awq_scales, smooth_scales
 
@@ -187,7 +187,7 @@ def forward(folder: Path, number: int, change: Callable[[Any, Any, Any], None]) 
     source = open_weights(folder)
     embedding = source.read("model.embed_tokens.weight", (300, 64))
     token_ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(2))
-    text = Calibration(shape, token_ids, embedding)
+    text = TextInLayers(shape, token_ids, embedding)
     tensors = layer_tensors(source, number)
     change(tensors, text.observe(number, tensors), shape)
     text.advance(number, tensors)
@@ -233,6 +233,17 @@ def test_a_folder_that_others_read(
             is_quantized = isinstance(tensor, QuantizedWeight)
             assert is_quantized == name.endswith("_proj.weight"), name
             expected[name] = tensor.dequantize() if is_quantized else tensor
+    source = open_weights(out, quantized=True)  # as the engine reads it
+    for name, tensor in expected.items():
+        ours = source.quantized(name, tuple(tensor.shape)) if tensor.dim() == 2 else None
+        assert (ours is not None) == name.endswith("_proj.weight")
+        if ours is not None:
+            assert torch.equal(ours.dequantize(), tensor), name
+            assert ours.activations == ("int8" if format == "int8" else None)
+        else:
+            assert torch.equal(source.read(name, tuple(tensor.shape)), tensor)
+    with pytest.raises(ModelError, match="is quantised"):
+        next(calibrated(out, token_ids, Plan(format, method)))
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert decompressed(out, config).keys() == expected.keys()
     for name, tensor in decompressed(out, config).items():
