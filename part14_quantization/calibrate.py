@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,7 +41,7 @@ PRODUCTS = (
     (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
     (("mlp.down_proj",), "mlp.up_proj"),
 )
-GROUPS = {"int4": 32, "int4-g64": 64, "int4-g128": 128, "int8": None}  # None: a row
+CALIBRATED = ("int4", "int4-g64", "int4-g128", "int8")  # names of formats
 METHODS = ("round", "awq", "gptq", "awq+gptq", "smoothquant", "smoothquant+gptq")
 
 
@@ -58,17 +58,17 @@ class Plan:
 
     def round(self, weight: Tensor, inputs: Inputs) -> QuantizedWeight:
         """A weight [out, in] in the format. Raises ValueError where its groups do not divide it."""
+        plain = FORMATS[self.format](weight)
+        is_int8, scales, group = self.format == "int8", plain.scales.float(), plain.group
         if self.method == "round":
-            return FORMATS[self.format](weight)
-        plain = FORMATS[self.format](weight)  # refuses what does not fit
-        scales, group = plain.scales.float(), plain.group
-        if self.format != "int8":
+            return replace(plain, activations="int8" if is_int8 else None)
+        if not is_int8:
             scales = fit_scales(weight, inputs.hessian.diagonal(), group, self.limits)
         if "gptq" in self.method:
             codes = gptq(weight, inputs.hessian, scales, group, self.limits)
         else:
             codes = round_to(weight, scales.repeat_interleave(group, dim=1), self.limits)
-        if self.format == "int8":
+        if is_int8:
             return QuantizedWeight("int8", codes.to(torch.int8), scales, group, activations="int8")
         return QuantizedWeight("int4", pack_nibbles(codes + 8), scales.half(), group)
 
@@ -114,11 +114,15 @@ def quantize_layer(
     tensors = dict(tensors)
     inputs = scale_layer(tensors, inputs, plan, shape)
     for (names, _), seen in zip(PRODUCTS, inputs, strict=True):
-        for name in names:
-            try:
-                tensors[f"{name}.weight"] = plan.round(tensors[f"{name}.weight"], seen)
-            except ValueError as error:
-                raise ValueError(f"format is {plan.format}: {name}: {error}") from None
+        weights = [tensors[f"{name}.weight"] for name in names]  # of one input: rounded together
+        try:
+            rounded = plan.round(torch.cat(weights), seen)
+        except ValueError as error:
+            raise ValueError(f"format is {plan.format}: {names[0]}: {error}") from None
+        begin = 0
+        for name, weight in zip(names, weights, strict=True):
+            tensors[f"{name}.weight"] = rounded.rows(slice(begin, begin + len(weight)))
+            begin += len(weight)
     return tensors
 
 
@@ -187,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", default="smollm2-135m", help="named as a server's (%(default)s)")
     parser.add_argument("--method", choices=METHODS, default="awq+gptq", help="(%(default)s)")
-    parser.add_argument("--format", choices=GROUPS, default="int4", help="(%(default)s)")
+    parser.add_argument("--format", choices=CALIBRATED, default="int4", help="(%(default)s)")
     parser.add_argument("--text", type=Path, default=CALIBRATION, help="UTF-8 (the shipped one)")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text (%(default)s)")
     parser.add_argument("--length", type=int, default=256, help="of a sequence (%(default)s)")
