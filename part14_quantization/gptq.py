@@ -82,17 +82,16 @@ def gptq(
     """
     order = hessian.diagonal().argsort(descending=True)
     factor = inverse_factor(hessian[order][:, order], damping)
-    rest = weight[:, order].clone()  # brought up to date with the errors so far
-    own_scales = scales.repeat_interleave(group, dim=1)[:, order]
+    # [in, out] from here: a column of the weight is then a row, which lies in one piece.
+    rest = weight.T[order].contiguous()  # brought up to date with the errors so far
+    own_scales = scales.T.repeat_interleave(group, dim=0)[order]
     codes = torch.empty_like(rest)
-    for begin in range(0, rest.shape[1], block):
-        end = min(begin + block, rest.shape[1])
-        errors = torch.empty_like(rest[:, begin:end])
+    for begin in range(0, len(rest), block):
+        end = min(begin + block, len(rest))
+        errors = torch.empty_like(rest[begin:end])
         for i in range(begin, end):
-            column, scale = rest[:, i], own_scales[:, i]
-            codes[:, i] = round_to(column, scale, limits)
-            error = (column - codes[:, i] * scale) / factor[i, i]
-            rest[:, i:end] -= error.unsqueeze(1) * factor[i, i:end]
-            errors[:, i - begin] = error
-        rest[:, end:] -= errors @ factor[begin:end, end:]
-    return codes[:, order.argsort()]
+            codes[i] = round_to(rest[i], own_scales[i], limits)
+            errors[i - begin] = (rest[i] - codes[i] * own_scales[i]) / factor[i, i]
+            rest[i:end].addr_(factor[i, i:end], errors[i - begin], alpha=-1)
+        rest[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return codes[order.argsort()].T.contiguous()
