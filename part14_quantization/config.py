@@ -9,7 +9,11 @@ from common.kv_transfer.options import ASKING, ROLES, TELLING, TRANSPORTS, check
 from common.models.generation_config import USES
 from common.options import option, validate
 
+from .quantization import FORMATS
+
 EP = ("enable_expert_parallel", (True,))
+FORMATS_OR_OFF = ("off", *FORMATS)
+ACTIVATIONS, KV_FORMATS = ("off", "int8", "fp8"), ("auto", "int8", "fp8")
 BACKENDS = ("allgather_reducescatter", "all_to_all")
 PREFIX_CACHES = ("hash", "radix", "off")
 OFFLOADS = ("off", "swap", "prefix", "both")
@@ -33,6 +37,21 @@ class EngineConfig:
     dtype: str = option("auto", "auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)
     kernels: str = option("auto", "auto, reference, cpu, triton or flash")
     threads: int | None = option(None, "CPU threads (all usable cores)", 1, 1024)
+    # quantization
+    quantization: str = option(
+        "off", "format that linear layers' weights are rounded to", choices=FORMATS_OR_OFF
+    )
+    activations: str = option(
+        "off", "what their inputs are rounded to, token by token", choices=ACTIVATIONS
+    )
+    quantize_embeddings: str = option(
+        "auto",
+        "format of embedding and head; auto: int8-g32 where quantization is set",
+        choices=("auto", *FORMATS_OR_OFF),
+    )
+    kv_cache_dtype: str = option(
+        "auto", "format of keys and values; auto: dtype's", choices=KV_FORMATS
+    )
     # ranks
     tensor_parallel_size: int = option(
         1,
@@ -133,7 +152,9 @@ class EngineConfig:
         None, "ngram: most tokens that must match (4)", 1, 16, needs=NGRAM
     )
     draft_model: str | None = option(
-        None, "draft: the smaller model, named as --model is", needs=DRAFT
+        None,
+        "draft: the smaller model, named as --model is; self-FORMAT: this one, quantised",
+        needs=DRAFT,
     )
     draft_layers: int | None = option(
         None, "self: how many layers draft (two thirds of them)", 1, needs=SELF

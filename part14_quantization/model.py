@@ -17,11 +17,12 @@ import torch
 
 from common.distributed.group import Group, OneRank, even_split
 from common.kernels import AttentionMetadata, Ops
+from common.kernels.quantized import QuantizedWeight
 from common.models.architecture import ModelConfig
-from common.models.weight_slices import WeightSource
 from common.models.weights import report_unused
 
 from .expert_parallel import ExpertParallel
+from .quantized_layers import QuantizedSource, side_by_side
 from .tensor_parallel import Features, Shard, elements
 
 
@@ -49,7 +50,7 @@ class Weights:
 
     def __init__(
         self,
-        source: WeightSource,
+        source: QuantizedSource,
         dtype: torch.dtype,
         shard: Shard,
         group: Group,
@@ -72,6 +73,24 @@ class Weights:
         self.num_bytes += tensor.nbytes
         return tensor
 
+    def matrix(
+        self, name: str, rows: int | Features, columns: int | Features
+    ) -> torch.Tensor | QuantizedWeight:
+        """A weight of products, or the rank's part of it: codes and scales where it is quantised.
+        Raises ModelError and ValueError."""
+        sizes = [
+            size if isinstance(size, Features) else Features(size, range(size))
+            for size in (rows, columns)
+        ]
+        weight = self.source.quantized(name, (sizes[0].total, sizes[1].total))
+        if weight is None:
+            return self.take(name, rows, columns)
+        self.unused.discard(name)
+        own_rows, own_columns = (slice(size.own.start, size.own.stop) for size in sizes)
+        weight = weight.columns(own_columns).rows(own_rows)
+        self.num_bytes += weight.nbytes
+        return weight
+
     def linear(
         self,
         ops: Ops,
@@ -86,8 +105,8 @@ class Weights:
         weight that is split by its inputs gives a part of a sum, to which rank 0 adds the bias.
         """
         sizes = {f"{prefix}{name}": size for name, size in out_features.items()}.items()
-        parts = [self.take(f"{name}.weight", size, in_features) for name, size in sizes]
-        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        parts = [self.matrix(f"{name}.weight", size, in_features) for name, size in sizes]
+        weight = side_by_side(parts, self.dtype)
         biases = [self.take(f"{name}.bias", size) for name, size in sizes if has_bias]
         adds_bias = has_bias and (isinstance(in_features, int) or self.shard.rank == 0)
         return ops.prepare_weight(weight, torch.cat(biases) if adds_bias else None)
@@ -174,12 +193,13 @@ class Experts:
     def name(self, expert: int, kind: str) -> str:
         return f"model.layers.{self.layer}.mlp.experts.{expert}.{kind}_proj.weight"
 
-    def gate_up(self, expert: int) -> torch.Tensor:
+    def gate_up(self, expert: int) -> torch.Tensor | QuantizedWeight:
         names = (self.name(expert, kind) for kind in ("gate", "up"))
-        return torch.cat([self.weights.take(name, self.size, self.hidden) for name in names])
+        parts = [self.weights.matrix(name, self.size, self.hidden) for name in names]
+        return side_by_side(parts, self.weights.dtype)
 
-    def down(self, expert: int) -> torch.Tensor:
-        return self.weights.take(self.name(expert, "down"), self.hidden, self.size)
+    def down(self, expert: int) -> torch.Tensor | QuantizedWeight:
+        return self.weights.matrix(self.name(expert, "down"), self.hidden, self.size)
 
     def replace(self, index: int, expert: int) -> None:
         """Read another expert's weights in the place of one that is here."""
@@ -247,7 +267,7 @@ class CausalLM:
         self,
         config: ModelConfig,
         ops: Ops,
-        source: WeightSource,
+        source: QuantizedSource,
         dtype: torch.dtype,
         device: torch.device,
         group: Group | None = None,
@@ -311,10 +331,10 @@ class CausalLM:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[n] -> [n, hidden]: each rank looks up its tokens, and has zeros for the others'."""
         if self.shard.size == 1:
-            return self.ops.embedding(token_ids, self.embedding)
+            return self.ops.embedding(token_ids, self.embedding).to(self.dtype)
         places = token_ids - self.shard.vocabulary.start
         is_other = (places < 0) | (places >= len(self.shard.vocabulary))
-        rows = self.ops.embedding(places.masked_fill(is_other, 0), self.embedding)
+        rows = self.ops.embedding(places.masked_fill(is_other, 0), self.embedding).to(self.dtype)
         return self.group.all_reduce(rows.masked_fill_(is_other.unsqueeze(1), 0))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:

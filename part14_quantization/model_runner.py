@@ -38,6 +38,7 @@ from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
 from .model import CausalLM
+from .quantized_layers import QuantizedSource, Recipe, copy_that_drafts, kv_dtype
 from .ranks import COPIES, header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
@@ -68,14 +69,19 @@ class ModelRunner:
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
         self.everyone, leaders = meet_engines(ranks, config)
         max_model_len = context_length(load_config(folder), config.max_model_len)
-        self.sources: dict[CausalLM, tuple[Path, int]] = {}  # what each model was loaded from
-        self.model = self.load_model(folder, max_model_len)
+        self.kv_dtype = kv_dtype(config.kv_cache_dtype, self.dtype)
+        # What each model was loaded from.
+        self.sources: dict[CausalLM, tuple[Path, int, Recipe]] = {}
+        recipe = Recipe.of(config.quantization, config.quantize_embeddings, config.activations)
+        self.model = self.load_model(folder, max_model_len, recipe)
         shape = self.model.local
         self.num_weight_bytes = self.model.num_bytes
         smaller, draft_shape = None, None
         if config.speculative == "draft":
-            folder = resolve_draft_model(config.draft_model, max_model_len, shape.vocab_size)
-            smaller = self.load_model(folder, max_model_len)
+            copy = copy_that_drafts(config.draft_model)
+            if copy is None:
+                folder = resolve_draft_model(config.draft_model, max_model_len, shape.vocab_size)
+            smaller = self.load_model(folder, max_model_len, copy or Recipe())
             draft_shape = smaller.local
             self.num_weight_bytes += smaller.num_bytes
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
@@ -89,12 +95,12 @@ class ModelRunner:
         self.counts = torch.zeros(rows, vocab, dtype=torch.int32, device=self.device)
         reserved = self.profile(shape)
         num_blocks = choose_num_blocks(
-            config, shape, self.dtype, self.device, reserved, draft_shape, ranks.size
+            config, shape, self.kv_dtype, self.device, reserved, draft_shape, ranks.size
         )
         num_blocks = self.everyone.minimum(num_blocks)  # the same on all ranks of all engines
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
-        self.kv = KVCache(num_blocks, block_size, shape, self.dtype, self.device, draft_shape)
+        self.kv = KVCache(num_blocks, block_size, shape, self.kv_dtype, self.device, draft_shape)
         self.connector = make_workers_side(config, self.kv, self.everyone.minimum, ranks.size)
         self.model.on_saved = self.connector.save_kv_layer
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
@@ -115,14 +121,15 @@ class ModelRunner:
         self.is_ready = True  # from now on other ranks are told what comes
         self.queue.start()
 
-    def load_model(self, folder: Path, max_model_len: int) -> CausalLM:
+    def load_model(self, folder: Path, max_model_len: int, recipe: Recipe) -> CausalLM:
         """Load a model's weights. Raises ValueError."""
         shape = ModelConfig.from_transformers(load_config(folder), max_model_len, moe=True)
-        self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.dtype)
-        weights = open_weights(folder, self.device)
+        self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.kv_dtype)
+        source = open_weights(folder, self.device, quantized=True)
+        weights = QuantizedSource(source, folder, recipe)
         group, experts = self.ranks.group, self.expert_parallel(shape)
         model = CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
-        self.sources[model] = folder, max_model_len
+        self.sources[model] = folder, max_model_len, recipe
         return model
 
     def reload(self, model: CausalLM) -> None:
@@ -144,7 +151,7 @@ class ModelRunner:
 
     def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
-        self.kv = KVCache(1, self.config.block_size, shape, self.dtype, self.device)
+        self.kv = KVCache(1, self.config.block_size, shape, self.kv_dtype, self.device)
         self.target = Runnable(self.model, self.kv.data)
         largest = self.largest_step(shape.max_model_len)
         return peak_memory(

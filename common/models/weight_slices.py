@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from common.kernels.quantized import QuantizedWeight
 from common.models.checkpoint import is_random, load_config, random_tensors
 from common.models.errors import ModelError
 from common.models.weight_files import Header, read_headers
@@ -28,6 +29,14 @@ class WeightSource:
     def names(self) -> set[str]:
         return set(self.readers)
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether the checkpoint has this weight as codes and scales."""
+        return False
+
+    def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedWeight | None:
+        """A whole weight as codes and scales; None where the checkpoint has it in plain numbers."""
+        return None
+
     def read(self, name: str, shape: tuple[int, ...], part: Part = ()) -> torch.Tensor:
         """A tensor, or the part of it, in its own dtype. Raises ModelError unless it is there,
         numbers, and as a whole of that shape."""
@@ -41,7 +50,9 @@ class WeightSource:
         return self.readers[name](part)
 
 
-def open_weights(folder: Path, device: str | torch.device = "cpu") -> WeightSource:
+def open_weights(
+    folder: Path, device: str | torch.device = "cpu", quantized: bool = False
+) -> WeightSource:
     """The weights of a model's folder, to be read to the device. Raises ModelError.
 
     On the CPU a tensor or a part of one is a view of the mapped file: what is not used is not read.
