@@ -123,12 +123,12 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_gguf_of_users_is_not_read(tmp_path: Path, exists: bool) -> None:
-    """No parser of GGUF sees a user's file, so its integers cannot overflow anything here."""
+def test_gguf_without_tensors(tmp_path: Path, exists: bool) -> None:
+    """More is in test_quantized_files.py."""
     path = tmp_path / "model.gguf"
     if exists:
         path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**64 - 1, 2**64 - 1))
-    refuse(lambda: resolve(str(path)), "GGUF files are not read")
+    refuse(lambda: resolve(str(path)), "GGUF", "number of tensors" if exists else "no such")
 
 
 # config.json and the other small files.

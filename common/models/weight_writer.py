@@ -13,20 +13,31 @@ import torch
 
 from common.models.weight_files import INDEX, WHOLE
 
-HEADER_BYTES = 1 << 20  # of each file
+HEADER_BYTES = (1 << 20) - 8  # of each file, after the 8 that hold this number
 LONGEST_ENTRY = 512  # bytes of it that a tensor takes at most
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+PADDING = "padding."  # begins the name of what lies between two tensors: the format knows no holes
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
 
 
 class WeightWriter:
     """A model's weights, in files of about `shard_bytes`; one file without an index if they fit.
 
     A context: the index and the files' final names are there after it has ended without an error.
-    Raises OSError.
+    alignment: bytes, of where a tensor begins in its file. Raises OSError.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
+    def __init__(self, folder: Path, shard_bytes: int, alignment: int = 1) -> None:
+        self.folder, self.shard_bytes, self.alignment = folder, shard_bytes, alignment
         self.shards: list[list[str]] = []  # the names of each one's tensors
         self.num_bytes = 0
         self.file: BinaryIO | None = None
@@ -36,8 +47,15 @@ class WeightWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append a tensor. Names are shorter than 400 bytes."""
         is_full = self.end and self.end + tensor.nbytes > self.shard_bytes
-        if is_full or (len(self.entries) + 1) * LONGEST_ENTRY > HEADER_BYTES:
+        if is_full or (len(self.entries) + 2) * LONGEST_ENTRY > HEADER_BYTES:
             self.close_shard()
+        padding = -self.end % self.alignment
+        if padding:
+            self.append(f"{PADDING}{self.end}", torch.zeros(padding, dtype=torch.uint8))
+        self.append(name, tensor)
+
+    def append(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor where the last one ended."""
         if self.file is None:
             self.file = self.path(len(self.shards)).open("wb")
             self.file.seek(8 + HEADER_BYTES)

@@ -33,6 +33,7 @@ from common.kernels.cpu import (  # noqa: F401
     exchange,
     experts,
     linear,
+    quantized_linear,
     sampler,
 )
 from common.kernels.cpu.cache import cache_folder, mark_complete

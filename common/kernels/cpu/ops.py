@@ -25,9 +25,12 @@ from common.kernels.cpu.attention import attention
 from common.kernels.cpu.compile import compile_missing
 from common.kernels.cpu.experts import PanelExperts, experts
 from common.kernels.cpu.linear import linear
+from common.kernels.cpu.quantized_experts import QuantizedExperts
+from common.kernels.cpu.quantized_weight import QuantizedPanels
 from common.kernels.cpu.sampler import sample, smallest_kept
 from common.kernels.cpu.vector import LANES, PANEL
 from common.kernels.cpu.weight import PanelWeight, WeightMemory
+from common.kernels.quantized import QuantizedWeight
 from common.kernels.reference import ReferenceOps
 
 FLOAT = torch.float32
@@ -197,18 +200,22 @@ class CpuOps(Ops):
         elementwise.silu_and_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, size, num_threads)
         return out
 
-    def prepare_weight(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+    def prepare_weight(self, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Any:
+        if isinstance(weight, QuantizedWeight):
+            return QuantizedPanels.pack(weight, bias, self.memory)
         if weight.dtype is not FLOAT:
             return self.reference.prepare_weight(weight, bias)
         return PanelWeight.pack(weight, bias, self.memory)
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
-        if not isinstance(weight, PanelWeight):
+        if not isinstance(weight, PanelWeight | QuantizedPanels):
             return self.reference.linear(x, weight)
         x = plain(x, FLOAT)
         num_tokens, in_features = x.shape
         if in_features != weight.in_features:
             raise ValueError(f"linear: x {x.shape}, weight takes {weight.in_features} features")
+        if isinstance(weight, QuantizedPanels):
+            return weight.linear(x, self.threads_for(weight.is_large or num_tokens > 4))
         out = torch.empty(num_tokens, weight.out_features)
         linear(
             x.data_ptr(),
@@ -223,30 +230,41 @@ class CpuOps(Ops):
         return out
 
     def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
+        if isinstance(weight, QuantizedPanels):
+            return weight.rows(plain(token_ids, torch.int64))
         if not isinstance(weight, PanelWeight):
             return self.reference.embedding(token_ids, weight)
         return weight.panels[token_ids // PANEL, :, token_ids % PANEL]
 
-    def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
+    def prepare_experts(
+        self,
+        gate_up: Iterable[Tensor | QuantizedWeight],
+        down: Iterable[Tensor | QuantizedWeight],
+    ) -> Any:
         pairs = zip(gate_up, down, strict=True)
         first = [next(pairs)]
-        if first[0][0].dtype is not FLOAT:
+        is_quantized = isinstance(first[0][0], QuantizedWeight)
+        if not is_quantized and first[0][0].dtype is not FLOAT:
             return self.reference.prepare_experts(*zip(*first, *pairs, strict=True))
 
-        def each() -> Iterator[tuple[Tensor, Tensor]]:
+        def each() -> Iterator[tuple[Any, Any]]:
             yield first.pop()  # so that it is held no longer than the others
             yield from pairs
 
+        if is_quantized:
+            return QuantizedExperts.pack(each(), self.memory)
         return PanelExperts.pack(each(), self.memory)
 
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
-        if not isinstance(prepared, PanelExperts):
+        if not isinstance(prepared, PanelExperts | QuantizedExperts):
             return self.reference.experts(x, expert_ids, weights, prepared)
         x, expert_ids = plain(x, FLOAT), plain(expert_ids, torch.int64)
         weights, shape = plain(weights, FLOAT), expert_ids.shape
         num_tokens, hidden = x.shape
         if hidden != prepared.hidden or weights.shape != shape or shape[:-1] != (num_tokens,):
             raise ValueError(f"experts: x {x.shape}, ids {shape}, weights {weights.shape}")
+        if isinstance(prepared, QuantizedExperts):
+            return self._quantized_experts(x, expert_ids, weights, prepared)
         out = torch.empty(num_tokens, hidden)
         is_known = experts(
             x.data_ptr(),
@@ -268,8 +286,30 @@ class CpuOps(Ops):
             )
         return out
 
-    def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
-        if isinstance(prepared, PanelExperts):
+    def _quantized_experts(
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: QuantizedExperts
+    ) -> Tensor:
+        """One expert after another, each with all of its tokens."""
+        out = torch.zeros_like(x)
+        if len(x) and expert_ids.max() >= len(prepared.downs):
+            raise ValueError(
+                f"experts: {len(prepared.downs)} of them, ids up to {expert_ids.max()}"
+            )
+        for expert in expert_ids[expert_ids >= 0].unique().tolist():
+            tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
+            hidden = self.silu_and_mul(self.linear(x[tokens], prepared.gate_ups[expert]))
+            result = self.linear(hidden, prepared.downs[expert])
+            out.index_add_(0, tokens, result * weights[tokens, places].unsqueeze(1))
+        return out
+
+    def replace_expert(
+        self,
+        prepared: Any,
+        index: int,
+        gate_up: Tensor | QuantizedWeight,
+        down: Tensor | QuantizedWeight,
+    ) -> None:
+        if isinstance(prepared, PanelExperts | QuantizedExperts):
             prepared.replace(index, gate_up, down)
         else:
             self.reference.replace_expert(prepared, index, gate_up, down)
@@ -385,16 +425,19 @@ class CpuOps(Ops):
 
     def _run_each(self) -> None:
         """Every kernel once, on a token."""
-        token = torch.zeros(1, dtype=torch.int64)
+        token, column = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
         x, kv_cache = torch.zeros(1, LANES), torch.zeros(1, 1, 2, 1, 1, LANES)
         self.add_rms_norm(x, x.clone(), x[0], 1e-6)
         self.silu_and_mul(torch.zeros(1, 2))
         self.linear(x, self.prepare_weight(x))
+        codes = torch.zeros(1, LANES, dtype=torch.int8)
+        quantized = self.prepare_weight(QuantizedWeight("int8", codes, column[None], LANES))
+        self.linear(x, quantized)
+        self.embedding(token, quantized)
         query = self.rotary_and_store(x.repeat(1, 3), x, token, kv_cache, 0, token)
         starts, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         metadata = AttentionMetadata(starts, one, token[None].int(), token, 1, 1)
         self.attention(query, kv_cache, 0, metadata, 1.0)
-        column = torch.zeros(1)
         self.sample(x, column, token, column, column, token, token)
         self.smallest_kept(x, token, column, column)
         prepared = self.prepare_experts([x.repeat(2, 1)], [x.T[:, :1]])

@@ -17,6 +17,7 @@ from torch import Tensor
 from common.kernels.cpu.vector import PANEL
 
 HUGE_PAGE = 2 << 20
+LINE = 64  # bytes
 CHUNK = 64 << 20  # bytes asked for at once; those never written take no memory
 PARALLEL_LINEAR = 50_000  # elements from which a second core is worth its waking for one token
 
@@ -27,13 +28,14 @@ class WeightMemory:
     def __init__(self) -> None:
         self.rest = torch.empty(0)  # of the newest chunk
 
-    def take(self, *shape: int) -> Tensor:
-        """An uninitialised float32 tensor."""
+    def take(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor. What is smaller than a float32 begins at a line of the cache."""
         size = math.prod(shape)
-        if size > len(self.rest):
-            self.rest = new_chunk(max(CHUNK, size * 4))
-        taken, self.rest = self.rest[:size], self.rest[size:]
-        return taken.view(shape)
+        num_floats = size if dtype.itemsize == 4 else -(-size * dtype.itemsize // LINE) * LINE // 4
+        if num_floats > len(self.rest):
+            self.rest = new_chunk(max(CHUNK, num_floats * 4))
+        taken, self.rest = self.rest[:num_floats], self.rest[num_floats:]
+        return taken.view(dtype)[:size].view(shape)
 
 
 def new_chunk(num_bytes: int) -> Tensor:
