@@ -26,6 +26,7 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
     "router": ("router.run", "several engines behind a router: what policies find; what it costs"),
     "offload": ("offload.run", "a host tier: bursts, conversations that return, restarts"),
     "disagg": ("disagg.run", "long prompts among streams: prefill apart from decode, and not"),
+    "formats": ("quantized.run", "number formats: bits, memory, start-up, speed, quality"),
     "kv": ("kv.run", "how many sequences a piece of KV memory holds, in strips and in blocks"),
     "host": ("host", "what a decode step costs the host"),
     "startup": ("startup", "how long parts take to start, and their memory"),
