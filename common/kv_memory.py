@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from common.kernels.quantized_kv import row_size
 from common.kv_transfer.memory import allocate_shared
 from common.models.architecture import ModelConfig
 
@@ -30,14 +31,17 @@ def choose_num_blocks(
     A GPU's memory is there for the cache, so one that keeps prefixes takes all that it may have; on
     a CPU other programs want it, and no cache is larger than its sequences at their longest.
 
-    config: an engine's. reserved: bytes of a GPU that a step needs for itself. draft_model: its keys
+    config: an engine's. dtype: the cache's. reserved: bytes of a GPU that a step needs for itself. draft_model: its keys
     and values lie in blocks of the same numbers. num_ranks: processes that share this machine's
     memory, when it is a CPU's. Raises ValueError.
     """
     if config.num_blocks is not None:
         return config.num_blocks
     models = [model] if draft_model is None else [model, draft_model]
-    token_numbers = sum(m.num_layers * 2 * m.num_kv_heads * m.head_dim for m in models)
+    rows = [row_size(m.head_dim, dtype) for m in models]
+    token_numbers = sum(
+        m.num_layers * 2 * m.num_kv_heads * row for m, row in zip(models, rows, strict=True)
+    )
     block_bytes = config.block_size * token_numbers * dtype.itemsize
     memory = config.kv_cache_memory
     if memory is None:
@@ -73,8 +77,9 @@ def allocate_kv(
     model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Keys and values of all layers, [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim],
-    every page written once. Raises ValueError."""
-    shape = (num_blocks, model.num_layers, 2, block_size, model.num_kv_heads, model.head_dim)
+    or as `quantized_kv` has it; every page written once. Raises ValueError."""
+    row = row_size(model.head_dim, dtype)
+    shape = (num_blocks, model.num_layers, 2, block_size, model.num_kv_heads, row)
     try:
         return torch.empty(shape, dtype=dtype, device=device).zero_()
     except RuntimeError as error:

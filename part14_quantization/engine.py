@@ -54,7 +54,7 @@ class LLMEngine:
         self.tokenizer = Tokenizer.load(folder)
         self.runner = load_runner(config, folder)
         weakref.finalize(self, self.runner.ranks.close_soon).atexit = False  # they end with us then
-        self.eos_token_ids = eos_token_ids(folder, load_config(folder))
+        self.eos_token_ids = eos_token_ids(folder, load_config(folder, quantized=True))
         self.sampling_defaults = sampling_defaults(folder, config.generation_config)
         self.config = self.runner.config  # with what depends on the device
         self.vocab_size = self.runner.model.config.vocab_size

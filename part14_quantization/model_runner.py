@@ -68,7 +68,7 @@ class ModelRunner:
         self.ops = select_ops(config.kernels, self.device, threads)
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
         self.everyone, leaders = meet_engines(ranks, config)
-        max_model_len = context_length(load_config(folder), config.max_model_len)
+        max_model_len = context_length(load_config(folder, quantized=True), config.max_model_len)
         self.kv_dtype = kv_dtype(config.kv_cache_dtype, self.dtype)
         # What each model was loaded from.
         self.sources: dict[CausalLM, tuple[Path, int, Recipe]] = {}
@@ -123,7 +123,7 @@ class ModelRunner:
 
     def load_model(self, folder: Path, max_model_len: int, recipe: Recipe) -> CausalLM:
         """Load a model's weights. Raises ValueError."""
-        shape = ModelConfig.from_transformers(load_config(folder), max_model_len, moe=True)
+        shape = ModelConfig.from_transformers(load_config(folder, quantized=True), max_model_len, moe=True)
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.kv_dtype)
         source = open_weights(folder, self.device, quantized=True)
         weights = QuantizedSource(source, folder, recipe)

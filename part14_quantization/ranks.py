@@ -52,7 +52,7 @@ COPIES = 2  # in a header, in the place of what runs
 
 def start_ranks(config: EngineConfig, folder: Path) -> Ranks:
     """This process as rank 0, and the other ranks, connected. Raises ValueError."""
-    size, loaded = config.tensor_parallel_size, load_config(folder)
+    size, loaded = config.tensor_parallel_size, load_config(folder, quantized=True)
     max_model_len = context_length(loaded, config.max_model_len)
     shape = ModelConfig.from_transformers(loaded, max_model_len, moe=True)
     Shard.of(shape, 0, size)  # an error now, and not in every rank

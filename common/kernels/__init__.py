@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from common.kernels.quantized import QuantizedWeight
+from common.kernels.quantized_kv import check_rows
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Ops(ABC):
     unless said otherwise; accumulation is in float32.
 
     kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], keys then values; a
-    block is one contiguous piece of memory.
+    block is one contiguous piece of memory. In int8 or float8_e4m3fn, whatever the others are in, its
+    rows are codes and a scale, head_dim + 4 elements (see `quantized_kv`).
 
     Tensors other than metadata should begin at multiples of 16 bytes, as allocators give them. A view
     that does not is computed right, but may be slower and compile a kernel of its own.
@@ -66,10 +68,9 @@ class Ops(ABC):
     name: str
     default_block_size = 16  # of the KV cache, where the user leaves it open
 
-    def check_kv_cache(  # noqa: B027 - most take any
-        self, block_size: int, head_dim: int, dtype: torch.dtype
-    ) -> None:
+    def check_kv_cache(self, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
         """Raise ValueError, naming the field and the value, on a cache that this one cannot take."""
+        check_rows(head_dim, dtype)
 
     @abstractmethod
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

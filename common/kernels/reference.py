@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.kernels import AttentionMetadata, Ops
 from common.kernels.quantized import QuantizedWeight, round_activations
+from common.kernels.quantized_kv import dequantize_rows, head_size, is_quantized, quantize_rows
 from common.sampling import NO_TOKEN, gumbel_noise, not_drawn
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy
@@ -68,8 +69,8 @@ class ReferenceOps(Ops):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
     ) -> Tensor:
-        block_size, num_kv_heads, head_dim = kv_cache.shape[3:]
-        heads = qkv.reshape(len(qkv), -1, head_dim)
+        block_size, num_kv_heads = kv_cache.shape[3:5]
+        heads = qkv.reshape(len(qkv), -1, head_size(kv_cache))
         num_heads = heads.shape[1] - 2 * num_kv_heads
         query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         if q_norm is not None:
@@ -77,7 +78,12 @@ class ReferenceOps(Ops):
         if k_norm is not None:
             key = self.rms_norm(key, k_norm, eps)
         cos, sin = cos_sin[positions].chunk(2, dim=-1)
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if is_quantized(kv_cache.dtype):  # rounded once, to codes
+            query, key = apply_rotary(query, cos, sin), apply_rotary(wide(key), cos, sin)
+            key, value = (quantize_rows(x, kv_cache.dtype).view(torch.int8) for x in (key, value))
+            kv_cache = kv_cache.view(torch.int8)  # PyTorch does not index float8
+        else:
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         stored = slot_mapping >= 0
         slots = slot_mapping[stored]
         blocks, places = slots // block_size, slots % block_size
@@ -158,8 +164,12 @@ class ReferenceOps(Ops):
         self, kv_cache: Tensor, layer: int, block_table: Tensor, length: int
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of one sequence, [length, num_kv_heads, head_dim] each."""
-        num_blocks = -(-length // kv_cache.shape[3])
+        num_blocks, dtype = -(-length // kv_cache.shape[3]), kv_cache.dtype
+        if is_quantized(dtype):
+            kv_cache = kv_cache.view(torch.int8)
         blocks = kv_cache[block_table[:num_blocks].long(), layer]  # [num_blocks, 2, block_size, …]
+        if is_quantized(dtype):
+            blocks = dequantize_rows(blocks.view(dtype))
         keys, values = blocks.transpose(0, 1).flatten(1, 2)
         return keys[:length], values[:length]
 
@@ -168,9 +178,10 @@ class ReferenceOps(Ops):
     ) -> Tensor:
         """One sequence: query [num_queries, num_heads, head_dim], its last tokens."""
         group = query.shape[1] // keys.shape[1]
-        keys = wide(keys).repeat_interleave(group, dim=1)
-        values = wide(values).repeat_interleave(group, dim=1)
-        scores = torch.einsum("qhd,khd->hqk", wide(query) * scale, keys)
+        queries = wide(query) * scale
+        keys = keys.to(queries.dtype).repeat_interleave(group, dim=1)
+        values = values.to(queries.dtype).repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", queries, keys)
         token = torch.arange(len(keys), device=query.device)
         position = token[len(keys) - len(query) :, None]
         visible = token <= position

@@ -65,7 +65,7 @@ def work(query, out, layout, places, shape, factor, window, splits, partial, nex
         begin = low + (high - low) * split // splits
         end = low + (high - low) * (split + 1) // splits
         sums[0], sums[1], result[:] = LOWEST, 0, 0
-        own = (layout[0] + kv_head * head_dim * 4, *layout[1:])
+        own = (layout[0] + kv_head * layout[5], *layout[1:])
         table = tables[seq]
         where = (own, table, (begin, end), position, group, window)
         if rows <= MAX_FEW_ROWS:
@@ -135,6 +135,8 @@ def attention(
     block_stride,
     value_offset,
     block_size,
+    row_size,
+    kind,
     starts,
     lengths,
     tables,
@@ -149,13 +151,14 @@ def attention(
     max_query_len,
     num_threads,
 ):
-    """`cache` is the address of the layer's keys in block 0; strides in bytes; window 0: none."""
+    """`cache` is the address of the layer's keys in block 0; strides, and the size of a head's row, in
+    bytes; kind: of `kv_rows`; window 0: none."""
     queries = float32_array(query, (num_tokens, num_heads, head_dim))
     outs = float32_array(out, (num_tokens, num_heads, head_dim))
     starts_of = int32_array(starts, (num_seqs + 1,))
     lengths_of = int32_array(lengths, (num_seqs,))
     tables_of = int32_array(tables, (num_seqs, table_stride))
-    group = num_heads // num_kv_heads
+    group, token_stride = num_heads // num_kv_heads, num_kv_heads * row_size
     num_rows = num_tokens * num_heads // (ROW_PIECES * num_threads)
     tile_queries = choose_tile(num_rows, group, max_query_len)
     num_tiles, products = 0, 0
@@ -190,13 +193,13 @@ def attention(
     next = np.zeros(1, np.int64)
     # Tuples are made within the parallel loop: it cannot take them from outside.
     if num_threads == 1:
-        layout = (cache, block_stride, num_kv_heads * head_dim * 4, value_offset, block_size)
+        layout = (cache, block_stride, token_stride, value_offset, block_size, row_size, kind)
         shape = (num_kv_heads, group, head_dim, tile_queries)
         places = (starts_of, lengths_of, tables_of, tiles, pieces)
         work(queries, outs, layout, places, shape, factor, window, splits, partial, next)
     else:
         for _ in prange(num_threads):
-            layout = (cache, block_stride, num_kv_heads * head_dim * 4, value_offset, block_size)
+            layout = (cache, block_stride, token_stride, value_offset, block_size, row_size, kind)
             shape = (num_kv_heads, group, head_dim, tile_queries)
             places = (starts_of, lengths_of, tables_of, tiles, pieces)
             work(queries, outs, layout, places, shape, factor, window, splits, partial, next)

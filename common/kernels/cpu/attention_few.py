@@ -8,6 +8,7 @@ import numpy as np
 
 from common.kernels.cpu.elementwise import exp32
 from common.kernels.cpu.jit import helper
+from common.kernels.cpu.kv_rows import FLOAT32, dots_codes, expand, factor_of
 from common.kernels.cpu.vector import (
     LANES,
     MAX_DOTS,
@@ -29,15 +30,19 @@ LOWEST = np.float32(-1e20)  # above MASKED: rows that have seen nothing yet give
 
 @helper
 def key_address(layout, table, token):
-    """Where a token's key lies; its value lies layout's value_offset further."""
-    cache, block_stride, token_stride, _, block_size = layout
+    """Where a token's key lies; its value lies layout's value_offset further.
+
+    layout: (address of the keys in block 0, block_stride, token_stride, value_offset, block_size,
+    row_size, kind): all but the last and block_size in bytes. A row is one head's key or value.
+    """
+    cache, block_stride, token_stride, _, block_size = layout[:5]
     return cache + table[token // block_size] * block_stride + token % block_size * token_stride
 
 
 @helper
 def score(queries, heads, rows, head_dim, layout, table, begin, count, scores):
     """scores[row, i] = queries[row] * key of token begin + i; `rows` rows for each KV head."""
-    token_stride, value_offset, block_size = layout[2:]
+    token_stride, value_offset, block_size, row_size, kind = layout[2:]
     done = 0
     while done < count:
         token = begin + done
@@ -45,18 +50,17 @@ def score(queries, heads, rows, head_dim, layout, table, begin, count, scores):
         keys = key_address(layout, table, token)
         for i in range(done, done + run):
             for head in range(heads):
-                key = keys + head * head_dim * 4
-                prefetch_lines(key + value_offset, head_dim * 4)
+                key = keys + head * row_size
+                prefetch_lines(key + value_offset, row_size)
                 for row in range(head * rows, (head + 1) * rows, MAX_DOTS):
-                    dots(
-                        min(MAX_DOTS, (head + 1) * rows - row),
-                        queries.ctypes.data + row * head_dim * 4,
-                        head_dim * 4,
-                        key,
-                        scores.ctypes.data + (row * KEYS + i) * 4,
-                        KEYS * 4,
-                        head_dim,
-                    )
+                    num_rows = min(MAX_DOTS, (head + 1) * rows - row)
+                    query = queries.ctypes.data + row * head_dim * 4
+                    place = scores.ctypes.data + (row * KEYS + i) * 4
+                    rest = (query, head_dim * 4, key, place, KEYS * 4, head_dim)
+                    if kind == FLOAT32:
+                        dots(num_rows, *rest)
+                    else:
+                        dots_codes(factor_of(kind, key, head_dim), kind, num_rows, *rest)
             keys += token_stride
         done += run
 
@@ -95,9 +99,21 @@ def softmax_step(scores, sums, result, heads, rows, count, begin, position, grou
 
 
 @helper
-def add_values(scores, heads, rows, head_dim, layout, table, begin, count, end, result):
-    """result[row] += sum of scores[row, i] * value of token begin + i."""
-    token_stride, value_offset, block_size = layout[2:]
+def expand_rows(kind, codes, stride, count, head_dim, out):
+    """`count` rows of codes, `stride` bytes apart, to [count, head_dim] float32. Addresses."""
+    for _ in range(count):
+        expand(kind, codes, out, head_dim, factor_of(kind, codes, head_dim))
+        codes += stride
+        out += head_dim * 4
+
+
+@helper
+def add_values(scores, heads, rows, head_dim, layout, table, begin, count, end, expanded, result):
+    """result[row] += sum of scores[row, i] * value of token begin + i.
+
+    expanded: room for [count, head_dim] values that are codes.
+    """
+    token_stride, value_offset, block_size, row_size, kind = layout[2:]
     done = 0
     while done < count:
         token = begin + done
@@ -107,42 +123,27 @@ def add_values(scores, heads, rows, head_dim, layout, table, begin, count, end, 
         if token + KEYS < end:
             ahead = key_address(layout, table, token + KEYS)
         for head in range(heads):
+            source, stride, element = values, token_stride, 4
+            if kind != FLOAT32:
+                source, stride, element = expanded.ctypes.data, head_dim * 4, 1
+                expand_rows(kind, values, token_stride, run, head_dim, source)
             for row in range(head * rows, (head + 1) * rows, TILE_ROWS):
                 num_rows = min(TILE_ROWS, (head + 1) * rows - row)
                 weights = scores.ctypes.data + (row * KEYS + done) * 4
                 column = 0
                 while column < head_dim:
                     place = result.ctypes.data + (row * head_dim + column) * 4
-                    value = values + (head * head_dim + column) * 4
-                    strides = (place, head_dim * 4, place, head_dim * 4)
+                    value = (weights, KEYS * 4, 4, source + column * 4, stride)
+                    sums = (place, head_dim * 4, place, head_dim * 4, run)
+                    arguments = value + sums + (ahead + column * element, token_stride)
                     if head_dim - column >= PANEL:
-                        panel_tile(
-                            num_rows,
-                            weights,
-                            KEYS * 4,
-                            4,
-                            value,
-                            token_stride,
-                            *strides,
-                            run,
-                            ahead + (head * head_dim + column) * 4,
-                            token_stride,
-                        )
+                        panel_tile(num_rows, *arguments)
                         column += PANEL
                     else:
-                        half_panel_tile(
-                            num_rows,
-                            weights,
-                            KEYS * 4,
-                            4,
-                            value,
-                            token_stride,
-                            *strides,
-                            run,
-                            ahead + (head * head_dim + column) * 4,
-                            token_stride,
-                        )
+                        half_panel_tile(num_rows, *arguments)
                         column += LANES
+            values += row_size
+            ahead += row_size
         done += run
 
 
@@ -152,10 +153,13 @@ def attend_few(
 ):
     """All KV heads' rows over the keys of a span, in tiles. Arrays as in `attention.work`."""
     scores = np.empty((heads * rows, KEYS), np.float32)
+    kept = 0 if layout[6] == FLOAT32 else KEYS
+    expanded = np.empty((kept, head_dim), np.float32)
     begin, end = span
     while begin < end:
         count = min(KEYS, end - begin)
         score(queries, heads, rows, head_dim, layout, table, begin, count, scores)
         softmax_step(scores, sums, result, heads, rows, count, begin, position, group, window)
-        add_values(scores, heads, rows, head_dim, layout, table, begin, count, end, result)
+        tile = (begin, count, end, expanded)
+        add_values(scores, heads, rows, head_dim, layout, table, *tile, result)
         begin += count

@@ -8,8 +8,9 @@ once, and keys and values are copied to where they lie close together, whatever 
 
 import numpy as np
 
-from common.kernels.cpu.attention_few import KEYS, MASKED, key_address
+from common.kernels.cpu.attention_few import KEYS, MASKED, expand_rows, key_address
 from common.kernels.cpu.jit import helper
+from common.kernels.cpu.kv_rows import FLOAT32
 from common.kernels.cpu.softmax import softmax_step, transpose
 from common.kernels.cpu.vector import LANES, MAX_ROWS, PANEL, half_panel_tile, panel_tile, scale
 
@@ -28,12 +29,19 @@ def transpose_queries(queries, panels):
 @helper
 def gather(layout, table, begin, count, head_dim, keys, values):
     """Copy keys and values of tokens from `begin` on to [count, head_dim] each, two addresses."""
-    token_stride, value_offset, block_size = layout[2:]
+    token_stride, value_offset, block_size, _, kind = layout[2:]
     done = 0
     while done < count:
         token = begin + done
         run = min(count - done, block_size - token % block_size)  # tokens that follow each other
         place = key_address(layout, table, token)
+        if kind != FLOAT32:
+            offset = done * head_dim * 4
+            expand_rows(kind, place, token_stride, run, head_dim, keys + offset)
+            place += value_offset
+            expand_rows(kind, place, token_stride, run, head_dim, values + offset)
+            done += run
+            continue
         for i in range(done, done + run):
             scale(place, keys + i * head_dim * 4, head_dim, np.float32(1))
             scale(place + value_offset, values + i * head_dim * 4, head_dim, np.float32(1))

@@ -32,6 +32,8 @@ from common.kernels.cpu import (  # noqa: F401
     elementwise,
     exchange,
     experts,
+    integer_embedding,
+    integer_linear,
     linear,
     quantized_linear,
     sampler,
@@ -41,7 +43,13 @@ from common.kernels.cpu.jit import KERNELS
 
 # Names of what numba puts around the body of a parallel loop, and of the body.
 WRAPPERS = ("__numba_parfor_gufunc", "<numba.np.ufunc.wrappers", "parallelgufuncwrapper", "work")
-DEAREST = ("attention", "sample", "experts", "linear")  # half of the time goes into the first
+DEAREST = (
+    "attention",
+    "sample",
+    "experts",
+    "integer_linear",
+    "linear",
+)  # half of the time goes into the first
 
 
 def missing() -> list[str]:

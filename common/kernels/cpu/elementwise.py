@@ -10,6 +10,7 @@ import numpy as np
 from numba import prange
 
 from common.kernels.cpu.jit import float32_array, helper, int64_array, kernel
+from common.kernels.cpu.kv_rows import FLOAT32, quantize_row
 
 
 @helper
@@ -129,10 +130,13 @@ def rotary_rows(
     block_stride,
     value_offset,
     block_size,
+    row_size,
+    kind,
 ):
-    """Tokens begin to end. `cache` is flat; strides and offsets are in floats."""
+    """Tokens begin to end. `cache` is an address; strides, offsets, sizes are in bytes."""
     num_heads, head_dim = out.shape[1], out.shape[2]
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
+    rotated = np.empty(head_dim, np.float32)
     for token in range(begin, end):
         table = cos_sin[positions[token]]
         for head in range(num_heads):
@@ -140,14 +144,20 @@ def rotary_rows(
         slot = slots[token]
         if slot < 0:
             continue
-        place = slot // block_size * block_stride
-        place += slot % block_size * num_kv_heads * head_dim
-        for head in range(num_kv_heads):
-            keys = cache[place + head * head_dim : place + (head + 1) * head_dim]
-            rotate(qkv[token, num_heads + head], table, k_norm, eps, keys)
-            value = qkv[token, num_heads + num_kv_heads + head]
-            for i in range(head_dim):
-                cache[place + value_offset + head * head_dim + i] = value[i]
+        place = cache + slot // block_size * block_stride
+        place += slot % block_size * num_kv_heads * row_size
+        for head in range(num_heads, num_heads + num_kv_heads):
+            key, value = qkv[token, head], qkv[token, num_kv_heads + head]
+            if kind == FLOAT32:
+                rotate(key, table, k_norm, eps, float32_array(place, (head_dim,)))
+                copied = float32_array(place + value_offset, (head_dim,))
+                for i in range(head_dim):
+                    copied[i] = value[i]
+            else:
+                rotate(key, table, k_norm, eps, rotated)
+                quantize_row(rotated, place, kind)
+                quantize_row(value, place + value_offset, kind)
+            place += row_size
 
 
 @kernel(floats=("eps",))
@@ -169,23 +179,26 @@ def rotary_and_store(
     block_stride,
     value_offset,
     block_size,
-    cache_size,
+    row_size,
+    kind,
     num_threads,
 ):
-    """q_norm and k_norm are 0 where there are none; `cache` is the layer's place in block 0."""
+    """q_norm and k_norm are 0 where there are none; `cache` is the layer's place in block 0; strides,
+    and the size of a head's row, in bytes; kind: of `kv_rows`."""
     qkvs = float32_array(qkv, (num_tokens, num_heads + 2 * num_kv_heads, head_dim))
     tables = float32_array(cos_sin, (max_positions, head_dim))
     positions_of = int64_array(positions, (num_tokens,))
     slots_of = int64_array(slots, (num_tokens,))
-    flat = float32_array(cache, (cache_size,))
     q_weights = float32_array(q_norm, (head_dim if q_norm != 0 else 0,))
     k_weights = float32_array(k_norm, (head_dim if k_norm != 0 else 0,))
     outs = float32_array(out, (num_tokens, num_heads, head_dim))
-    last = (q_weights, k_weights, eps, outs, block_stride, value_offset, block_size)
     if num_threads == 1:
-        rotary_rows(0, num_tokens, qkvs, tables, positions_of, flat, slots_of, *last)
+        last = (q_weights, k_weights, eps, outs)
+        sizes = (block_stride, value_offset, block_size, row_size, kind)
+        rotary_rows(0, num_tokens, qkvs, tables, positions_of, cache, slots_of, *last, *sizes)
     else:
         for i in prange(num_threads):
             begin, end = share(num_tokens, i, num_threads), share(num_tokens, i + 1, num_threads)
-            last = (q_weights, k_weights, eps, outs, block_stride, value_offset, block_size)
-            rotary_rows(begin, end, qkvs, tables, positions_of, flat, slots_of, *last)
+            last = (q_weights, k_weights, eps, outs)
+            sizes = (block_stride, value_offset, block_size, row_size, kind)
+            rotary_rows(begin, end, qkvs, tables, positions_of, cache, slots_of, *last, *sizes)

@@ -7,7 +7,6 @@ its tensors: float32, contiguous, shapes that fit.
 An object serves one thread at a time; the number of threads is set for the thread that calls.
 """
 
-import math
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,8 @@ from common.kernels.cpu import elementwise
 from common.kernels.cpu.attention import attention
 from common.kernels.cpu.compile import compile_missing
 from common.kernels.cpu.experts import PanelExperts, experts
+from common.kernels.cpu.integer_weight import IntegerWeight, is_integer
+from common.kernels.cpu.kv_rows import FLOAT32, FP8, INT8
 from common.kernels.cpu.linear import linear
 from common.kernels.cpu.quantized_experts import QuantizedExperts
 from common.kernels.cpu.quantized_weight import QuantizedPanels
@@ -31,9 +32,11 @@ from common.kernels.cpu.sampler import sample, smallest_kept
 from common.kernels.cpu.vector import LANES, PANEL
 from common.kernels.cpu.weight import PanelWeight, WeightMemory
 from common.kernels.quantized import QuantizedWeight
+from common.kernels.quantized_kv import check_rows, head_size
 from common.kernels.reference import ReferenceOps
 
 FLOAT = torch.float32
+CACHE_KINDS = {FLOAT: FLOAT32, torch.int8: INT8, torch.float8_e4m3fn: FP8}
 # Elements from which a second core is worth its waking, some 3 to 5 microseconds.
 PARALLEL_NORM = 100_000
 PARALLEL_SILU = 12_000
@@ -49,20 +52,24 @@ class CacheLayout:
     """What the kernels need to know of a KV cache, asked once and not 60 times a step."""
 
     cache: weakref.ref[Tensor]
-    is_plain: bool
+    kind: int | None  # of `kv_rows`; None: not one that kernels take
     address: int
-    size: int  # floats
     num_layers: int
     block_size: int
     num_kv_heads: int
     head_dim: int
-    half: int  # floats of the keys, or values, of a block and layer
+    row_size: int  # bytes of one head's key or value
+    half: int  # bytes of the keys, or values, of a block and layer
 
     @classmethod
     def of(cls, kv_cache: Tensor) -> "CacheLayout":
-        _, num_layers, _, *sizes = kv_cache.shape
-        known = weakref.ref(kv_cache), is_plain(kv_cache), kv_cache.data_ptr(), kv_cache.numel()
-        return cls(*known, num_layers, *sizes, math.prod(sizes))
+        _, num_layers, _, block_size, num_kv_heads, row = kv_cache.shape
+        kind = CACHE_KINDS.get(kv_cache.dtype) if kv_cache.is_contiguous() else None
+        known = weakref.ref(kv_cache), kind, kv_cache.data_ptr()
+        sizes, row_bytes = (num_layers, block_size, num_kv_heads), row * kv_cache.itemsize
+        head_dim, half = head_size(kv_cache), block_size * num_kv_heads * row_bytes
+        check_rows(head_dim, kv_cache.dtype)
+        return cls(*known, *sizes, head_dim, row_bytes, half)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -145,7 +152,7 @@ class CpuOps(Ops):
         eps: float = 1e-6,
     ) -> Tensor:
         layout = self.layout_of(kv_cache)
-        is_simple = layout.is_plain and is_plain(qkv) and is_plain(cos_sin)
+        is_simple = layout.kind is not None and is_plain(qkv) and is_plain(cos_sin)
         is_simple = is_simple and (q_norm is None or is_plain(q_norm))
         if not (is_simple and (k_norm is None or is_plain(k_norm))):
             arguments = (qkv, cos_sin, positions, kv_cache, layer, slot_mapping)
@@ -169,7 +176,7 @@ class CpuOps(Ops):
             qkv.data_ptr(),
             cos_sin.data_ptr(),
             positions.data_ptr(),
-            layout.address + layer * 2 * half * 4,
+            layout.address + layer * 2 * half,
             slots.data_ptr(),
             0 if q_norm is None else q_norm.data_ptr(),
             0 if k_norm is None else k_norm.data_ptr(),
@@ -183,7 +190,8 @@ class CpuOps(Ops):
             layout.num_layers * 2 * half,
             half,
             layout.block_size,
-            layout.size - layer * 2 * half,
+            layout.row_size,
+            layout.kind,
             self.threads_for(num_tokens * width >= PARALLEL_ROTARY),
         )
         return out
@@ -202,19 +210,20 @@ class CpuOps(Ops):
 
     def prepare_weight(self, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Any:
         if isinstance(weight, QuantizedWeight):
-            return QuantizedPanels.pack(weight, bias, self.memory)
+            kind = IntegerWeight if is_integer(weight) else QuantizedPanels
+            return kind.pack(weight, bias, self.memory)
         if weight.dtype is not FLOAT:
             return self.reference.prepare_weight(weight, bias)
         return PanelWeight.pack(weight, bias, self.memory)
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
-        if not isinstance(weight, PanelWeight | QuantizedPanels):
+        if not isinstance(weight, PanelWeight | IntegerWeight | QuantizedPanels):
             return self.reference.linear(x, weight)
         x = plain(x, FLOAT)
         num_tokens, in_features = x.shape
         if in_features != weight.in_features:
             raise ValueError(f"linear: x {x.shape}, weight takes {weight.in_features} features")
-        if isinstance(weight, QuantizedPanels):
+        if isinstance(weight, IntegerWeight | QuantizedPanels):
             return weight.linear(x, self.threads_for(weight.is_large or num_tokens > 4))
         out = torch.empty(num_tokens, weight.out_features)
         linear(
@@ -230,7 +239,7 @@ class CpuOps(Ops):
         return out
 
     def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
-        if isinstance(weight, QuantizedPanels):
+        if isinstance(weight, IntegerWeight | QuantizedPanels):
             return weight.rows(plain(token_ids, torch.int64))
         if not isinstance(weight, PanelWeight):
             return self.reference.embedding(token_ids, weight)
@@ -252,7 +261,7 @@ class CpuOps(Ops):
             yield from pairs
 
         if is_quantized:
-            return QuantizedExperts.pack(each(), self.memory)
+            return QuantizedExperts.pack(each(), self.prepare_weight)
         return PanelExperts.pack(each(), self.memory)
 
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
@@ -325,7 +334,7 @@ class CpuOps(Ops):
     ) -> Tensor:
         layout = self.layout_of(kv_cache)
         num_kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
-        if query.dtype is not FLOAT or not layout.is_plain or head_dim % LANES:
+        if query.dtype is not FLOAT or layout.kind is None or head_dim % LANES:
             arguments = (query, kv_cache, layer, metadata, scale, sliding_window)
             return self.reference.attention(*arguments)
         query = plain(query, FLOAT)
@@ -344,7 +353,7 @@ class CpuOps(Ops):
         out = torch.empty(num_tokens, num_heads * head_dim)
         if num_tokens == 0:
             return out
-        half = layout.half * 4
+        half = layout.half
         attention(
             query.data_ptr(),
             out.data_ptr(),
@@ -352,6 +361,8 @@ class CpuOps(Ops):
             layout.num_layers * 2 * half,
             half,
             layout.block_size,
+            layout.row_size,
+            layout.kind,
             starts.data_ptr(),
             lengths.data_ptr(),
             tables.data_ptr(),
@@ -435,6 +446,10 @@ class CpuOps(Ops):
         self.linear(x, quantized)
         self.embedding(token, quantized)
         query = self.rotary_and_store(x.repeat(1, 3), x, token, kv_cache, 0, token)
+        integer = QuantizedWeight("int8", x.to(torch.int8), x[:, :1], LANES, activations="int8")
+        integer = self.prepare_weight(integer)
+        self.linear(x, integer)
+        self.embedding(token, integer)
         starts, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         metadata = AttentionMetadata(starts, one, token[None].int(), token, 1, 1)
         self.attention(query, kv_cache, 0, metadata, 1.0)

@@ -1,10 +1,10 @@
 """A mixture of quantised experts on a CPU."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from common.kernels.cpu.integer_weight import IntegerWeight
 from common.kernels.cpu.quantized_weight import QuantizedPanels
-from common.kernels.cpu.weight import WeightMemory
 from common.kernels.quantized import QuantizedWeight
 
 
@@ -12,22 +12,24 @@ from common.kernels.quantized import QuantizedWeight
 class QuantizedExperts:
     """A layer's experts: gate and up, and down, of each."""
 
-    gate_ups: list[QuantizedPanels]
-    downs: list[QuantizedPanels]
+    gate_ups: list[QuantizedPanels | IntegerWeight]
+    downs: list[QuantizedPanels | IntegerWeight]
     hidden: int
     size: int
 
     @classmethod
     def pack(
-        cls, pairs: Iterable[tuple[QuantizedWeight, QuantizedWeight]], memory: WeightMemory
+        cls,
+        pairs: Iterable[tuple[QuantizedWeight, QuantizedWeight]],
+        prepare: Callable[[QuantizedWeight], QuantizedPanels | IntegerWeight],
     ) -> "QuantizedExperts":
-        """pairs: gate_up and down of each expert. Raises ValueError for shapes that do not fit."""
+        """pairs: gate_up and down of each expert. prepare: `Ops.prepare_weight`. Raises ValueError for shapes that do not fit."""
         gate_ups, downs, shapes = [], [], set()
         for gate_up, down in pairs:
             shapes.add(down.shape)
             check_shapes(gate_up, down, *down.shape)
-            gate_ups.append(QuantizedPanels.pack(gate_up, None, memory))
-            downs.append(QuantizedPanels.pack(down, None, memory))
+            gate_ups.append(prepare(gate_up))
+            downs.append(prepare(down))
         if len(shapes) != 1:
             raise ValueError(
                 f"experts: those of a layer are of one (hidden, size), not {sorted(shapes)}"

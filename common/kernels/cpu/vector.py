@@ -165,14 +165,27 @@ panel_tile = make_tile(2)
 half_panel_tile = make_tile(1)
 
 
-def emit_dots(builder: ir.IRBuilder, rows: int, args: list[ir.Value]) -> None:
+def load_floats(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return load(builder, VECTOR, address)
+
+
+def emit_dots(
+    builder: ir.IRBuilder,
+    rows: int,
+    args: list[ir.Value],
+    load_y: Callable[[ir.IRBuilder, ir.Value], ir.Value] = load_floats,
+    y_bytes: int = 4,
+    factor: ir.Value | None = None,
+) -> None:
+    """The code of `dots` for so many rows. load_y: reads a vector of y, y_bytes an element, as
+    floats. factor: what the sums are multiplied with."""
     x, x_stride, y, out, out_stride, depth = args
     sums = [cgutils.alloca_once(builder, VECTOR) for _ in range(rows)]
     for place in sums:
         builder.store(ir.Constant(VECTOR, None), place)
     with cgutils.for_range(builder, builder.udiv(depth, INT(LANES)), intp=INT) as loop:
         offset = builder.mul(loop.index, INT(LANES * 4))
-        right = load(builder, VECTOR, builder.add(y, offset))
+        right = load_y(builder, builder.add(y, builder.mul(loop.index, INT(LANES * y_bytes))))
         for row in range(rows):
             address = builder.add(builder.add(x, builder.mul(x_stride, INT(row))), offset)
             left = load(builder, VECTOR, address)
@@ -184,6 +197,8 @@ def emit_dots(builder: ir.IRBuilder, rows: int, args: list[ir.Value]) -> None:
     for row in range(rows):
         arguments = [ir.Constant(FLOAT, 0.0), builder.load(sums[row])]
         total = builder.call(reduce, arguments, fastmath=FAST)
+        if factor is not None:
+            total = builder.fmul(total, factor, flags=FAST)
         store(builder, total, builder.add(out, builder.mul(out_stride, INT(row))))
 
 

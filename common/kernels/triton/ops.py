@@ -20,8 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.kernels import AttentionMetadata, Ops
+from common.kernels.quantized import QuantizedWeight
 from common.kernels.reference import ReferenceOps
-from common.kernels.triton import attention, elementwise, experts
+from common.kernels.triton import (
+    attention,
+    elementwise,
+    experts,
+    quantized_linear,
+    quantized_weight,
+)
+from common.kernels.triton.quantized_weight import PackedWeight
 from common.kernels.triton.sampler import sample, smallest_kept
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -168,11 +176,29 @@ class TritonOps(Ops):
             eps,
         )
 
-    def prepare_weight(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+    def prepare_weight(self, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Any:
+        if isinstance(weight, QuantizedWeight) and quantized_weight.can_pack(weight):
+            return quantized_weight.pack(weight), bias
         return weight, bias
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
-        return F.linear(x, *weight)
+        """The first inputs of a dtype compile what any number of them will launch."""
+        matrix, bias = weight
+        if isinstance(matrix, Tensor):
+            return F.linear(x, matrix, bias)
+        if isinstance(matrix, QuantizedWeight) or not is_matrix(x):
+            return self.reference.linear(x, (quantized_weight.unpack(matrix), bias))
+        assert x.shape[1] == matrix.in_features, (x.shape, matrix.in_features)
+        with device_of(x):
+            if x.dtype not in matrix.compiled_for and not is_capturing(x):
+                quantized_linear.compile_all(x.dtype, matrix, bias)
+            return quantized_linear.linear(x, matrix, bias)
+
+    def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
+        table, bias = weight
+        if isinstance(table, PackedWeight):
+            return quantized_weight.rows(table, token_ids).dequantize()
+        return self.reference.embedding(token_ids, (table, bias))
 
     def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
         """Compiles what `experts` will launch, too: it depends on these shapes alone."""

@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "A100": Architecture(80, 163 << 10),
     "RTX 4090": Architecture(89, 99 << 10),
     "H100, H200": Architecture(90, 227 << 10),
+    "B200": Architecture(100, 227 << 10),
 }
 
 

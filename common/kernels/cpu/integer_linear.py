@@ -1,0 +1,212 @@
+"""Linear layers whose inputs are rounded to int8: weights of 8 or 4 bits, sums of integers.
+
+A call rounds its inputs first, each group of a token by itself, and then multiplies panels as
+`linear` does. Few inputs are rounded by the calling core, before it wakes the others.
+"""
+
+import numpy as np
+from numba import prange
+
+from common.kernels.cpu.elementwise import share
+from common.kernels.cpu.integer_tile import CHUNK, INFO, PAD, ROWS, integer_tile
+from common.kernels.cpu.jit import (
+    byte_array,
+    float32_array,
+    helper,
+    int32_array,
+    kernel,
+    next_index,
+)
+from common.kernels.cpu.linear import LINE
+from common.kernels.cpu.vector import PANEL
+
+BLOCK = 262_144  # bytes of rounded inputs that are used together, in the second-level cache
+PARALLEL_ROUND = 16_384  # inputs from which a second core is worth its waking
+ROWS_8, ROWS_4 = ROWS[8], ROWS[4]
+LARGEST = np.int32(0x7FFFFFFF)
+SMALLEST = np.float32(1e-36)  # 127 divided by less is no number any more
+
+
+@helper(exact=True)
+def largest(values, begin, end):
+    """The largest magnitude as the bits of its float: NaN is the largest of all."""
+    most = np.int32(0)
+    for i in range(begin, end):
+        most = max(most, np.int32(values[i] & LARGEST))
+    return np.int32(most)
+
+
+@helper(exact=True)
+def round_group(x, codes, first, factor):
+    """codes[first:] = x times factor, rounded; the sum of them."""
+    total = np.int32(0)
+    for i in range(len(x)):
+        code = np.int32(np.rint(x[i] * factor))
+        codes[first + i] = code
+        total += code
+    return total
+
+
+@helper(exact=True)
+def round_rows(x, bits, codes, info, begin, end, depth, group, group_chunks, offset):
+    """Round rows as `round_activations` does. codes: [tokens, groups, padded group], int8 for 4 bits and
+    int16 for 8; info: [tokens, chunks or groups, 3]: scale, offset times sum of codes (int32), scale
+    times that sum. offset is what weights are too large by. Arguments are addresses and sizes."""
+    num_groups = depth // group
+    step = CHUNK if bits == 4 else group
+    padded = group_chunks * (CHUNK if bits == 4 else PAD)
+    num_steps = group_chunks if bits == 4 else 1
+    for row in range(begin, end):
+        values = float32_array(x + row * depth * 4, (depth,))
+        words = int32_array(x + row * depth * 4, (depth,))
+        width = num_groups * padded
+        bytes_ = byte_array(codes + row * width, (width,)).view(np.int8)
+        shorts = int32_array(codes + row * width * 2, (width // 2,)).view(np.int16)
+        facts = info + row * num_groups * num_steps * INFO
+        floats = float32_array(facts, (num_groups * num_steps, 3))
+        integers = int32_array(facts, (num_groups * num_steps, 3))
+        for g in range(num_groups):
+            amax = np.int32(largest(words, g * group, (g + 1) * group)).view(np.float32)
+            scale, factor = amax / np.float32(127), np.float32(0)
+            if amax < SMALLEST:
+                scale = np.float32(0)
+            elif amax < np.inf:
+                factor = np.float32(1) / amax * np.float32(127)  # as PyTorch divides
+            else:
+                scale = np.float32(np.nan)
+            for s in range(num_steps):
+                start, stop = g * group + s * step, min(g * group + (s + 1) * step, (g + 1) * group)
+                first = g * padded + s * step
+                if factor == 0:
+                    total = np.int32(0)
+                    for i in range(stop - start):
+                        if bits == 4:
+                            bytes_[first + i] = 0
+                        else:
+                            shorts[first + i] = 0
+                elif bits == 4:
+                    total = round_group(values[start:stop], bytes_, first, factor)
+                else:
+                    total = round_group(values[start:stop], shorts, first, factor)
+                place = g * num_steps + s
+                floats[place, 0] = scale
+                integers[place, 1] = total * offset
+                floats[place, 2] = scale * np.float32(total)
+            for i in range(g * padded + group, (g + 1) * padded):
+                if bits == 4:
+                    bytes_[i] = 0
+                else:
+                    shorts[i] = 0
+
+
+@helper
+def multiply_panel(x, info, weight, bias, out, panel, num_tokens, sizes):
+    """out[:, the panel's columns] of a product; arguments are addresses and sizes."""
+    bits, num_groups, group_chunks, half, has_minimums, panel_bytes, num_columns = sizes
+    width = min(PANEL, num_columns - panel * PANEL)
+    target, target_stride = out + panel * PANEL * 4, num_columns * 4
+    if width < PANEL:
+        spare = np.empty((num_tokens, PANEL), np.float32)
+        target, target_stride = spare.ctypes.data, PANEL * 4
+    num_chunks = num_groups * group_chunks
+    x_stride = num_chunks * (CHUNK if bits == 4 else PAD * 2)
+    info_stride = (num_chunks if bits == 4 else num_groups) * INFO
+    most = ROWS_4 if bits == 4 else ROWS_8
+    num_tiles = (num_tokens + most - 1) // most
+    block = weight + panel * panel_bytes
+    for tile in range(num_tiles):
+        row, end = share(num_tokens, tile, num_tiles), share(num_tokens, tile + 1, num_tiles)
+        integer_tile(
+            bits,
+            end - row,
+            x + row * x_stride,
+            x_stride,
+            info + row * info_stride,
+            info_stride,
+            block,
+            num_groups,
+            group_chunks,
+            half,
+            has_minimums,
+            bias + panel * PANEL * 4,
+            0,
+            target + row * target_stride,
+            target_stride,
+            block + panel_bytes + share(panel_bytes, tile, num_tiles),
+            panel_bytes // (num_chunks * num_tiles),
+        )
+    if width < PANEL:
+        result = float32_array(out, (num_tokens, num_columns))
+        for row in range(num_tokens):
+            for column in range(width):
+                result[row, panel * PANEL + column] = spare[row, column]
+
+
+@helper
+def work(x, info, weight, bias, out, num_tokens, sizes, counters, thread, num_threads):
+    """Units of work, (block of rows, panel), shared out as `linear.work` does."""
+    bits, num_groups, group_chunks, _, _, _, num_columns = sizes
+    num_chunks = num_groups * group_chunks
+    x_stride = num_chunks * (CHUNK if bits == 4 else PAD * 2)
+    info_stride = (num_chunks if bits == 4 else num_groups) * INFO
+    num_panels = (num_columns + PANEL - 1) // PANEL
+    num_blocks = max(1, num_tokens * x_stride // BLOCK)
+    num_units = num_blocks * num_panels
+    for i in range(num_threads):
+        owner = (thread + i) % num_threads
+        begin, end = share(num_units, owner, num_threads), share(num_units, owner + 1, num_threads)
+        unit = begin + next_index(counters + owner * LINE)
+        while unit < end:
+            block, panel = unit // num_panels, unit % num_panels
+            row = share(num_tokens, block, num_blocks)
+            count = share(num_tokens, block + 1, num_blocks) - row
+            rows, facts = x + row * x_stride, info + row * info_stride
+            place = out + row * num_columns * 4
+            multiply_panel(rows, facts, weight, bias, place, panel, count, sizes)
+            unit = begin + next_index(counters + owner * LINE)
+
+
+@kernel
+def integer_linear(
+    x,
+    weight,
+    bias,
+    out,
+    num_tokens,
+    depth,
+    num_columns,
+    bits,
+    group,
+    group_chunks,
+    offset,
+    half,
+    has_minimums,
+    panel_bytes,
+    num_threads,
+):
+    """out = round(x) @ weight.T + bias. x: [num_tokens, depth]; weight: panels of an `IntegerWeight`,
+    whose fields the sizes are; bias: padded to panels."""
+    num_groups = depth // group
+    num_chunks = num_groups * group_chunks
+    width = num_chunks * (CHUNK if bits == 4 else PAD * 2)
+    codes = np.empty(num_tokens * width, np.uint8)
+    info = np.empty(num_tokens * (num_chunks if bits == 4 else num_groups) * INFO, np.uint8)
+    counters = np.zeros((num_threads, LINE // 8), np.int64)
+    is_alone = num_threads == 1 or num_tokens * depth < PARALLEL_ROUND
+    if is_alone:
+        places = codes.ctypes.data, info.ctypes.data
+        round_rows(x, bits, *places, 0, num_tokens, depth, group, group_chunks, offset)
+    else:
+        for i in prange(num_threads):
+            places = codes.ctypes.data, info.ctypes.data
+            begin, end = share(num_tokens, i, num_threads), share(num_tokens, i + 1, num_threads)
+            round_rows(x, bits, *places, begin, end, depth, group, group_chunks, offset)
+    if num_threads == 1:
+        places = codes.ctypes.data, info.ctypes.data, weight, bias, out
+        sizes = bits, num_groups, group_chunks, half, has_minimums, panel_bytes, num_columns
+        work(*places, num_tokens, sizes, counters.ctypes.data, 0, 1)
+    else:
+        for i in prange(num_threads):
+            places = codes.ctypes.data, info.ctypes.data, weight, bias, out
+            sizes = bits, num_groups, group_chunks, half, has_minimums, panel_bytes, num_columns
+            work(*places, num_tokens, sizes, counters.ctypes.data, i, num_threads)
