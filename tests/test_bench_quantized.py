@@ -125,10 +125,10 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 
 def saved_quality(path: Path, *names: str) -> Path:
-    keys = ("variant", "perplexity", "kl", "top1")
+    keys = ("variant", "perplexity", "kl", "same")
     columns = [{"key": key, "label": key, "unit": "", "digits": 1} for key in keys]
     rows = [
-        {"variant": name, "perplexity": 20.0 + i, "kl": 0.1 / (1 + i), "top1": 90.0 + i}
+        {"variant": name, "perplexity": 20.0 + i, "kl": 0.1 / (1 + i), "same": 90.0 + i}
         for i, name in enumerate(names)
     ]
     save_result(path, make_result("Quality", columns, rows, limits={"unmeasured": "no need"}))
@@ -168,15 +168,15 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str
 def test_formats_from_first_starts_to_the_picture(
     played: list[tuple[str, dict[str, Any]]], tmp_path: Path, capsys: Any
 ) -> None:
-    quality = saved_quality(tmp_path / "q.json", "int4", "int8-a8", "own")
-    flags = ["formats", "--only", "fp32", "mxfp4", "int4", "int8-a8", "--quality", str(quality)]
+    quality = saved_quality(tmp_path / "q.json", "int4", "int8+int8", "own", "reference")
+    flags = ["formats", "--only", "fp32", "mxfp4", "int4", "int8+int8", "--quality", str(quality)]
     flags += ["--variant", "own:quantization=int4-g64,threads=1", "--batch-sizes", "4", "1"]
     flags += ["--pairs", "2", "--set", "kernels=reference"]
     out = ["--json", str(tmp_path / "f.json"), "--plot", str(tmp_path / "f.png")]
     assert main([*flags, *out]) == 1  # since one failed
-    names = ["fp32", "int4", "int8-a8", "own"]
+    names = ["fp32", "int4", "int8+int8", "own"]
     started = [name for name, job in played if not job["batch_sizes"]]
-    assert started == ["fp32", "int4", "mxfp4", "int8-a8", "own"]
+    assert started == ["fp32", "int4", "mxfp4", "int8+int8", "own"]
     turns = [(name, job["batch_sizes"]) for name, job in played if job["batch_sizes"]]
     assert turns == [*((name, [1, 4]) for name in names), *((name, [4, 1]) for name in names[::-1])]
     assert all(job["settings"]["kernels"] == "reference" for _, job in played)
@@ -185,12 +185,12 @@ def test_formats_from_first_starts_to_the_picture(
     assert list(rows) == names
     assert rows["fp32"]["bits"] == 32 and rows["fp32"]["of_formula"] == 100
     assert rows["own"]["of_formula"] == 100 and rows["own"]["kl"] == pytest.approx(0.1 / 3)
-    assert rows["fp32"]["kl"] is None and rows["int4"]["top1"] == 90.0
+    assert rows["fp32"]["kl"] == 0.1 / 4 and rows["int4"]["same"] == 90.0
     assert (rows["int4"]["first_s"], rows["int4"]["cached_s"]) == (9.0, 2.0)
     assert len(rows["int4"]["rates_4"]) == 2
     assert any("mxfp4 failed" in note for note in result["notes"])
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-    assert "| int8-a8 |" in capsys.readouterr().out
+    assert "| int8+int8 |" in capsys.readouterr().out
 
 
 def test_formats_of_keys_and_values(
@@ -199,7 +199,7 @@ def test_formats_of_keys_and_values(
     flags = ["formats", "--kv", "--pairs", "1", "--json", str(tmp_path / "f.json")]
     assert main(flags) == 0
     result = load_result(tmp_path / "f.json")
-    assert [row["variant"] for row in result["rows"]] == ["fp32", "int8 KV", "fp8 KV"]
+    assert [row["variant"] for row in result["rows"]] == ["fp32", "kv-int8", "kv-fp8"]
     kinds = [job["settings"].get("kv_cache_dtype") for _, job in played[:3]]
     assert kinds == [None, "int8", "fp8"] and played[0][1]["prompt_len"] == 1024
 

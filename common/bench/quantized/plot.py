@@ -2,7 +2,8 @@
 
 Left: bits a weight and KL to fp32, both better the smaller; the area of a marker is the weights' memory.
 Right: speed at each batch and the same KL. The grey steps are the Pareto front: no format is better in
-both. A filled marker computes with float inputs, an open one rounds the inputs too.
+both. A filled marker computes with float inputs, an open one rounds the inputs too. A KL below 1e-5
+stands at the lower edge: such a format says the model's weights again, as the file's own does.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ from typing import Any
 
 from common.bench.core.rates_plot import caption
 from common.bench.core.results import Result
+from common.bench.quantized.variants import PLAIN
 
 Row = dict[str, Any]
+FLOOR = 1e-5  # of KL, nats a token
 RADIUS = 6  # of most markers, in points
 OFFSETS = [  # of a label from its marker: points, and where the text begins
     (dx, dy, side)
@@ -42,10 +45,14 @@ def plot_formats(result: Result, path: Path) -> None:
 
 def draw_formats(figure: Any, result: Result) -> None:
     """All panels, on a figure of about 13 x 6.4 inches. Raises ValueError where no row has a KL."""
-    rows = [row for row in result["rows"] if row["kl"]]
+    rows = [
+        row | {"kl": max(row["kl"], FLOOR)}
+        for row in result["rows"]
+        if row["kl"] is not None and row["variant"] != PLAIN
+    ]
     if not rows:
-        raise ValueError("there is nothing to draw: no row has a KL above 0 (give --quality)")
-    plain = next((row for row in result["rows"] if row["settings"] == "as it comes"), None)
+        raise ValueError("there is nothing to draw: no row has a KL (give --quality)")
+    plain = next((row for row in result["rows"] if row["variant"] == PLAIN), None)
     sizes = sorted(int(key.removeprefix("rate_")) for key in rows[0] if key.startswith("rate_"))
     figure.set_layout_engine("constrained")
     halves = figure.subfigures(1, 2, width_ratios=[1.05, 1.25])
@@ -83,7 +90,7 @@ def draw_formats(figure: Any, result: Result) -> None:
 
 def family(row: Row) -> str:
     """What its codes are, in few words: by this it is coloured."""
-    name = row["variant"].lower()
+    name = row["variant"].partition("+")[0]
     families = {"q4_1": "GGUF file", "fp8": "FP8", "fp4": "FP4", "nf4": "NF4", "int8": "INT8"}
     return next((families[key] for key in families if key in name), "INT4")
 
@@ -163,7 +170,7 @@ def place_labels(
                 bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
             box = text.get_window_extent(renderer)
-            inside = bounds.x0 <= box.x0 and box.x1 <= bounds.x1
+            inside = bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0
             if inside and not any(box.overlaps(other) for other in [*taken, *markers]):
                 break
         taken.append(text.get_window_extent(renderer))

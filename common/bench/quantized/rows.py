@@ -9,9 +9,10 @@ from common.bench.core.latencies import spread_percent
 from common.bench.core.results import column, load_result
 from common.bench.costs import ModelShape
 from common.bench.quantized.sizes import looked_up_bytes, model_bytes
-from common.bench.quantized.variants import FormatVariant
+from common.bench.quantized.variants import PLAIN, FormatVariant
 
-QUALITY = ("perplexity", "kl", "top1")
+QUALITY = ("perplexity", "kl", "same")
+REFERENCE = "reference"  # what `quality` calls the model without quantisation
 MIB = 2**20
 
 
@@ -28,7 +29,7 @@ def columns(batch_sizes: list[int]) -> list[dict[str, Any]]:
         *(column(f"rate_{size}", f"batch {size}", "tok/s", 0) for size in batch_sizes),
         column("mbu", "of the read limit, smallest batch", "%", 0),
         column("kl", "KL to fp32", digits=4),
-        column("top1", "same first choice", "%", 1),
+        column("same", "same first choice", "%", 1),
         column("perplexity", "perplexity", digits=2),
     ]
 
@@ -43,6 +44,8 @@ def read_quality(path: Path | None) -> dict[str, Mapping[str, Any]]:
         if missing:
             raise ValueError(f"{path}: a row has no {missing[0]!r}: this is no result of `quality`")
         found[row["variant"]] = row
+    if REFERENCE in found:
+        found[PLAIN] = found[REFERENCE]
     return found
 
 

@@ -14,25 +14,30 @@ from common.bench.prefix.variants import config_class
 from common.bench.speculative.variants import Variant
 
 Settings = dict[str, Any]
-# A8: inputs are rounded to 8 bits, too. Only those whose groups divide every matrix of the embedded
-# model; 128 does not divide 576.
-PLAIN = ["int8", "int8-g32", "int4", "int4-g64", "uint4"]
-PLAIN += ["fp8", "fp8-channel", "mxfp8", "mxfp4", "nvfp4", "nf4"]
+PLAIN = "fp32"
+# Formats whose groups divide every matrix of the embedded model; 128 does not divide 576. Names are
+# those of `quality`: what follows + is what inputs are rounded to.
 WEIGHTS: dict[str, Settings] = {
-    "fp32": {},
-    **{name: {"quantization": name} for name in PLAIN},
+    PLAIN: {},
     **{
-        f"{name}-a8": {"quantization": name, "activations": "int8"}
+        name: {"quantization": name}
+        for name in (
+            "int8", "int8-g32", "int4", "int4-g64", "uint4", "fp8", "fp8-channel", "mxfp8", "mxfp4",
+            "nvfp4", "nf4",
+        )
+    },
+    **{
+        f"{name}+int8": {"quantization": name, "activations": "int8"}
         for name in ("int8", "int8-g32", "int4", "uint4")
     },
-    "fp8-a8": {"quantization": "fp8", "activations": "fp8"},
+    "fp8-channel+fp8": {"quantization": "fp8-channel", "activations": "fp8"},
     "q4_1": {"model": "smollm2-135m-q4_1"},
-    "q4_1-a8": {"model": "smollm2-135m-q4_1", "activations": "int8"},
-}
+    "q4_1+int8": {"model": "smollm2-135m-q4_1", "activations": "int8"},
+}  # fmt: skip
 KV: dict[str, Settings] = {
-    "fp32": {},
-    "int8 KV": {"kv_cache_dtype": "int8"},
-    "fp8 KV": {"kv_cache_dtype": "fp8"},
+    PLAIN: {},
+    "kv-int8": {"kv_cache_dtype": "int8"},
+    "kv-fp8": {"kv_cache_dtype": "fp8"},
 }
 
 
