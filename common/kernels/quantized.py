@@ -8,6 +8,7 @@ the same for all of them, and is written here once:
 in float32, from left to right. `dequantize` is the oracle of every kernel.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -148,28 +149,38 @@ class QuantizedWeight:
         return replace(self, **{n: t if t is None else t[part] for n, t in found.items()})
 
     def columns(self, part: slice) -> "QuantizedWeight":
-        """Some inputs, in whole groups or within the only one. Raises ValueError."""
+        """Some inputs. Where they begin or end inside a group, groups become smaller, each with the
+        scale that its numbers had. Raises ValueError for half bytes, and where inputs are reordered."""
         begin, end, _ = part.indices(self.shape[1])
         size, group = end - begin, self.group
         if (begin, end) == (0, self.shape[1]):
             return self
         if self.order is not None:
             raise ValueError(f"inputs {begin} to {end} of a weight whose columns are reordered")
-        if group == self.shape[1]:
-            groups, group = slice(None), size
-        elif begin % group or end % group:
-            raise ValueError(f"inputs {begin} to {end} of a weight are no whole groups of {group}")
-        else:
-            groups = slice(begin // group, end // group)
+        is_whole = group == self.shape[1]
+        smaller = size if is_whole else math.gcd(begin, end, group)
+        times = 1 if is_whole else group // smaller
+        groups = slice(None) if is_whole else slice(begin // smaller, end // smaller)
+
+        def cut(levels: Tensor | None) -> Tensor | None:
+            return None if levels is None else repeated(levels, times)[:, groups]
+
         if self.kind in BYTES:
             codes = self.codes[:, part]
         elif begin % 2 or end % 2:
             raise ValueError(f"inputs {begin} to {end} of a weight of 4 bits: both must be even")
         else:
             codes = self.codes[:, begin // 2 : end // 2]
-        minimums = self.minimums if self.minimums is None else self.minimums[:, groups]
-        changed = {"codes": codes, "scales": self.scales[:, groups], "minimums": minimums}
-        return replace(self, **changed, group=group)
+        changed = {"codes": codes, "scales": cut(self.scales), "minimums": cut(self.minimums)}
+        return replace(self, **changed, group=smaller)
+
+
+def repeated(levels: Tensor, times: int) -> Tensor:
+    """Each column so many times; in the dtype's bytes, since not all dtypes can be repeated."""
+    if times == 1:
+        return levels
+    number = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[levels.element_size()]
+    return levels.view(number).repeat_interleave(times, dim=1).view(levels.dtype)
 
 
 def can_join(weights: Sequence[QuantizedWeight]) -> bool:

@@ -1,4 +1,4 @@
-"""A prefill and a decode engine of part 13 in one process, which take turns, as one engine to look at."""
+"""A prefill and a decode engine in one process, which take turns, as one engine to look at."""
 
 import dataclasses
 import random
@@ -21,14 +21,14 @@ SMALL = {
     "num_blocks": 40,
     "max_num_batched_tokens": 20,
 }
-EngineConfig, LLMEngine = module_of(13, "config").EngineConfig, module_of(13, "engine").LLMEngine
 KNOWN = known_requests(MODEL)
 LONG = 10  # of these, one of 40 tokens, which is two slices
 
 
-def engine(role: str, **options: Any) -> Any:
+def engine(role: str, part: int = 13, **options: Any) -> Any:
     own = {"kv_min_tokens": 4} if role == "decode" else {"kv_lease": 20.0}
-    return LLMEngine(EngineConfig(**(SMALL | own | {"role": role, "kv_secret": SECRET} | options)))
+    flags = SMALL | own | {"role": role, "kv_secret": SECRET} | options
+    return module_of(part, "engine").LLMEngine(module_of(part, "config").EngineConfig(**flags))
 
 
 class Pair:
@@ -79,7 +79,7 @@ class Pair:
         held = getattr(engine.scheduler.cache, "key_of", {})
         free = [block for block in engine.kv.pool.free_blocks if block not in held]
         if not engine.in_flight:  # a step under way may yet write to one, or read it
-            engine.kv.data[free] = 1e4
+            engine.kv.data[free] = 1e4 if engine.kv.data.is_floating_point() else 127
             self.num_poisoned += len(free)
 
     def check_integrity(self) -> None:
@@ -120,5 +120,8 @@ class Pair:
         self.prefill.shutdown()
 
 
-def pair(prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None) -> Pair:
-    return Pair(engine("prefill", **(prefill or {})), engine("decode", **(decode or {})))
+def pair(
+    prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None, part: int = 13
+) -> Pair:
+    first = engine("prefill", part, **(prefill or {}))
+    return Pair(first, engine("decode", part, **(decode or {})))

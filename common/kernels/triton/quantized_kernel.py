@@ -21,7 +21,9 @@ def scale_values(raw, FORMAT: tl.constexpr):
     elif FORMAT == "e4m3":
         bits = raw.to(tl.int32)
         bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120, between the biases
+        return (
+            bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+        )  # 2**120, between the biases
     else:
         return raw.to(tl.float32)
 

@@ -90,7 +90,9 @@ def tile_for(num_tokens: int, step_bytes: tuple[int, int], device: Device, is_wi
     return fitting(tile, step_bytes, device)
 
 
-def num_splits(num_tokens: int, num_programs: int, num_steps: int, row_bytes: int, cores: int) -> int:
+def num_splits(
+    num_tokens: int, num_programs: int, num_steps: int, row_bytes: int, cores: int
+) -> int:
     """Over how many programs the depth is split, a power of two.
 
     As many as give each multiprocessor PROGRAMS_EACH, as long as their sums, written and read in
@@ -282,5 +284,3 @@ def fp8_product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     row_scales = weight.scales[:, : weight.out_features]
     out = torch._scaled_mm(codes, matrix.T, scale_a=scales, scale_b=row_scales, out_dtype=x.dtype)
     return out if bias is None else out + bias
-
-

@@ -47,7 +47,9 @@ def round_kernel(
         inside = (rows < num_rows)[:, None] & (first + columns < size)[None, :]
         numbers = tl.load(x + places + first, mask=inside, other=0.0).to(tl.float32)
         numbers = tl.minimum(tl.maximum(numbers * factor[:, None], -most), most)
-        tl.store(codes + places + first, rounded(numbers, IS_FP8).to(codes.dtype.element_ty), inside)
+        tl.store(
+            codes + places + first, rounded(numbers, IS_FP8).to(codes.dtype.element_ty), inside
+        )
 
 
 @triton.jit(do_not_specialize=["num_parts", "size", "out_features"])

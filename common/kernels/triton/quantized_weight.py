@@ -22,7 +22,10 @@ PACK_ROWS = 64
 LINE = 128  # bytes of an output's step, at most: a line of the cache
 MIN_DEPTH = 16  # of a matrix product
 RUNS = {kind: 1 for kind in BYTES} | {kind: 4 for kind in TABLES}  # codes of an element
-FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}  # of scales that come as bytes
+FORMATS = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e8m0fnu: "e8m0",
+}  # of scales that come as bytes
 
 
 @dataclass(frozen=True)
