@@ -386,14 +386,15 @@ def test_compare_of_variants_in_one_run(
 ) -> None:
     """A part as it comes, twice with other fields, and a peer; ratios over the part and the peer."""
     monkeypatch.setattr(compare, "settings_of", lambda args: {})
-    worker, jobs = ladder.run_worker, []
+    worker, jobs, lengths = ladder.run_worker, [], set()
 
     def noted(job: dict[str, Any], **options: Any) -> dict[str, Any]:
         jobs.append((job["model"], job["settings"]))
+        lengths.update(len(prompt) for run in job["runs"] for prompt in run["prompts"])
         return worker(job, **options)
 
     monkeypatch.setattr(ladder, "run_worker", noted)
-    text = "compare --part 77 --model random:tiny-llama --batch-sizes 1 2 --pairs 1"
+    text = "compare --part 77 --model random:tiny-llama --batch-sizes 1 2 --pairs 1 --prompt-len 9"
     flags = [*text.split(), "--peer", "vllm", "--peer-python", str(fake_vllm)]
     flags += ["--json", str(tmp_path / "c.json")]
     flags += ["--variant", "pairs:max_num_seqs=2", "--plot", str(tmp_path / "c.png")]
@@ -411,7 +412,7 @@ def test_compare_of_variants_in_one_run(
     assert one["ratio"] == pytest.approx(one["rates"][0] / ours["rates"][0])
     assert one["peer_ratio"] == pytest.approx(one["rates"][0] / peer["rates"][0])
     assert peer["ratio"] == pytest.approx(peer["rates"][0] / ours["rates"][0])
-    assert [job[1]["max_num_seqs"] for job in jobs] == [4, 2, 1]
+    assert [job[1]["max_num_seqs"] for job in jobs] == [4, 2, 1] and lengths == {9, 512}
     assert [job[0] for job in jobs] == ["random:tiny-llama"] * 2 + ["random:tiny-qwen3"]
     assert ours["mbu"] > 0 and one["mbu"] is None and one["dtype"].startswith("max_num_seqs=1")
     assert "part 77, pairs: max_num_seqs=2." in result["notes"]
@@ -430,7 +431,7 @@ def test_compare_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     words = WordLevel({str(number): number for number in range(512)}, unk_token="0")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(compare, "run_worker", without_limits)
-    monkeypatch.setattr(compare, "decode_point", lambda size: decode_point(size, 20, 12))
+    monkeypatch.setattr(compare, "decode_point", lambda size, _: decode_point(size, 20, 12))
     monkeypatch.setattr(compare, "prefill_point", lambda count: prefill_point(count, 32))
     flags = f"compare --part 3 --peer transformers --model {tmp_path}/model --batch-sizes 1 3"
     assert main([*flags.split(), "--pairs", "1", "--json", str(tmp_path / "c.json")]) == 0

@@ -1,6 +1,6 @@
 """`compare`: a part against other engines, side by side in one run on the same machine.
 
-    decode   batches of 1, 4, 16 and 32, with 128 tokens in and 64 out, prefill not counted
+    decode   batches of 1, 4, 16 and 32, with 128 tokens in (--prompt-len) and 64 out, prefill not counted
     prefill  four prompts of 512 tokens
 
 All get the same token ids and threads, decode greedily, and stop at no token. Ours and the peers run
@@ -42,7 +42,13 @@ from common.bench.core.arguments import (
 )
 from common.bench.core.machine import usable_cores
 from common.bench.core.processes import ROOT, last_line, part_package, run_json, run_worker
-from common.bench.core.rates import BATCH_SIZES, Point, decode_point, prefill_point
+from common.bench.core.rates import (
+    BATCH_SIZES,
+    DECODE_PROMPT,
+    Point,
+    decode_point,
+    prefill_point,
+)
 from common.bench.core.report import plural
 from common.bench.core.results import Result, column, make_result
 from common.bench.core.rounds import COLUMNS, Entrant, measure_rounds, rows
@@ -113,6 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gguf", type=Path, help="llama.cpp's file (the embedded model's)")
     parser.add_argument("--threads", type=positive, help="CPU threads (all usable cores)")
     parser.add_argument("--batch-sizes", type=positive, nargs="+", help="of decode (1 4 16 32)")
+    parser.add_argument(
+        "--prompt-len", type=positive, default=DECODE_PROMPT, help="tokens before decoding (128)"
+    )
     parser.add_argument("--pairs", type=positive, default=5, help="rounds (default: 5)")
     parser.add_argument("--repeats", type=positive, default=1, help="in each process (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -125,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
     peers = [peer for peer in args.peers if is_installed(peer)]
     if not peers:
         raise BenchError("none of these peers is installed")
-    points = [decode_point(size) for size in sorted(set(args.batch_sizes or BATCH_SIZES))]
+    sizes = sorted(set(args.batch_sizes or BATCH_SIZES))
+    points = [decode_point(size, args.prompt_len) for size in sizes]
     points.append(prefill_point(NUM_PREFILLS))
     job = peer_job(args, points)
     args.settings = [("threads", job["threads"]), *args.settings]
@@ -254,6 +264,8 @@ def compare_result(
         ]
     if ours.serial:
         notes.append(f"{ours.name} runs one sequence at a time: its rate at batch 1 is all it has.")
+    if args.prompt_len != DECODE_PROMPT:
+        notes.append(f"Decoding begins after {args.prompt_len} tokens.")
     notes += remarks(entrants)
     title = f"{ours.name.capitalize()} beside other engines"
     return make_result(title, columns, table, limits=limits, parts=[args.part], notes=notes)
