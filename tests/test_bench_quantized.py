@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from part14.config import EngineConfig
+from part14.quantization import FORMATS
 
 from common.bench import BenchError
 from common.bench.__main__ import main
@@ -25,8 +27,6 @@ from common.bench.quantized.sizes import (
 )
 from common.bench.quantized.variants import FormatVariant, empty_cache
 from common.bench.quantized.worker import PrivateMemory, formats_job
-from part14.config import EngineConfig
-from part14.quantization import FORMATS
 
 LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops": None}
 SHAPES = {

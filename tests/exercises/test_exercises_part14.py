@@ -4,10 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-
-from common.kernels.quantized import QuantizedWeight
 from part14.config import EngineConfig
 from part14.quantization import FORMATS
+
+from common.kernels.quantized import QuantizedWeight
 
 pytestmark = pytest.mark.exercise
 
