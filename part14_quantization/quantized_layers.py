@@ -60,6 +60,9 @@ class QuantizedSource:
         """Raises ValueError where the recipe does not fit the checkpoint."""
         self.source, self.recipe, self.names = source, recipe, source.names
         chosen = {name: source.shapes[name] for name in sorted(self.names) if self.chosen(name)}
+        if recipe.activations and not (chosen or any(map(source.is_quantized, self.names))):
+            text = f"activations is {recipe.activations}: no weight is quantised, see quantization"
+            raise ValueError(text)
         num_bytes = 4 * sum(torch.Size(shape).numel() for shape in chosen.values())
         self.kept: dict[str, QuantizedWeight] = {}
         if num_bytes >= WORTH_KEEPING and not is_random(folder):
