@@ -21,6 +21,7 @@ from torch import Tensor
 
 from common.kernels import AttentionMetadata, Ops
 from common.kernels.quantized import QuantizedWeight
+from common.kernels.quantized_kv import head_size, is_quantized
 from common.kernels.reference import ReferenceOps
 from common.kernels.triton import (
     attention,
@@ -100,16 +101,22 @@ def plain_metadata(metadata: AttentionMetadata) -> AttentionMetadata:
     )
 
 
+def takes(kv_cache: Tensor, x: Tensor) -> bool:
+    """Whether keys and values of x may lie in this cache."""
+    return kv_cache.dtype is x.dtype or is_quantized(kv_cache.dtype)
+
+
 def planned(
     query: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, sliding_window: int | None
 ) -> attention.Plan:
     """The launches of this step, checked once for all its layers."""
     num_tokens, num_heads, head_dim = query.shape
-    block_size, num_kv_heads, cached_dim = kv_cache.shape[3:]
+    block_size, num_kv_heads = kv_cache.shape[3:5]
+    cached_dim = head_size(kv_cache)
     num_seqs = len(metadata.seq_lens)
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
     assert head_dim == cached_dim <= MAX_HEAD_DIM, (head_dim, cached_dim)
-    assert kv_cache.dtype == query.dtype, (kv_cache.dtype, query.dtype)
+    assert takes(kv_cache, query), (kv_cache.dtype, query.dtype)
     assert sliding_window is None or sliding_window > 0, sliding_window
     assert len(metadata.cu_seqlens_q) == num_seqs + 1, metadata.cu_seqlens_q.shape
     assert len(metadata.block_tables) == num_seqs, metadata.block_tables.shape
@@ -128,6 +135,7 @@ class TritonOps(Ops):
         self.step: Step | None = None  # the last
 
     def check_kv_cache(self, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        super().check_kv_cache(block_size, head_dim, dtype)
         if head_dim > MAX_HEAD_DIM:
             raise ValueError(
                 f"kernels {self.name!r} take a head_dim up to {MAX_HEAD_DIM}, not {head_dim}"
@@ -167,11 +175,12 @@ class TritonOps(Ops):
         if not is_matrix(qkv) or not kv_cache.is_contiguous() or cos_sin.dtype != torch.float32:
             arguments = (qkv, cos_sin, positions, kv_cache, layer, slot_mapping)
             return self.reference.rotary_and_store(*arguments, q_norm, k_norm, eps)
-        _, num_layers, _, _, num_kv_heads, head_dim = kv_cache.shape
+        _, num_layers, _, _, num_kv_heads, _ = kv_cache.shape
+        head_dim = head_size(kv_cache)
         num_tokens, num_columns = qkv.shape
         num_heads, rest = divmod(num_columns - 2 * num_kv_heads * head_dim, head_dim)
         assert num_heads > 0 and rest == 0 and head_dim % 2 == 0, (qkv.shape, kv_cache.shape)
-        assert kv_cache.dtype is qkv.dtype and 0 <= layer < num_layers, (kv_cache.dtype, layer)
+        assert takes(kv_cache, qkv) and 0 <= layer < num_layers, (kv_cache.dtype, layer)
         assert cos_sin.shape[1] == head_dim, cos_sin.shape
         assert len(positions) == len(slot_mapping) == num_tokens, (positions.shape, num_tokens)
         assert q_norm is None or q_norm.numel() == head_dim, q_norm.shape
