@@ -21,7 +21,7 @@ RADIUS = 6  # of most markers, in points
 OFFSETS = [  # of a label from its marker: points, and where the text begins
     (dx, dy, side)
     for dy in (0, 8, -8, 14, -14, 21, -21, 28, -28, 36, -36)
-    for dx, side in ((3, "left"), (-3, "right"), (14, "left"), (-14, "right"))
+    for dx, side in ((3, "left"), (-3, "right"), (14, "left"), (-14, "right"), (-32, "right"))
 ]
 
 
@@ -117,7 +117,7 @@ def draw_points(panel: Any, rows: Sequence[Row], key: str, area: Callable[[Row],
             alpha=0.85, zorder=3,
         )  # fmt: skip
     panel.set_yscale("log")
-    panel.margins(x=0.14, y=0.12)
+    panel.margins(x=0.2, y=0.14)
 
 
 def front(rows: Sequence[Row], key: str, least: bool) -> list[Row]:
@@ -157,22 +157,29 @@ def place_labels(
     bounds = panel.get_window_extent(renderer)
     taken: list[Any] = []
     for row in sorted(rows, key=lambda row: row["kl"], reverse=True):
-        text = None
+        best = None
         for dx, dy, side in OFFSETS:
-            if text is not None:
-                text.remove()
             arrow = (
                 {"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.7} if abs(dy) > 8 else None
             )
             text = panel.annotate(
-                row["variant"], (row[key], row["kl"]), (dx + copysign(RADIUS, dx), dy), textcoords="offset points",
-                ha=side, va="center", fontsize=8.5, arrowprops=arrow, zorder=4,
-                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
+                row["variant"], (row[key], row["kl"]), (dx + copysign(RADIUS, dx), dy),
+                textcoords="offset points", ha=side, va="center", fontsize=8.5, arrowprops=arrow,
+                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}, zorder=4,
             )  # fmt: skip
             box = text.get_window_extent(renderer)
-            inside = bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0
-            if inside and not any(box.overlaps(other) for other in [*taken, *markers]):
+            outside = not (bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0)
+            covered = sum(box.overlaps(other) for other in [*taken, *markers]) + 10 * outside
+            if best is None or covered < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = covered, text
+            else:
+                text.remove()
+            if covered == 0:
                 break
+        assert best is not None, "OFFSETS is empty"
+        text = best[1]
         taken.append(text.get_window_extent(renderer))
 
 
