@@ -31,9 +31,9 @@ def choose_num_blocks(
     A GPU's memory is there for the cache, so one that keeps prefixes takes all that it may have; on
     a CPU other programs want it, and no cache is larger than its sequences at their longest.
 
-    config: an engine's. dtype: the cache's. reserved: bytes of a GPU that a step needs for itself. draft_model: its keys
-    and values lie in blocks of the same numbers. num_ranks: processes that share this machine's
-    memory, when it is a CPU's. Raises ValueError.
+    config: an engine's. dtype: the cache's. reserved: bytes of a GPU that a step needs for itself.
+    draft_model: its keys and values lie in blocks of the same numbers. num_ranks: processes that
+    share this machine's memory, when it is a CPU's. Raises ValueError.
     """
     if config.num_blocks is not None:
         return config.num_blocks

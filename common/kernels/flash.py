@@ -12,6 +12,7 @@ from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
 from common.kernels import AttentionMetadata
+from common.kernels.quantized_kv import is_quantized
 from common.kernels.triton.ops import Step, TritonOps, is_capturing
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -45,6 +46,10 @@ class FlashOps(TritonOps):
         if head_dim % 8:
             raise ValueError(
                 f"head_dim must be a multiple of 8 for kernels 'flash', not {head_dim}"
+            )
+        if is_quantized(dtype):
+            raise ValueError(
+                f"kernels 'flash' take no quantised KV cache: kv_cache_dtype is {dtype}"
             )
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be float16 or bfloat16 for kernels 'flash', not {dtype}")

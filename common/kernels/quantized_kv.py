@@ -59,5 +59,6 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def dequantize_rows(rows: Tensor) -> Tensor:
     """Rows of a KV cache, […, head_dim + 4], to what they stand for, […, head_dim] float32."""
-    scales = rows.view(torch.int8)[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    scales = rows.view(torch.int8)[..., -SCALE_BYTES:]
+    scales = scales.clone(memory_format=torch.contiguous_format).view(torch.float32)
     return rows[..., :-SCALE_BYTES].float() * scales

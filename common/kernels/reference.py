@@ -81,7 +81,7 @@ class ReferenceOps(Ops):
         if is_quantized(kv_cache.dtype):  # rounded once, to codes
             query, key = apply_rotary(query, cos, sin), apply_rotary(wide(key), cos, sin)
             key, value = (quantize_rows(x, kv_cache.dtype).view(torch.int8) for x in (key, value))
-            kv_cache = kv_cache.view(torch.int8)  # PyTorch does not index float8
+            kv_cache = kv_cache.view(torch.int8)  # not every PyTorch indexes float8
         else:
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         stored = slot_mapping >= 0

@@ -143,7 +143,8 @@ class TcpInlet(Inlet):
             sources = data.ctypes.data + piece * np.arange(len(blocks), dtype=np.int64)
             copy(sources, self.layout.places(whole.data_ptr(), cache, place, blocks), piece)
             return
-        pieces = torch.from_numpy(data.copy()).view(whole.dtype).view(len(blocks), *whole.shape[2:])
+        whole = whole.view(torch.uint8)  # whatever the dtype
+        pieces = torch.from_numpy(data.copy()).view(len(blocks), *whole.shape[2:])
         whole[torch.tensor(blocks, device=whole.device), place] = pieces.to(whole.device)
         torch.cuda.current_stream(whole.device).synchronize()
 

@@ -129,7 +129,7 @@ class TcpOutlet(Outlet):
         """A copy: the blocks may be given away while the frame waits."""
         whole, piece = self.layout.caches[cache], self.layout.piece_bytes[cache]
         if whole.device.type != "cpu":
-            pieces = whole[blocks, place].contiguous().view(torch.uint8)
+            pieces = whole.view(torch.uint8)[blocks, place].contiguous()  # whatever the dtype
             return memoryview(pieces.cpu().numpy()).cast("B")
         data = np.empty(len(blocks) * piece, dtype=np.uint8)
         targets = data.ctypes.data + piece * np.arange(len(blocks), dtype=np.int64)

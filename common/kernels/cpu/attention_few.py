@@ -22,7 +22,7 @@ from common.kernels.cpu.vector import (
 
 MAX_FEW_ROWS = 8  # rows of a KV head that count as few
 TILE_ROWS = min(MAX_ROWS, MAX_FEW_ROWS)
-panel_tile, half_panel_tile = make_tile(2, TILE_ROWS), make_tile(1, TILE_ROWS)
+panel_tile, half_panel_tile = (make_tile(vectors, TILE_ROWS, is_sum=True) for vectors in (2, 1))
 KEYS = 128  # keys of a tile
 MASKED = np.float32(-1e30)
 LOWEST = np.float32(-1e20)  # above MASKED: rows that have seen nothing yet give masked keys nothing
@@ -42,7 +42,7 @@ def key_address(layout, table, token):
 @helper
 def score(queries, heads, rows, head_dim, layout, table, begin, count, scores):
     """scores[row, i] = queries[row] * key of token begin + i; `rows` rows for each KV head."""
-    token_stride, value_offset, block_size, row_size, kind = layout[2:]
+    token_stride, value_offset, block_size = layout[2:5]
     done = 0
     while done < count:
         token = begin + done
@@ -50,17 +50,47 @@ def score(queries, heads, rows, head_dim, layout, table, begin, count, scores):
         keys = key_address(layout, table, token)
         for i in range(done, done + run):
             for head in range(heads):
+                key = keys + head * head_dim * 4
+                prefetch_lines(key + value_offset, head_dim * 4)
+                for row in range(head * rows, (head + 1) * rows, MAX_DOTS):
+                    dots(
+                        min(MAX_DOTS, (head + 1) * rows - row),
+                        queries.ctypes.data + row * head_dim * 4,
+                        head_dim * 4,
+                        key,
+                        scores.ctypes.data + (row * KEYS + i) * 4,
+                        KEYS * 4,
+                        head_dim,
+                    )
+            keys += token_stride
+        done += run
+
+
+@helper
+def score_codes(queries, heads, rows, head_dim, layout, table, begin, count, scores):
+    """The same for keys that are codes. (A choice in the loop of `score` costs both of them time.)"""
+    token_stride, value_offset, block_size, row_size, kind = layout[2:]
+    done = 0
+    while done < count:
+        token = begin + done
+        run = min(count - done, block_size - token % block_size)
+        keys = key_address(layout, table, token)
+        for i in range(done, done + run):
+            for head in range(heads):
                 key = keys + head * row_size
                 prefetch_lines(key + value_offset, row_size)
                 for row in range(head * rows, (head + 1) * rows, MAX_DOTS):
-                    num_rows = min(MAX_DOTS, (head + 1) * rows - row)
-                    query = queries.ctypes.data + row * head_dim * 4
-                    place = scores.ctypes.data + (row * KEYS + i) * 4
-                    rest = (query, head_dim * 4, key, place, KEYS * 4, head_dim)
-                    if kind == FLOAT32:
-                        dots(num_rows, *rest)
-                    else:
-                        dots_codes(factor_of(kind, key, head_dim), kind, num_rows, *rest)
+                    dots_codes(
+                        factor_of(kind, key, head_dim),
+                        kind,
+                        min(MAX_DOTS, (head + 1) * rows - row),
+                        queries.ctypes.data + row * head_dim * 4,
+                        head_dim * 4,
+                        key,
+                        scores.ctypes.data + (row * KEYS + i) * 4,
+                        KEYS * 4,
+                        head_dim,
+                    )
             keys += token_stride
         done += run
 
@@ -158,7 +188,10 @@ def attend_few(
     begin, end = span
     while begin < end:
         count = min(KEYS, end - begin)
-        score(queries, heads, rows, head_dim, layout, table, begin, count, scores)
+        if layout[6] == FLOAT32:
+            score(queries, heads, rows, head_dim, layout, table, begin, count, scores)
+        else:
+            score_codes(queries, heads, rows, head_dim, layout, table, begin, count, scores)
         softmax_step(scores, sums, result, heads, rows, count, begin, position, group, window)
         tile = (begin, count, end, expanded)
         add_values(scores, heads, rows, head_dim, layout, table, *tile, result)

@@ -12,7 +12,9 @@ from common.kernels.cpu.attention_few import KEYS, MASKED, expand_rows, key_addr
 from common.kernels.cpu.jit import helper
 from common.kernels.cpu.kv_rows import FLOAT32
 from common.kernels.cpu.softmax import softmax_step, transpose
-from common.kernels.cpu.vector import LANES, MAX_ROWS, PANEL, half_panel_tile, panel_tile, scale
+from common.kernels.cpu.vector import LANES, MAX_ROWS, PANEL, make_tile, panel_tile, scale
+
+sum_tile, half_sum_tile = make_tile(2, is_sum=True), make_tile(1, is_sum=True)
 
 
 @helper
@@ -94,10 +96,10 @@ def add_panel(columns, scores, values, head_dim, count, result):
             place, value = result + (row * head_dim + column) * 4, values + column * 4
             rest = (place, head_dim * 4, place, head_dim * 4, count, value, 0)
             if head_dim - column >= PANEL:
-                panel_tile(num_rows, weights, 4, PANEL * 4, value, head_dim * 4, *rest)
+                sum_tile(num_rows, weights, 4, PANEL * 4, value, head_dim * 4, *rest)
                 column += PANEL
             else:
-                half_panel_tile(num_rows, weights, 4, PANEL * 4, value, head_dim * 4, *rest)
+                half_sum_tile(num_rows, weights, 4, PANEL * 4, value, head_dim * 4, *rest)
                 column += LANES
 
 

@@ -97,7 +97,8 @@ def emit_softmax_step(
         store(builder, new[place], address)
         store(builder, change, builder.add(factor, offset))
         before = load(builder, VECTOR, builder.add(total, offset))
-        builder.store(builder.fmul(before, change), place)
+        store(builder, builder.fmul(before, change), builder.add(total, offset))
+        builder.store(constant(0.0), place)
 
     def weigh(address: ir.Value, place: ir.Value) -> None:
         weight = exponential(builder, builder.fsub(load(builder, VECTOR, address), new[place]))
@@ -105,8 +106,10 @@ def emit_softmax_step(
         builder.store(builder.fadd(builder.load(place), weight), place)
 
     for_each_key(weigh)
-    for offset, place in zip(offsets, places, strict=True):
-        store(builder, builder.load(place), builder.add(total, offset))
+    for offset, place in zip(offsets, places, strict=True):  # to a sum of many, once
+        address = builder.add(total, offset)
+        before = load(builder, VECTOR, address)
+        store(builder, builder.fadd(before, builder.load(place)), address)
 
 
 @intrinsic

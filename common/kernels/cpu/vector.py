@@ -63,7 +63,9 @@ def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     builder.call(function, arguments)
 
 
-def emit_tile(builder: ir.IRBuilder, rows: int, vectors: int, args: list[ir.Value]) -> None:
+def emit_tile(
+    builder: ir.IRBuilder, rows: int, vectors: int, args: list[ir.Value], is_sum: bool
+) -> None:
     """The code of one tile of fixed size."""
     x, x_stride, x_step, w, w_stride, start, start_stride, out, out_stride, *rest = args
     depth, ahead, ahead_step = rest
@@ -80,7 +82,7 @@ def emit_tile(builder: ir.IRBuilder, rows: int, vectors: int, args: list[ir.Valu
         for row, vector in tile:
             sums[step, row, vector] = place = cgutils.alloca_once(builder, VECTOR)
             first = ir.Constant(VECTOR, None)
-            if step == 0:
+            if step == 0 and not is_sum:
                 address = at(start, start_stride, row)
                 first = load(builder, VECTOR, builder.add(address, INT(vector * LANES * 4)))
             builder.store(first, place)
@@ -115,12 +117,19 @@ def emit_tile(builder: ir.IRBuilder, rows: int, vectors: int, args: list[ir.Valu
         total = builder.load(sums[0, row, vector])
         for step in range(1, num_sums):
             total = builder.fadd(total, builder.load(sums[step, row, vector]), flags=FAST)
+        if is_sum:
+            address = builder.add(at(start, start_stride, row), INT(vector * LANES * 4))
+            total = builder.fadd(load(builder, VECTOR, address), total)
         address = builder.add(at(out, out_stride, row), INT(vector * LANES * 4))
         store(builder, total, address)
 
 
-def make_tile(vectors: int, max_rows: int = MAX_ROWS) -> Callable:
-    """A tile of so many vectors' columns, with code for each number of rows up to max_rows."""
+def make_tile(vectors: int, max_rows: int = MAX_ROWS, is_sum: bool = False) -> Callable:
+    """A tile of so many vectors' columns, with code for each number of rows up to max_rows.
+
+    is_sum: `start` holds the sum of many tiles so far, and is added to this one's sum at its end. Were
+    the products added to it one by one, those too small for its last place would all be lost.
+    """
 
     @intrinsic
     def tile(
@@ -146,7 +155,7 @@ def make_tile(vectors: int, max_rows: int = MAX_ROWS) -> Callable:
                 block = builder.append_basic_block(f"tile.{count}")
                 switch.add_case(INT(count), block)
                 builder.position_at_end(block)
-                emit_tile(builder, count, vectors, args[1:])
+                emit_tile(builder, count, vectors, args[1:], is_sum)
                 builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()

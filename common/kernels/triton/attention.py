@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.kernels import AttentionMetadata
 from common.kernels.triton.attention_kernel import attention_kernel, combine_kernel
+from common.kernels.triton.kv_rows import as_codes
 from common.kernels.triton.launch import Launcher
 
 LOG2_E = math.log2(math.e)
@@ -203,7 +204,7 @@ def attention(
     device, window = query.device, sliding_window or 0
     out = torch.empty(num_tokens, num_heads * head_dim, dtype=query.dtype, device=device)
     starts, lengths, tables = metadata.cu_seqlens_q, metadata.seq_lens, metadata.block_tables
-    first = (query, kv_cache, out)
+    first = (query, as_codes(kv_cache), out)
     rest = (
         starts,
         lengths,

@@ -12,10 +12,35 @@ follows from bounds that the host knows, what each reads from lengths that only 
 launch waits for a number to come back. A sequence that is too short for all of its programs leaves
 the others nothing to do, and they end at once; one that is short enough for one program needs no
 second kernel.
+
+A cache of codes (see `kv_rows`) is turned into the queries' format in registers. Products are of that
+format and summed in float32, and scales are applied outside of them: to the scores of keys, and to
+the weights of values. (FP8 products are summed in 14 bits on Hopper, which costs long contexts: "FP8
+KV cache", vLLM, 2026.)
 """
 
 import triton
 import triton.language as tl
+
+from common.kernels.triton.kv_rows import expand
+
+FP8_UNIT = tl.constexpr(256.0)  # E4M3's codes are expanded to a 256th of what they stand for
+
+
+@triton.jit
+def load_scales(
+    keys, places, inside, MASKED: tl.constexpr, VALUES: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Scales of the keys and values at these places, which are multiples of 4; values lie VALUES on."""
+    place = (keys + places + HEAD_DIM).to(tl.pointer_type(tl.float32))
+    if MASKED:
+        key_scales = tl.load(place, mask=inside, other=0.0)
+        value_scales = tl.load(place + VALUES // 4, mask=inside, other=0.0)
+    else:
+        key_scales, value_scales = tl.load(place), tl.load(place + VALUES // 4)
+    if keys.dtype.element_ty != tl.int8:
+        key_scales, value_scales = key_scales * FP8_UNIT, value_scales * FP8_UNIT
+    return key_scales, value_scales
 
 
 @triton.jit
@@ -41,6 +66,7 @@ def attend(
     TILE: tl.constexpr,
 ):
     """Take the tokens from begin to end into the running softmax: acc, its maximum, its total."""
+    HAS_CODES: tl.constexpr = keys.dtype.element_ty.is_int()
     columns = tl.arange(0, HEAD_PAD)
     # A tile's blocks are looked up one tile ahead: keys and values then need no load before theirs,
     # and all of Triton's pipeline stages hold keys and values.
@@ -55,15 +81,22 @@ def attend(
         blocks = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
         if MASKED:
             inside = (tokens < end)[:, None] & (columns < HEAD_DIM)[None, :]
-            key = tl.load(key_places, mask=tl.trans(inside), other=0.0)
-            value = tl.load(value_places, mask=inside, other=0.0)
+            key = tl.load(key_places, mask=tl.trans(inside), other=0)
+            value = tl.load(value_places, mask=inside, other=0)
         elif HEAD_PAD > HEAD_DIM:
-            key = tl.load(key_places, mask=(columns < HEAD_DIM)[:, None], other=0.0)
-            value = tl.load(value_places, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+            key = tl.load(key_places, mask=(columns < HEAD_DIM)[:, None], other=0)
+            value = tl.load(value_places, mask=(columns < HEAD_DIM)[None, :], other=0)
         else:
             key = tl.load(key_places)
             value = tl.load(value_places)
-        scores = tl.dot(query, key, input_precision="ieee") * scale
+        if HAS_CODES:
+            key, value = expand(key, query.dtype), expand(value, query.dtype)
+            key_scales, value_scales = load_scales(
+                keys, places, tokens < end, MASKED, BLOCK_SIZE * TOKEN_STRIDE, HEAD_DIM
+            )
+            scores = tl.dot(query, key, input_precision="ieee") * (key_scales * scale)[None, :]
+        else:
+            scores = tl.dot(query, key, input_precision="ieee") * scale
         if MASKED:
             is_seen = tokens[None, :] <= positions[:, None]
             if HAS_WINDOW:
@@ -76,7 +109,16 @@ def attend(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, axis=1)
         acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
+        if HAS_CODES and query.dtype == tl.float16:
+            # A weight times a scale may be too small for float16: relative to the largest it is not.
+            most = tl.max(value_scales, axis=0)
+            shares = value_scales / tl.where(most > 0, most, 1.0)
+            weights *= shares[None, :]
+            acc += tl.dot(weights.to(value.dtype), value, input_precision="ieee") * most
+        else:
+            if HAS_CODES:
+                weights *= value_scales[None, :]
+            acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
         top = new_top
     return acc, top, total
 
@@ -205,10 +247,11 @@ def attention_kernel(
     if not (DECODE or HAS_WINDOW):
         whole = tl.maximum(begin, tl.minimum(end, before + first + 1) // TILE * TILE)
 
-    TOKEN_STRIDE: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    ROW_SIZE: tl.constexpr = HEAD_DIM + 4 if kv_cache.dtype.element_ty.is_int() else HEAD_DIM
+    TOKEN_STRIDE: tl.constexpr = NUM_KV_HEADS * ROW_SIZE
     LAYER_STRIDE: tl.constexpr = 2 * BLOCK_SIZE * TOKEN_STRIDE
     block_stride = num_layers.to(tl.int64) * LAYER_STRIDE
-    keys = kv_cache + layer.to(tl.int64) * LAYER_STRIDE + kv_head * HEAD_DIM
+    keys = kv_cache + layer.to(tl.int64) * LAYER_STRIDE + kv_head * ROW_SIZE
     table = tables + sequence.to(tl.int64) * table_stride
     acc = tl.zeros([ROWS, HEAD_PAD], dtype=tl.float32)
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)

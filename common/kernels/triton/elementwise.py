@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.kernels.quantized_kv import head_size
+from common.kernels.triton.kv_rows import as_codes, store_row_halves
 from common.kernels.triton.launch import Launcher
 
 HEADS_PER_PROGRAM = 8  # of rotary_and_store
@@ -104,6 +106,7 @@ def rotary_and_store_kernel(
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    ROW_SIZE: tl.constexpr,  # above HEAD_DIM: codes and a scale
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,  # head_dim / 2, as a power of two
@@ -140,16 +143,20 @@ def rotary_and_store_kernel(
         (slot >= 0) & (slot < num_slots), NUM_HEADS, NUM_HEADS + 2 * NUM_KV_HEADS
     )
     is_cached = inside & (heads >= first_cached)[:, None]
-    half = BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM  # the keys of a block and layer
+    half = BLOCK_SIZE * NUM_KV_HEADS * ROW_SIZE  # the keys of a block and layer
     block_stride = num_layers.to(tl.int64) * (2 * half)
-    place = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * (NUM_KV_HEADS * HEAD_DIM)
+    place = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * (NUM_KV_HEADS * ROW_SIZE)
     kv_head = heads - tl.where(
         heads < NUM_HEADS + NUM_KV_HEADS, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS
     )
     # A product, and not tl.where, after which Triton sees no alignment and stores single elements.
-    offset = is_value.to(tl.int32) * half + kv_head[:, None] * HEAD_DIM
+    offset = is_value.to(tl.int32) * half + kv_head[:, None] * ROW_SIZE
     cached = kv_cache + place + layer.to(tl.int64) * (2 * half) + offset
-    store_halves(cached, rotated, second, columns, is_cached, HEAD_DIM)
+    if ROW_SIZE > HEAD_DIM:
+        is_row = (heads < NUM_HEADS + 2 * NUM_KV_HEADS) & (heads >= first_cached)
+        store_row_halves(cached, rotated, second, columns, is_cached, is_row[:, None], HEAD_DIM)
+    else:
+        store_halves(cached, rotated, second, columns, is_cached, HEAD_DIM)
 
 
 NORM = Launcher(norm_kernel)
@@ -197,14 +204,15 @@ def rotary_and_store(
 ) -> Tensor:
     """Nothing on a GPU can raise: slots outside the cache are not written, and a position outside
     the table gives zeros."""
-    num_blocks, num_layers, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+    num_blocks, num_layers, _, block_size, num_kv_heads, row_size = kv_cache.shape
+    head_dim = head_size(kv_cache)
     num_tokens, num_columns = qkv.shape
     num_heads = num_columns // head_dim - 2 * num_kv_heads
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     half = 1 << (head_dim // 2 - 1).bit_length()  # as a power of two
     numbers = (len(cos_sin), num_blocks * block_size, layer, num_layers, eps)
-    tensors = (qkv, cos_sin, positions, slot_mapping, kv_cache, q_norm, k_norm, out)
-    shape = (num_heads, num_kv_heads, head_dim, block_size, HEADS_PER_PROGRAM, half)
+    tensors = (qkv, cos_sin, positions, slot_mapping, as_codes(kv_cache), q_norm, k_norm, out)
+    shape = (num_heads, num_kv_heads, head_dim, row_size, block_size, HEADS_PER_PROGRAM, half)
     grid = (num_tokens, -(-(num_heads + 2 * num_kv_heads) // HEADS_PER_PROGRAM))
     if num_tokens:
         ROTARY_AND_STORE(grid, (*tensors, *numbers), (qkv.stride(0), *shape))

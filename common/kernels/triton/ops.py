@@ -21,14 +21,18 @@ from torch import Tensor
 
 from common.kernels import AttentionMetadata, Ops
 from common.kernels.quantized import QuantizedWeight
+from common.kernels.quantized_kv import head_size, is_quantized
 from common.kernels.reference import ReferenceOps
 from common.kernels.triton import (
     attention,
     elementwise,
     experts,
+    quantized_experts,
     quantized_linear,
     quantized_weight,
 )
+from common.kernels.triton.experts import StackedExperts
+from common.kernels.triton.quantized_experts import QuantizedExperts
 from common.kernels.triton.quantized_weight import PackedWeight
 from common.kernels.triton.sampler import sample, smallest_kept
 
@@ -56,6 +60,15 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
 def is_capturing(x: Tensor) -> bool:
     """Whether work on this tensor's GPU is recorded into a CUDA graph."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def as_pairs(prepared: Any) -> tuple[Any, Any]:
+    """Prepared experts as the reference has them."""
+    if isinstance(prepared, StackedExperts):
+        return prepared.gate_up, prepared.down
+    if isinstance(prepared, QuantizedExperts):
+        return quantized_experts.unpacked(prepared)
+    return prepared
 
 
 class Step:
@@ -88,16 +101,22 @@ def plain_metadata(metadata: AttentionMetadata) -> AttentionMetadata:
     )
 
 
+def takes(kv_cache: Tensor, x: Tensor) -> bool:
+    """Whether keys and values of x may lie in this cache."""
+    return kv_cache.dtype is x.dtype or is_quantized(kv_cache.dtype)
+
+
 def planned(
     query: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, sliding_window: int | None
 ) -> attention.Plan:
     """The launches of this step, checked once for all its layers."""
     num_tokens, num_heads, head_dim = query.shape
-    block_size, num_kv_heads, cached_dim = kv_cache.shape[3:]
+    block_size, num_kv_heads = kv_cache.shape[3:5]
+    cached_dim = head_size(kv_cache)
     num_seqs = len(metadata.seq_lens)
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
     assert head_dim == cached_dim <= MAX_HEAD_DIM, (head_dim, cached_dim)
-    assert kv_cache.dtype == query.dtype, (kv_cache.dtype, query.dtype)
+    assert takes(kv_cache, query), (kv_cache.dtype, query.dtype)
     assert sliding_window is None or sliding_window > 0, sliding_window
     assert len(metadata.cu_seqlens_q) == num_seqs + 1, metadata.cu_seqlens_q.shape
     assert len(metadata.block_tables) == num_seqs, metadata.block_tables.shape
@@ -116,6 +135,7 @@ class TritonOps(Ops):
         self.step: Step | None = None  # the last
 
     def check_kv_cache(self, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        super().check_kv_cache(block_size, head_dim, dtype)
         if head_dim > MAX_HEAD_DIM:
             raise ValueError(
                 f"kernels {self.name!r} take a head_dim up to {MAX_HEAD_DIM}, not {head_dim}"
@@ -155,11 +175,12 @@ class TritonOps(Ops):
         if not is_matrix(qkv) or not kv_cache.is_contiguous() or cos_sin.dtype != torch.float32:
             arguments = (qkv, cos_sin, positions, kv_cache, layer, slot_mapping)
             return self.reference.rotary_and_store(*arguments, q_norm, k_norm, eps)
-        _, num_layers, _, _, num_kv_heads, head_dim = kv_cache.shape
+        _, num_layers, _, _, num_kv_heads, _ = kv_cache.shape
+        head_dim = head_size(kv_cache)
         num_tokens, num_columns = qkv.shape
         num_heads, rest = divmod(num_columns - 2 * num_kv_heads * head_dim, head_dim)
         assert num_heads > 0 and rest == 0 and head_dim % 2 == 0, (qkv.shape, kv_cache.shape)
-        assert kv_cache.dtype is qkv.dtype and 0 <= layer < num_layers, (kv_cache.dtype, layer)
+        assert takes(kv_cache, qkv) and 0 <= layer < num_layers, (kv_cache.dtype, layer)
         assert cos_sin.shape[1] == head_dim, cos_sin.shape
         assert len(positions) == len(slot_mapping) == num_tokens, (positions.shape, num_tokens)
         assert q_norm is None or q_norm.numel() == head_dim, q_norm.shape
@@ -200,9 +221,19 @@ class TritonOps(Ops):
             return quantized_weight.rows(table, token_ids).dequantize()
         return self.reference.embedding(token_ids, (table, bias))
 
-    def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
-        """Compiles what `experts` will launch, too: it depends on these shapes alone."""
-        prepared = experts.StackedExperts(*self.reference.prepare_experts(gate_up, down))
+    def prepare_experts(
+        self,
+        gate_up: Iterable[Tensor | QuantizedWeight],
+        down: Iterable[Tensor | QuantizedWeight],
+    ) -> Any:
+        """Compiles what `experts` will launch, too: it depends on these shapes alone. Of quantised
+        experts it depends on their inputs' dtype, and is compiled with the first ones."""
+        sides = self.reference.prepare_experts(gate_up, down)
+        if isinstance(sides[0], list):
+            if all(quantized_weight.can_stack(side) for side in sides):
+                return quantized_experts.QuantizedExperts(*map(quantized_weight.stack, sides))
+            return sides
+        prepared = experts.StackedExperts(*sides)
         if prepared.down.dtype in DTYPES and experts.EXPERTS.is_compiled:
             x = prepared.down.new_zeros(1, prepared.down.shape[1])
             ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
@@ -213,23 +244,39 @@ class TritonOps(Ops):
         return prepared
 
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
-        if x.dtype not in DTYPES:
-            tensors = (prepared.gate_up, prepared.down)
-            return self.reference.experts(x, expert_ids, weights, tensors)
-        num_experts, hidden, _ = prepared.down.shape
-        assert x.shape[1:] == (hidden,) and x.dtype is prepared.down.dtype, (x.shape, x.dtype)
+        is_quantized = isinstance(prepared, QuantizedExperts)
+        if x.dtype not in DTYPES or isinstance(prepared, tuple):
+            return self.reference.experts(x, expert_ids, weights, as_pairs(prepared))
+        hidden = prepared.down.out_features if is_quantized else prepared.down.shape[1]
+        assert x.shape[1:] == (hidden,), (x.shape, hidden)
+        assert is_quantized or x.dtype is prepared.down.dtype, x.dtype
         shape = expert_ids.shape
         assert weights.shape == shape and shape[:-1] == x.shape[:1], (shape, weights.shape)
         if shape.numel() == 0:
             return torch.zeros_like(x)
         expert_ids, weights = plain(expert_ids, torch.int64), plain(weights, torch.float32)
-        device = experts.Device.of(x.device)
+        arguments = (x.contiguous(), expert_ids, weights, prepared)
+        if is_quantized:
+            with device_of(x):
+                if x.dtype not in prepared.compiled_for and not is_capturing(x):
+                    quantized_experts.compile_all(x.dtype, prepared)
+                return quantized_experts.experts(*arguments)
+        device, num_experts = experts.Device.of(x.device), len(prepared.down)
         tile = experts.tile_for(shape.numel(), num_experts, x.dtype, device)
-        return experts.experts(x.contiguous(), expert_ids, weights, prepared, tile)
+        return experts.experts(*arguments, tile)
 
-    def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
-        tensors = (prepared.gate_up, prepared.down)
-        self.reference.replace_expert(tensors, index, gate_up, down)
+    def replace_expert(
+        self,
+        prepared: Any,
+        index: int,
+        gate_up: Tensor | QuantizedWeight,
+        down: Tensor | QuantizedWeight,
+    ) -> None:
+        if isinstance(prepared, QuantizedExperts):
+            quantized_weight.overwrite(prepared.gate_up, index, gate_up)
+            quantized_weight.overwrite(prepared.down, index, down)
+        else:
+            self.reference.replace_expert(as_pairs(prepared), index, gate_up, down)
 
     def attention(
         self,

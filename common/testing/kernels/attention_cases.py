@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.kernels import AttentionMetadata
+from common.kernels.quantized_kv import quantize_rows
 from common.testing.kernels.case import REFERENCE, Case, Target, error_of, wide
 
 Lengths = tuple[tuple[int, int], ...]  # (queries, tokens) of each sequence
@@ -21,6 +22,7 @@ PREFILL: Lengths = ((70, 70), (1, 1), (33, 33))
 MIXED: Lengths = ((3, 3), (0, 40), (1, 300), (5, 129), (0, 1), (40, 200), (1, 64))
 DRAFTS: Lengths = ((5, 40), (5, 129), (3, 3), (0, 7), (1, 90))
 LONG: Lengths = ((1, 700), (1, 3))
+FEW: Lengths = ((3, 3), (1, 100), (40, 90), (0, 1))
 ONE_LONG: Lengths = ((1, 3), (2, 40), (1, 900), (1, 257), (1, 256))
 
 
@@ -36,6 +38,7 @@ class Spec:
     is_loose: bool = False  # bounds above the lengths, views, int64 metadata
     num_padding: int = 0  # rows behind the others, as in a batch of fixed size
     decode_queries: int | None = None  # N of `AttentionMetadata.max_decode_query_len`
+    kv_dtype: torch.dtype | None = None  # of a quantised cache
 
 
 SPECS = {
@@ -72,6 +75,10 @@ SPECS = {
     "drafts and prompts": Spec((*MIXED, (5, 333)), 4, 2, 64, 16, decode_queries=5),
     "prompts alone": Spec(((70, 70), (2, 90), (0, 7)), 3, 3, 64, 16, decode_queries=1),
     "padding rows": Spec(LONG, 4, 2, 64, 16, num_padding=3, decode_queries=1),
+    "decode, int8 cache": Spec(LONG, 4, 1, 128, 16, kv_dtype=torch.int8),
+    "decode, fp8 cache": Spec(DECODE, 6, 2, 64, 16, kv_dtype=torch.float8_e4m3fn),
+    "mixed, int8 cache": Spec(FEW, 4, 2, 80, 3, kv_dtype=torch.int8),
+    "mixed, fp8 cache, window": Spec(FEW, 2, 1, 64, 16, 9, kv_dtype=torch.float8_e4m3fn),
 }
 # What these are about does not depend on the number format: they run in float32 alone.
 ONCE = (
@@ -105,13 +112,14 @@ def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def attention_error(t: Target, spec: Spec) -> float | None:
     try:
-        t.ops.check_kv_cache(spec.block_size, spec.head_dim, t.dtype)
+        t.ops.check_kv_cache(spec.block_size, spec.head_dim, spec.kv_dtype or t.dtype)
     except ValueError:
         return None
     query, cache, layer, metadata = make_attention(t, spec)
     scale = spec.head_dim**-0.5
+    exact = wide(cache) if spec.kv_dtype is None else cache.cpu()
     expected = REFERENCE.attention(
-        wide(query), wide(cache), layer, on(metadata, "cpu"), scale, spec.window
+        wide(query), exact, layer, on(metadata, "cpu"), scale, spec.window
     )
     if spec.is_loose:
         query, metadata = loosened(query, metadata)
@@ -155,7 +163,11 @@ def make_attention(t: Target, spec: Spec) -> tuple[Tensor, Tensor, int, Attentio
         num_leading_decodes=leading,
     )
     query = torch.randn(sum(counts), spec.num_heads, spec.head_dim, generator=generator)
-    return t.put(query * spec.query_scale), t.put(cache), layer, on(metadata, t.device)
+    if spec.kv_dtype is None:
+        cache = t.put(cache)
+    else:
+        cache = quantize_rows(cache, spec.kv_dtype).to(t.device)
+    return t.put(query * spec.query_scale), cache, layer, on(metadata, t.device)
 
 
 def on(metadata: AttentionMetadata, device: torch.device | str) -> AttentionMetadata:

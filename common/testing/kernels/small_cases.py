@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from common.kernels.quantized_kv import row_size
 from common.testing.kernels.case import EPS, REFERENCE, Case, Target, error_of, wide
 
 
@@ -52,6 +53,9 @@ def rotary_cases() -> Iterator[Case]:
         for norms in (False, True):
             name = "x".join(map(str, sizes)) + (", q and k norms" if norms else "")
             yield Case("rotary_and_store", name, lambda t, s=sizes, n=norms: rotary_error(t, *s, n))
+    for kv_dtype in (torch.int8, torch.float8_e4m3fn):
+        name = f"codes, {kv_dtype}"
+        yield Case("rotary_and_store", name, lambda t, d=kv_dtype: codes_that_differ(t, d))
 
 
 def rotary_error(
@@ -81,6 +85,36 @@ def rotary_error(
     table, positions, slots = (x.to(t.device) for x in (table, positions, slots))
     actual = t.ops.rotary_and_store(qkv, table, positions, cache, layer, slots, *weights, eps=EPS)
     return max(error_of(actual, expected, t.dtype), error_of(cache, cached, t.dtype))
+
+
+def codes_that_differ(t: Target, kv_dtype: torch.dtype) -> float | None:
+    """How many bytes of a quantised cache are not as they should be. Nothing is turned, so what is
+    rounded is the same number everywhere."""
+    head_dim, num_tokens = 80, 12
+    try:
+        t.ops.check_kv_cache(5, head_dim, kv_dtype)
+    except ValueError:
+        return None
+    qkv = t.randn(num_tokens, 8 * head_dim).view(num_tokens, 8, head_dim)
+    qkv[1] = 0
+    qkv[2] *= 1e4
+    qkv[3] *= 1e-4
+    qkv[4] = (qkv[4] * 60).round() / 2
+    qkv[4, :, 0] = 63.5  # so that the others are half codes: ties, which go to even
+    qkv[5, ::2, 7] = torch.nan
+    qkv[6, ::2, 9] = torch.inf
+    qkv = qkv.flatten(1)
+    table = torch.cat([torch.ones(20, head_dim // 2), torch.zeros(20, head_dim // 2)], dim=1)
+    slots, positions = torch.arange(num_tokens).flip(0) + 2, torch.arange(num_tokens)
+    slots[8:10] = -1
+    caches = []
+    for ops, device in ((REFERENCE, "cpu"), (t.ops, t.device)):
+        cache = torch.full((4, 2, 2, 5, 2, row_size(head_dim, kv_dtype)), 7, dtype=torch.int8)
+        arguments = (qkv.clone().to(device), table.to(device), positions.to(device))
+        cache = cache.to(device).view(kv_dtype)
+        ops.rotary_and_store(*arguments, cache, 1, slots.to(device), eps=EPS)
+        caches.append(cache.view(torch.int8).cpu())
+    return float((caches[0] != caches[1]).sum())
 
 
 def linear_cases() -> Iterator[Case]:
