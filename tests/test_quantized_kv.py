@@ -38,9 +38,11 @@ from common.kernels.quantized_kv import (
 from common.kernels.reference import ReferenceOps
 from common.kv_store.block_copies import BlockCopies, Copy
 from common.kv_store.disk import DiskStore
+from common.kv_store.layout import layout_of
 from common.kv_transfer import PrefillRequest, Receiver, Sender, allocate_shared
 from common.kv_transfer.layout import Layout
 from common.memory import HostMemory
+from common.models.checkpoint import resolve
 from common.testing.kernels.attention_cases import Lengths, Spec, make_attention
 from common.testing.kernels.case import Target
 from common.testing.kernels.small_cases import codes_that_differ
@@ -414,6 +416,19 @@ def test_caches_of_other_dtypes_do_not_go_together() -> None:
     """As many bytes each: only their names tell them apart."""
     described = {Layout([noise(dtype, 1)]).describe() for dtype in (*MOST, torch.uint8)}
     assert len(described) == 3
+
+
+def test_blocks_on_disk_are_not_found_by_an_engine_that_rounds_otherwise() -> None:
+    folder, cache = resolve("random:tiny-llama"), noise(torch.int8, 1)
+    configs = [
+        SimpleNamespace(),
+        SimpleNamespace(quantization="off", activations="none"),
+        SimpleNamespace(quantization="int4", activations="none"),
+        SimpleNamespace(quantization="int4", activations="int8"),
+    ]
+    layouts = [layout_of(folder, data, c) for data in (cache, cache.float()) for c in configs]
+    assert len(set(layouts)) == 8
+    assert layout_of(folder, cache) == layouts[0]
 
 
 @every_dtype

@@ -2,16 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common.distributed.rendezvous import checkpoint_fingerprint
 
+ROUNDING = ("quantization", "quantize_embeddings", "activations")  # settings of an engine
 
-def layout_of(folder: Path, cache: torch.Tensor) -> str:
+
+def layout_of(folder: Path, cache: torch.Tensor, config: Any = None) -> str:
     """A text that is the same where a block of one engine can be used by another.
 
-    folder: the model's. cache: [num_blocks, …]. Raises ValueError.
+    folder: the model's. cache: [num_blocks, …]. config: an engine's; weights that it rounds make other
+    keys and values. Raises ValueError.
     """
     checkpoint = checkpoint_fingerprint(folder)["checkpoint"]
-    return json.dumps([checkpoint, str(cache.dtype), *cache.shape[1:]])
+    rounding = [getattr(config, name) for name in ROUNDING if hasattr(config, name)]
+    return json.dumps([checkpoint, str(cache.dtype), *cache.shape[1:], *rounding])

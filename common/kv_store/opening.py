@@ -28,7 +28,7 @@ def open_copies(
     block_bytes, memory, disk = cache[0].nbytes, config.host_kv_memory, None
     num_blocks = choose_num_host_blocks(memory, block_bytes, len(cache), num_ranks)
     if config.disk_kv is not None:
-        layout = layout_of(resolve(config.model), cache)
+        layout = layout_of(resolve(config.model), cache, config)
         disk = DiskStore(Path(config.disk_kv), config.disk_kv_memory or DISK_BYTES, layout)
     copies = BlockCopies(minimum(num_blocks), disk)
     copies.register_kv_caches([cache])
