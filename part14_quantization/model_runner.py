@@ -80,7 +80,9 @@ class ModelRunner:
         if config.speculative == "draft":
             copy = copy_that_drafts(config.draft_model)
             if copy is None:
-                folder = resolve_draft_model(config.draft_model, max_model_len, shape.vocab_size)
+                folder = resolve_draft_model(
+                    config.draft_model, max_model_len, shape.vocab_size, True
+                )
             smaller = self.load_model(folder, max_model_len, copy or Recipe())
             draft_shape = smaller.local
             self.num_weight_bytes += smaller.num_bytes
@@ -123,12 +125,16 @@ class ModelRunner:
 
     def load_model(self, folder: Path, max_model_len: int, recipe: Recipe) -> CausalLM:
         """Load a model's weights. Raises ValueError."""
-        shape = ModelConfig.from_transformers(load_config(folder, quantized=True), max_model_len, moe=True)
+        shape = ModelConfig.from_transformers(
+            load_config(folder, quantized=True), max_model_len, moe=True
+        )
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.kv_dtype)
         source = open_weights(folder, self.device, quantized=True)
         weights = QuantizedSource(source, folder, recipe)
         group, experts = self.ranks.group, self.expert_parallel(shape)
         model = CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
+        if self.ranks.rank == 0 and not self.is_ready:
+            weights.report(self.device)
         self.sources[model] = folder, max_model_len, recipe
         return model
 

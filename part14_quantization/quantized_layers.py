@@ -9,6 +9,7 @@ do not depend on how many ranks there are.
 """
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from common.kernels.quantized import QuantizedWeight, can_join, join
+from common.kernels.quantized_support import emulation
 from common.models.checkpoint import is_random
 from common.models.quantized_cache import cached_weights
 from common.models.weight_slices import Part, WeightSource
@@ -64,6 +66,7 @@ class QuantizedSource:
             text = f"activations is {recipe.activations}: no weight is quantised, see quantization"
             raise ValueError(text)
         num_bytes = 4 * sum(torch.Size(shape).numel() for shape in chosen.values())
+        self.formats: set[tuple[str, str]] = set()  # kinds of codes, and of inputs, that were read
         self.kept: dict[str, QuantizedWeight] = {}
         if num_bytes >= WORTH_KEEPING and not is_random(folder):
 
@@ -94,9 +97,21 @@ class QuantizedSource:
             weight = self.kept.get(name) or self.quantize(name, shape)
             if weight.shape != shape:
                 self.source.read(name, shape)  # says so
-        if weight is None or self.recipe.activations is None:
-            return weight
-        return replace(weight, activations=self.recipe.activations)
+        if weight is None:
+            return None
+        weight = replace(weight, activations=self.recipe.activations or weight.activations)
+        self.formats.add((weight.kind, weight.activations or ""))
+        return weight
+
+    def report(self, device: torch.device) -> None:
+        """Say on stderr what is not done as its format's name promises."""
+        for kind, activations in sorted(self.formats):
+            how = emulation(kind, activations or None, device)
+            if how is not None:
+                with_ = f" with {activations} inputs" if activations else ""
+                print(f"Quantization: {kind}{with_} is emulated: {how}", file=sys.stderr)
+        for note in self.source.notes:
+            print(f"Quantization: {note}", file=sys.stderr)
 
     def quantize(self, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
         """Round a weight of the checkpoint as the recipe says. Raises ValueError."""

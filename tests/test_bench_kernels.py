@@ -17,7 +17,15 @@ TINY = Shape(
 
 def test_every_case_runs() -> None:
     cases = Maker(TINY, "cpu", torch.float32).all_cases()
-    ops = {"linear", "attention", "add_rms_norm", "rotary_and_store", "silu_and_mul", "sample"}
+    ops = {
+        "linear",
+        "quantized linear",
+        "attention",
+        "add_rms_norm",
+        "rotary_and_store",
+        "silu_and_mul",
+        "sample",
+    }
     assert {case.op for case in cases} == ops
     implementations = [ReferenceOps(), CpuOps(1)]
     with torch.inference_mode():

@@ -381,6 +381,44 @@ def test_compare_with_a_scripted_vllm(
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_compare_of_variants_in_one_run(
+    fake_parts: None, fake_vllm: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """A part as it comes, twice with other fields, and a peer; ratios over the part and the peer."""
+    monkeypatch.setattr(compare, "settings_of", lambda args: {})
+    worker, jobs, lengths = ladder.run_worker, [], set()
+
+    def noted(job: dict[str, Any], **options: Any) -> dict[str, Any]:
+        jobs.append((job["model"], job["settings"]))
+        lengths.update(len(prompt) for run in job["runs"] for prompt in run["prompts"])
+        return worker(job, **options)
+
+    monkeypatch.setattr(ladder, "run_worker", noted)
+    text = "compare --part 77 --model random:tiny-llama --batch-sizes 1 2 --pairs 1 --prompt-len 9"
+    flags = [*text.split(), "--peer", "vllm", "--peer-python", str(fake_vllm)]
+    flags += ["--json", str(tmp_path / "c.json")]
+    flags += ["--variant", "pairs:max_num_seqs=2", "--plot", str(tmp_path / "c.png")]
+    flags += ["--variant", "one, other model:max_num_seqs=1,model=random:tiny-qwen3"]
+    monkeypatch.setattr(  # the fake part takes no threads
+        ladder, "settings_of", lambda args: dict(args.settings[1:])
+    )
+    assert main(flags) == 0
+    result = load_result(tmp_path / "c.json")
+    names = ["part 77", "part 77, pairs", "part 77, one, other model", "vllm 9.9"]
+    assert [row["engine"] for row in result["rows"]] == names * 3
+    by_place = {(row["engine"], row["point"]): row for row in result["rows"]}
+    ours, one, peer = (by_place[name, "decode, batch 2"] for name in (names[0], *names[2:]))
+    assert ours["ratio"] is None and peer["peer_ratio"] is None
+    assert one["ratio"] == pytest.approx(one["rates"][0] / ours["rates"][0])
+    assert one["peer_ratio"] == pytest.approx(one["rates"][0] / peer["rates"][0])
+    assert peer["ratio"] == pytest.approx(peer["rates"][0] / ours["rates"][0])
+    assert [job[1]["max_num_seqs"] for job in jobs] == [4, 2, 1] and lengths == {9, 512}
+    assert [job[0] for job in jobs] == ["random:tiny-llama"] * 2 + ["random:tiny-qwen3"]
+    assert ours["mbu"] > 0 and one["mbu"] is None and one["dtype"].startswith("max_num_seqs=1")
+    assert "part 77, pairs: max_num_seqs=2." in result["notes"]
+    assert "| over part 77 |" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(3 not in PARTS, reason="part 03 is not there")
 def test_compare_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights, prompts and lengths: so the same tokens, in a batch too."""
@@ -393,7 +431,7 @@ def test_compare_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     words = WordLevel({str(number): number for number in range(512)}, unk_token="0")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(compare, "run_worker", without_limits)
-    monkeypatch.setattr(compare, "decode_point", lambda size: decode_point(size, 20, 12))
+    monkeypatch.setattr(compare, "decode_point", lambda size, _: decode_point(size, 20, 12))
     monkeypatch.setattr(compare, "prefill_point", lambda count: prefill_point(count, 32))
     flags = f"compare --part 3 --peer transformers --model {tmp_path}/model --batch-sizes 1 3"
     assert main([*flags.split(), "--pairs", "1", "--json", str(tmp_path / "c.json")]) == 0
@@ -421,6 +459,7 @@ def test_no_peer_at_all(tmp_path: Path, capsys: Any) -> None:
         "ladder --workload mixed --batch-sizes 3", "ladder --parts 1 --part-pairs 2=3",
         "compare --part 1", "compare --part 98 --peer transformers",
         "compare --part 1 --peer-python /bin/python", "compare --part 1 --peer nobody",
+        "compare --part 1 --peer vllm --variant int4", "compare --part 1 --peer vllm --variant a:b",
     ],
 )  # fmt: skip
 def test_bad_flags_give_one_line(flags: str, capsys: Any) -> None:

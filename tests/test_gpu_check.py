@@ -98,6 +98,8 @@ def test_it_runs_through_without_a_web_framework(
     assert start["start_s"] > 0 and len(loops) == 2
     assert all(loop["tok/s"] > 0 and loop["step us"] > 0 for loop in loops)
     assert found["nano_vllm"][0]["tokens"] > 0
+    speeds = [item["times"] for item in found["quantized"] if "layer us" in item]
+    assert len(speeds) == 4 and min(speeds) > 0
     assert found["copies"][0]["save GB/s"] > 0 and len(found["copies"]) == 9
     assert {"transformers", "part"} == {
         item["name"].split()[0].strip(",") for item in found["ladder"]
@@ -134,7 +136,7 @@ from common.gpu_check.plan import SECTIONS, Plan
 
 limits = {{"device": "cuda", "read_gbps": 9.0, "fp32_gflops": 30.0, "bf16_tflops": 0.03}}
 plan = Plan("cuda", "float32", True, [{NEWEST}, 4], {QUICK_MODEL!r})
-for section in ("kernels", "steps", "nano_vllm", "copies", "rooflines", "ladder"):
+for section in ("kernels", "steps", "nano_vllm", "copies", "quantized", "rooflines", "ladder"):
     for job in SECTIONS[section].jobs(plan):
         module, _, name = KINDS[job["kind"]].partition(":")
         for name, check in getattr(import_module(module), name)(job | {{"limits": limits}}):

@@ -220,7 +220,7 @@ WRONG_CONFIGS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("mistral", {"sliding_window": "x"}, ["sliding_window"]),
     ("qwen3", {"layer_types": ["full_attention"]}, ["layer_types"]),
     ("qwen3", {"layer_types": ["no_attention"] * 3}, ["layer_types"]),
-    ("llama", {"quantization_config": {"quant_method": "gptq"}}, ["quantised"]),
+    ("llama", {"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
 ]
 
 # The same for tensors.

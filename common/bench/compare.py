@@ -1,12 +1,19 @@
 """`compare`: a part against other engines, side by side in one run on the same machine.
 
-    decode   batches of 1, 4, 16 and 32, with 128 tokens in and 64 out, prefill not counted
+    decode   batches of 1, 4, 16 and 32, with 128 tokens in (--prompt-len) and 64 out, prefill not counted
     prefill  four prompts of 512 tokens
 
 All get the same token ids and threads, decode greedily, and stop at no token. Ours and the peers run
 in the same number format, except llama.cpp, whose GGUF file is quantised; the table says how. Every
 measurement is a fresh process; engines take turns, in alternating order. Ratios are the part's speed
 over the peer's, paired by round.
+
+With --variant the part runs several times in the same rounds, each time with other fields of its
+EngineConfig, as in
+
+    --variant "int4:quantization=int4,activations=int8" --variant q4_1:model=smollm2-135m-q4_1
+
+Then every engine's speed is given over the part as it comes, and over the first peer.
 
 A peer is an adapter in common/bench/peers, run by the Python that --peer-python names after it, so
 that it can live in an environment of its own:
@@ -19,7 +26,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +38,17 @@ from common.bench.core.arguments import (
     finish,
     positive,
     settings_of,
+    variant,
 )
 from common.bench.core.machine import usable_cores
 from common.bench.core.processes import ROOT, last_line, part_package, run_json, run_worker
-from common.bench.core.rates import BATCH_SIZES, Point, decode_point, prefill_point
+from common.bench.core.rates import (
+    BATCH_SIZES,
+    DECODE_PROMPT,
+    Point,
+    decode_point,
+    prefill_point,
+)
 from common.bench.core.report import plural
 from common.bench.core.results import Result, column, make_result
 from common.bench.core.rounds import COLUMNS, Entrant, measure_rounds, rows
@@ -46,6 +60,8 @@ PEERS = {  # name: what installs it
     "llama-cpp": "llama-cpp-python",
 }
 FOLDER = ROOT / "common" / "bench" / "peers"
+RATIO = ("ratio", "ratio_low", "ratio_high", "pairs", "no_slower")
+Pairs = Callable[[Entrant], tuple[Entrant, Entrant] | None]
 NUM_PREFILLS = 4
 
 
@@ -91,9 +107,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer-python", dest="peers", action=AddPeer, metavar="PATH", help="the peer's Python"
     )
     add_engine_arguments(parser)
+    parser.add_argument(
+        "--variant",
+        dest="variants",
+        type=variant,
+        action="append",
+        default=[],
+        metavar="NAME:KEY=VALUE,…",
+        help="the part once more, with these fields of its EngineConfig; may be repeated",
+    )
     parser.add_argument("--gguf", type=Path, help="llama.cpp's file (the embedded model's)")
     parser.add_argument("--threads", type=positive, help="CPU threads (all usable cores)")
     parser.add_argument("--batch-sizes", type=positive, nargs="+", help="of decode (1 4 16 32)")
+    parser.add_argument(
+        "--prompt-len", type=positive, default=DECODE_PROMPT, help="tokens before decoding (128)"
+    )
     parser.add_argument("--pairs", type=positive, default=5, help="rounds (default: 5)")
     parser.add_argument("--repeats", type=positive, default=1, help="in each process (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -106,12 +134,14 @@ def run(args: argparse.Namespace) -> int:
     peers = [peer for peer in args.peers if is_installed(peer)]
     if not peers:
         raise BenchError("none of these peers is installed")
-    points = [decode_point(size) for size in sorted(set(args.batch_sizes or BATCH_SIZES))]
+    sizes = sorted(set(args.batch_sizes or BATCH_SIZES))
+    points = [decode_point(size, args.prompt_len) for size in sizes]
     points.append(prefill_point(NUM_PREFILLS))
     job = peer_job(args, points)
     args.settings = [("threads", job["threads"]), *args.settings]
     entrants = [
         part_entrant(args.part, points, args, args.pairs),
+        *(variant_entrant(*chosen, points, args) for chosen in args.variants),
         *(peer_entrant(peer, job, args) for peer in peers),
     ]
     measure_rounds(entrants, points, known_vocab_size(args.model), args.seed, args.repeats)
@@ -123,6 +153,24 @@ def run(args: argparse.Namespace) -> int:
         plot_rates(result, args.plot)
     finish(args, result)
     return 1 if any(entrant.failure for entrant in entrants) else 0
+
+
+def variant_entrant(
+    name: str, settings: dict[str, Any], points: list[Point], args: argparse.Namespace
+) -> Entrant:
+    """The part with some fields of its config other than --set says; `model` is one of them.
+
+    Its dtype is these fields, since what its weights take is not told by the engine's own dtype.
+    """
+    own = {key: value for key, value in settings.items() if key != "model"}
+    changed = argparse.Namespace(**vars(args))
+    changed.model = settings.get("model", args.model)
+    changed.settings = [*args.settings, *own.items()]
+    entrant = part_entrant(args.part, points, changed, args.pairs)
+    plain = entrant.run
+    entrant.name = f"{entrant.name}, {name}"
+    entrant.run = lambda runs: plain(runs) | {"dtype": in_words(settings)}
+    return entrant
 
 
 def is_installed(peer: Peer) -> bool:
@@ -190,17 +238,56 @@ def compare_result(
     args: argparse.Namespace, entrants: list[Entrant], points: list[Point], limits: dict[str, Any]
 ) -> Result:
     ours = entrants[0]
-    table = rows(
-        entrants, points, limits, lambda entrant: None if entrant is ours else (ours, entrant)
-    )
-    columns = [COLUMNS[1], COLUMNS[0], column("dtype", "format"), *COLUMNS[2:]]
-    notes = [
-        f"Model {args.model}, greedy; each measurement in a fresh process, engines in turns,"
-        f" medians of {plural(most_rounds(entrants), 'round')}. Ratio: {ours.name} over this engine, paired by"
-        f" round, with its 95% bootstrap interval; same tokens: of {ours.name}'s."
-    ]
+    others = f"each measurement in a fresh process, engines in turns, medians of {plural(most_rounds(entrants), 'round')}."
+    if args.variants:
+        peer = entrants[1 + len(args.variants)]
+        table = list(rows(entrants, points, limits, over(ours)))
+        beside = rows(entrants, points, limits, over(peer))
+        for row, more in zip(table, beside, strict=True):
+            row |= {f"peer_{key}": more[key] for key in RATIO}
+            if row["engine"].startswith(ours.name):
+                row["label"] = row["engine"]
+        columns = [COLUMNS[1], COLUMNS[0], *COLUMNS[2:4]]
+        columns += ratio_columns(ours.name) + ratio_columns(peer.name, "peer_") + [COLUMNS[-1]]
+        notes = [
+            f"Model {args.model}, greedy; {others} Ratios: this engine over {ours.name} and over"
+            f" {peer.name}, paired by round, with their 95% bootstrap intervals; same tokens: as"
+            f" {ours.name} gave.",
+            *(f"{ours.name}, {name}: {in_words(chosen)}." for name, chosen in args.variants),
+        ]
+    else:
+        table = list(rows(entrants, points, limits, under(ours)))
+        columns = [COLUMNS[1], COLUMNS[0], column("dtype", "format"), *COLUMNS[2:]]
+        notes = [
+            f"Model {args.model}, greedy; {others} Ratio: {ours.name} over this engine, paired by"
+            f" round, with its 95% bootstrap interval; same tokens: of {ours.name}'s."
+        ]
     if ours.serial:
         notes.append(f"{ours.name} runs one sequence at a time: its rate at batch 1 is all it has.")
+    if args.prompt_len != DECODE_PROMPT:
+        notes.append(f"Decoding begins after {args.prompt_len} tokens.")
     notes += remarks(entrants)
     title = f"{ours.name.capitalize()} beside other engines"
     return make_result(title, columns, table, limits=limits, parts=[args.part], notes=notes)
+
+
+def under(first: Entrant) -> Pairs:
+    """Ratios of `first` over each other engine."""
+    return lambda entrant: None if entrant is first else (first, entrant)
+
+
+def over(first: Entrant) -> Pairs:
+    """Ratios of each other engine over `first`."""
+    return lambda entrant: None if entrant is first else (entrant, first)
+
+
+def ratio_columns(name: str, prefix: str = "") -> list[dict[str, Any]]:
+    labels = (f"over {name}", "95% from", "to")
+    keys = RATIO[:3]
+    return [
+        column(f"{prefix}{key}", text, digits=2) for key, text in zip(keys, labels, strict=True)
+    ]
+
+
+def in_words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items())

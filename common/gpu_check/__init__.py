@@ -14,6 +14,7 @@ and the seconds that were left.
     steps      decode steps of the newest part: both loops, as CUDA graphs, launches, waiting
     nano_vllm  the benchmark that nano-vllm publishes: 256 requests of 100 to 1,024 tokens
     copies     blocks between the device and pinned memory, beside steps: rates, races, a burst
+    quantized  products and caches of codes: right for every format, and times the model's own format
     rooflines  attention and other operations alone, against the limits; other tiles; PyTorch's own
     ladder     prefill and decode speed of some parts, newest first, and of transformers
     formats    the kernels in other number formats

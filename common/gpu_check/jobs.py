@@ -27,6 +27,8 @@ KINDS = {  # the job's kind: where its checks come from
     "start": "common.gpu_check.steps:cold_start",
     "speculators": "common.gpu_check.guard:start_checks",
     "oracle": "common.gpu_check.oracle:checks",
+    "quantized": "common.gpu_check.quantized:checks",
+    "compile_quantized": "common.gpu_check.quantized:compile_ahead",
     "rooflines": "common.gpu_check.rooflines:checks",
     "steps": "common.gpu_check.steps:checks",
     "copies": "common.gpu_check.copies:checks",

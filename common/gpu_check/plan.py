@@ -99,7 +99,8 @@ def kernels(plan: Plan) -> list[Job]:
             for method in SPECULATIVE
         ]
     shares = plan.shares("compile", "compile ahead", 60, max(1, plan.at_once // 3))
-    return [*ahead, *cases, *shares]
+    quantised = plan.shares("compile_quantized", "compile ahead, quantised", 60, 4)
+    return [*ahead, *cases, *quantised, *shares]
 
 
 def formats(plan: Plan) -> list[Job]:
@@ -164,6 +165,10 @@ def rooflines(plan: Plan) -> list[Job]:
     return [plan.job("rooflines", group, 12, groups=[group]) for group in groups]
 
 
+def quantized(plan: Plan) -> list[Job]:
+    return [plan.job("quantized", "quantised", 25)]
+
+
 def ladder(plan: Plan) -> list[Job]:
     """The newest part, transformers, and other parts, the newer first."""
     newest, *older = plan.parts
@@ -183,12 +188,13 @@ def large(plan: Plan) -> list[Job]:
 SECTIONS = {
     "limits": Section(20, limits),
     "kernels": Section(70, kernels, is_timed=False),
-    "oracle": Section(65, oracle, is_timed=False),
-    "steps": Section(50, steps),
-    "nano_vllm": Section(75, nano_vllm),
+    "oracle": Section(60, oracle, is_timed=False),
+    "steps": Section(45, steps),
+    "nano_vllm": Section(70, nano_vllm),
     "copies": Section(30, copies),
-    "rooflines": Section(60, rooflines, needs_limits=True),
-    "ladder": Section(75, ladder, needs_limits=True),
+    "quantized": Section(35, quantized, needs_limits=True),
+    "rooflines": Section(50, rooflines, needs_limits=True),
+    "ladder": Section(65, ladder, needs_limits=True),
     "formats": Section(15, formats, is_timed=False),
     "large": Section(10, large, needs_limits=True),
 }

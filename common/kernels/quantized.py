@@ -53,6 +53,7 @@ SCALES = (
 )
 ACTIVATIONS = (None, "int8", "fp8")
 INT8_MAX, FP8_MAX = 127.0, 448.0
+SMALLEST = 1e-36  # inputs below are zeros: the reciprocal of less overflows
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -226,7 +227,7 @@ def round_activations(x: Tensor, activations: str | None, group: int) -> Tensor:
         values = values.unflatten(1, (-1, group))
     most = INT8_MAX if activations == "int8" else FP8_MAX
     amax = values.abs().amax(dim=-1, keepdim=True)
-    factor = torch.where(amax > 0, most / amax, 0.0)
+    factor = torch.where(amax > SMALLEST, most * amax.reciprocal(), 0.0)
     if activations == "int8":
         rounded = (values * factor).round().clamp(-most, most)
     else:

@@ -197,13 +197,16 @@ def context_length(config: Any, wanted: int | None = None) -> int:
     return wanted or limit
 
 
-def resolve_draft_model(name: str, max_model_len: int, vocab_size: int) -> Path:
+def resolve_draft_model(
+    name: str, max_model_len: int, vocab_size: int, quantized: bool = False
+) -> Path:
     """The folder of a smaller model that drafts for one with this context and vocabulary.
+    quantized: whether its weights may be codes and scales.
 
     Raises ValueError unless it can.
     """
     folder = resolve(name)
-    config = load_config(folder)
+    config = load_config(folder, quantized)
     try:
         context_length(config, max_model_len)
     except ValueError as error:

@@ -19,7 +19,7 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 # By number: struct's letter for a value. 8 is text, 9 an array.
 NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
-LONGEST_KEY, LONGEST_TEXT = 1 << 16, 1 << 24  # bytes; a chat template is text
+LONGEST_KEY, LONGEST_NAME, LONGEST_TEXT = 1 << 16, 256, 1 << 24  # bytes; a template is text
 LARGEST_ALIGNMENT = 1 << 16
 # (name, elements in a block, bytes of a block) by number, of the types that are read.
 TYPES = {
@@ -81,7 +81,7 @@ class _Reader:
     def skip(self, length: int, what: str) -> None:
         if length > self.size - self.place:
             left = self.size - self.place
-            raise self.fail(f"{what:.120} is of {length} bytes, with {left} left")
+            raise self.fail(f"{what} is of {length} bytes, with {left} left")
         self.place += length
 
     def number(self, letter: str, what: str) -> Any:
@@ -90,18 +90,18 @@ class _Reader:
     def text(self, longest: int, what: str) -> str:
         length = self.number("Q", what)
         if length > longest:
-            raise self.fail(f"{what:.120} is of {length} bytes; expected up to {longest}")
+            raise self.fail(f"{what} is of {length} bytes; expected up to {longest}")
         try:
             return self.take(length, what).decode()
         except UnicodeDecodeError as error:
-            raise self.fail(f"{what:.120} is not UTF-8") from error
+            raise self.fail(f"{what} is not UTF-8") from error
 
     def count(self, what: str, smallest: int) -> int:
         """A number of things that each take at least so many bytes."""
         found = self.number("Q", what)
         if found > (self.size - self.place) // smallest:
             left = self.size - self.place
-            raise self.fail(f"{what:.120} is {found}, with {left} bytes left")
+            raise self.fail(f"{what} is {found}, with {left} bytes left")
         return found
 
     def header(self) -> GGUFHeader:
@@ -135,13 +135,14 @@ class _Reader:
 
     def value(self, key: str) -> Any:
         """A number or text; None for an array, which is walked over."""
+        key = f"{key!r:.120}"  # for messages
         kind = self.number("I", key)
         if kind == TEXT:
             return self.text(LONGEST_TEXT, key)
         if kind in NUMBERS:
             return self.number(NUMBERS[kind], key)
         if kind != ARRAY:
-            raise self.fail(f"{key!r:.120} is of type {kind}")
+            raise self.fail(f"{key} is of type {kind}")
         kind = self.number("I", key)
         if kind in NUMBERS:
             size = struct.calcsize(f"<{NUMBERS[kind]}")
@@ -150,17 +151,18 @@ class _Reader:
             for _ in range(self.count(key, 8)):
                 self.skip(self.number("Q", key), key)
         else:
-            raise self.fail(f"{key!r:.120} is an array of type {kind}")
+            raise self.fail(f"{key} is an array of type {kind}")
         return None
 
     def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
         """Name, type, dimensions and offset, as they are written."""
-        name = self.text(256, "a tensor's name")
-        rank = self.number("I", name)
+        name = self.text(LONGEST_NAME, "a tensor's name")
+        what = f"{name!r:.120}"
+        rank = self.number("I", what)
         if not 1 <= rank <= 4:
-            raise self.fail(f"{name!r:.120} has {rank} dimensions; expected 1 to 4")
-        shape = tuple(self.number("Q", name) for _ in range(rank))
-        return name, self.number("I", name), shape, self.number("Q", name)
+            raise self.fail(f"{what} has {rank} dimensions; expected 1 to 4")
+        shape = tuple(self.number("Q", what) for _ in range(rank))
+        return name, self.number("I", what), shape, self.number("Q", what)
 
     def placed(
         self, found: list[tuple[str, int, tuple[int, ...], int]], begin: int, alignment: int

@@ -8,6 +8,7 @@ so that the two halves of a rotary pair are neighbours; here they are half a hea
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -69,8 +70,19 @@ def gguf_weights(
 
     Raises ModelError.
     """
+    try:
+        file = header.path.open("rb")
+    except OSError as error:
+        raise ModelError(f"{header.path} cannot be read: {error.strerror}") from error
+    with file:
+        yield from _weights(file, header, heads, kv_heads)
+
+
+def _weights(
+    file: BinaryIO, header: GGUFHeader, heads: int, kv_heads: int
+) -> Iterator[tuple[str, QuantizedWeight | Tensor]]:
     for name, tensor in header.tensors.items():
-        weight = read_tensor(header.path, tensor)
+        weight = read_tensor(file, header.path, tensor)
         kind = name.split(".")[-2]
         if kind in ROTARY:
             rows = rotary_rows(header, tensor, heads if kind == "attn_q" else kv_heads)
@@ -88,12 +100,11 @@ def rotary_rows(header: GGUFHeader, tensor: GGUFTensor, heads: int) -> Tensor:
     return torch.arange(size).view(heads, -1, 2).transpose(1, 2).flatten()
 
 
-def read_tensor(path: Path, tensor: GGUFTensor) -> QuantizedWeight | Tensor:
+def read_tensor(file: BinaryIO, path: Path, tensor: GGUFTensor) -> QuantizedWeight | Tensor:
     """A matrix of blocks as codes and scales; others in their floats. Raises ModelError."""
     try:
-        with path.open("rb") as file:
-            file.seek(tensor.begin)
-            data = bytearray(file.read(tensor.end - tensor.begin))
+        file.seek(tensor.begin)
+        data = bytearray(file.read(tensor.end - tensor.begin))
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     if len(data) != tensor.end - tensor.begin:

@@ -48,7 +48,7 @@ def cached_weights(folder: Path, recipe: str, build: Build) -> dict[str, Quantiz
             except (ModelError, KeyError, IndexError) as error:
                 if attempt:
                     raise OSError(f"it cannot be read back: {error}") from error
-                print(f"{place} is damaged ({error:.200}); quantising again", file=sys.stderr)
+                print(f"{place} is damaged ({error!s:.200}); quantising again", file=sys.stderr)
                 with lock_of(place):
                     shutil.rmtree(place, ignore_errors=True)
     except OSError as error:

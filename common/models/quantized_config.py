@@ -189,7 +189,7 @@ def _compressed(fields: Fields) -> Quantization:
         raise fields.fail("config_groups", "an object with at least one group")
     notes: dict[str, None] = {}
     schemes = [
-        _scheme(Fields(group, f"{groups.where}.{name:.40}"), notes)
+        _scheme(Fields(group, f"{groups.where}.{name!r:.40}"), notes)
         for name, group in groups.values.items()
     ]
     return Quantization("compressed-tensors", tuple(schemes), notes=tuple(notes))
@@ -269,9 +269,9 @@ def _matches(module: str, target: str) -> bool:
         return target == module
     pattern = target.removeprefix("re:")
     repeats = len(re.findall(r"[*+{?]", pattern))
-    nested = re.search(r"[*+}?][^()]*\)[*+{]|\)\)[*+{]", pattern)
+    is_nested = re.search(r"\)[*+{]|\\[1-9]|\(\?[^:]", pattern)  # and what looks back or ahead
     is_slow = math.comb(len(module) + repeats, repeats) > MOST_STEPS
-    if nested or is_slow or re.search(r"\\[1-9]|\(\?", pattern) or len(pattern) > LONGEST_PATTERN:
+    if is_nested or is_slow or len(pattern) > LONGEST_PATTERN:
         raise ModelError(
             f"config.json has the target {target!r:.80}, which could take long to match"
         )

@@ -78,7 +78,7 @@ def _check(path: Path, name: str, kept: Any) -> None:
     )
     if not is_right:
         raise ModelError(
-            f"{path} has {name:.120} as {kept!r:.120}; expected kind, group, activations"
+            f"{path} has {name!r:.120} as {kept!r:.120}; expected kind, group, activations"
         )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.models.embedded import FOLDER, MANIFEST, cache_dir, embedded_model
+from common.models.embedded import FOLDER, cache_dir, embedded_model
+from common.models.made_folders import MANIFEST
 
 
 def few_layers(cache: Path, num_layers: int) -> dict[str, str]:

@@ -50,6 +50,14 @@ def setting(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def variant(text: str) -> tuple[str, dict[str, Any]]:
+    """NAME:KEY=VALUE,KEY=VALUE,…: a name and fields of an EngineConfig, at least one."""
+    name, _, pairs = text.partition(":")
+    if not name.strip() or not pairs:
+        raise argparse.ArgumentTypeError(f"must be NAME:KEY=VALUE,KEY=VALUE, not {text!r}")
+    return name.strip(), dict(setting(pair) for pair in pairs.split(","))
+
+
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
     parser.add_argument(

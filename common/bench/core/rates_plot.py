@@ -50,7 +50,9 @@ def plot_rates(result: Result, path: Path) -> None:
 
 
 def label(row: dict[str, Any]) -> str:
-    """The engine's name, with its number format where that is a quantised one."""
+    """The row's own label, or the engine's name, with its number format where that is a quantised one."""
+    if "label" in row:
+        return row["label"]
     return row["engine"] + ("" if row["dtype"] in DTYPE_BYTES else f", {row['dtype']}")
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from common.kernels import Ops
+    from common.kernels.quantized import QuantizedWeight
 
 COPIES_BYTES = 256 << 20  # of weights or KV, taken in turn, as a model's layers are
 FILTERS = {
@@ -18,6 +19,19 @@ FILTERS = {
     "plain": {},
     "top_k 50": {"top_k": 50},
     "top_p 0.9": {"top_p": 0.9},
+}
+
+# Of quantised weights: the kind of codes, inputs that share a scale (0: all), the scales' dtype.
+FORMATS = {
+    "int8": ("int8", 0, "float32"),
+    "int8-g32": ("int8", 32, "float16"),
+    "int4-g32": ("int4", 32, "float16"),
+    "int4-g64": ("int4", 64, "float16"),
+    "fp8": ("fp8_e4m3", 0, "float32"),
+    "mxfp8": ("fp8_e4m3", 32, "float8_e8m0fnu"),
+    "mxfp4": ("fp4_e2m1", 32, "float8_e8m0fnu"),
+    "nvfp4": ("fp4_e2m1", 16, "float8_e4m3fn"),
+    "nf4": ("nf4", 64, "float32"),
 }
 
 
@@ -100,6 +114,11 @@ class Maker:
                 for num_tokens in shape.linear_tokens
                 if sizes[0] < shape.vocab or num_tokens <= 64
             ),
+            *(
+                self.quantized(name, num_tokens, *shape.linears[2])
+                for name in FORMATS
+                for num_tokens in shape.linear_tokens
+            ),
             *(self.attention(*sizes) for sizes in shape.attentions),
             *(case for num_tokens in shape.small_tokens for case in self.small(num_tokens)),
             *(
@@ -125,6 +144,24 @@ class Maker:
         name = f"{num_tokens} x {out_features} x {in_features}"
         total = num_bytes + self.size * num_tokens * (in_features + out_features)
         return Case("linear", name, total, 2 * num_tokens * out_features * in_features, make)
+
+    def quantized(self, name: str, num_tokens: int, out_features: int, in_features: int) -> Case:
+        """A linear layer with weights in a format, inputs as they are."""
+        sizes = name, out_features, in_features
+        num_bytes = random_weight(*sizes, {"device": "meta"}).nbytes
+
+        def make(ops: "Ops") -> Callable[[int], object]:
+            import torch
+
+            x = torch.randn(num_tokens, in_features, **self.like)
+            count = max(1, min(40, COPIES_BYTES // num_bytes))
+            weights = [ops.prepare_weight(random_weight(*sizes, self.on)) for _ in range(count)]
+            return lambda i: ops.linear(x, weights[i % count])
+
+        shape = f"{name}, {num_tokens} x {out_features} x {in_features}"
+        total = num_bytes + self.size * num_tokens * (in_features + out_features)
+        flops = 2 * num_tokens * out_features * in_features
+        return Case("quantized linear", shape, total, flops, make)
 
     def attention(self, num_seqs: int, num_queries: int, num_tokens: int) -> Case:
         """The queries are the last tokens; blocks lie in random order."""
@@ -222,3 +259,23 @@ class Maker:
 
         shape = f"{num_rows} x {vocab}, {name}"
         return Case("sample", shape, self.size * num_rows * vocab, 0, make)
+
+
+def random_weight(
+    name: str, out_features: int, in_features: int, on: dict[str, str]
+) -> "QuantizedWeight":
+    """A weight in a format of FORMATS, its codes at random."""
+    import torch
+
+    from common.kernels.quantized import BYTES, QuantizedWeight
+
+    kind, group, dtype = FORMATS[name]
+    group = min(group or in_features, in_features)
+    width = in_features if kind in BYTES else in_features // 2
+    codes = torch.randint(256, (out_features, width), dtype=torch.uint8, **on)
+    if kind in BYTES:
+        codes = (codes & 0xBF).view(BYTES[kind])  # none of FP8's is NaN
+    scales = torch.rand(out_features, in_features // group, **on) / 64 + 1 / 128
+    row_scales = torch.ones(out_features, **on) if name == "nvfp4" else None
+    scales = scales.to(getattr(torch, dtype))
+    return QuantizedWeight(kind, codes, scales, group, row_scales=row_scales)

@@ -8,12 +8,11 @@ import numpy as np
 from numba import prange
 
 from common.kernels.cpu.elementwise import share
+from common.kernels.cpu.integer_round import round_rows
 from common.kernels.cpu.integer_tile import CHUNK, INFO, PAD, ROWS, integer_tile
 from common.kernels.cpu.jit import (
-    byte_array,
     float32_array,
     helper,
-    int32_array,
     kernel,
     next_index,
 )
@@ -23,80 +22,6 @@ from common.kernels.cpu.vector import PANEL
 BLOCK = 262_144  # bytes of rounded inputs that are used together, in the second-level cache
 PARALLEL_ROUND = 16_384  # inputs from which a second core is worth its waking
 ROWS_8, ROWS_4 = ROWS[8], ROWS[4]
-LARGEST = np.int32(0x7FFFFFFF)
-SMALLEST = np.float32(1e-36)  # 127 divided by less is no number any more
-
-
-@helper(exact=True)
-def largest(values, begin, end):
-    """The largest magnitude as the bits of its float: NaN is the largest of all."""
-    most = np.int32(0)
-    for i in range(begin, end):
-        most = max(most, np.int32(values[i] & LARGEST))
-    return np.int32(most)
-
-
-@helper(exact=True)
-def round_group(x, codes, first, factor):
-    """codes[first:] = x times factor, rounded; the sum of them."""
-    total = np.int32(0)
-    for i in range(len(x)):
-        code = np.int32(np.rint(x[i] * factor))
-        codes[first + i] = code
-        total += code
-    return total
-
-
-@helper(exact=True)
-def round_rows(x, bits, codes, info, begin, end, depth, group, group_chunks, offset):
-    """Round rows as `round_activations` does. codes: [tokens, groups, padded group], int8 for 4 bits and
-    int16 for 8; info: [tokens, chunks or groups, 3]: scale, offset times sum of codes (int32), scale
-    times that sum. offset is what weights are too large by. Arguments are addresses and sizes."""
-    num_groups = depth // group
-    step = CHUNK if bits == 4 else group
-    padded = group_chunks * (CHUNK if bits == 4 else PAD)
-    num_steps = group_chunks if bits == 4 else 1
-    for row in range(begin, end):
-        values = float32_array(x + row * depth * 4, (depth,))
-        words = int32_array(x + row * depth * 4, (depth,))
-        width = num_groups * padded
-        bytes_ = byte_array(codes + row * width, (width,)).view(np.int8)
-        shorts = int32_array(codes + row * width * 2, (width // 2,)).view(np.int16)
-        facts = info + row * num_groups * num_steps * INFO
-        floats = float32_array(facts, (num_groups * num_steps, 3))
-        integers = int32_array(facts, (num_groups * num_steps, 3))
-        for g in range(num_groups):
-            amax = np.int32(largest(words, g * group, (g + 1) * group)).view(np.float32)
-            scale, factor = amax / np.float32(127), np.float32(0)
-            if amax < SMALLEST:
-                scale = np.float32(0)
-            elif amax < np.inf:
-                factor = np.float32(1) / amax * np.float32(127)  # as PyTorch divides
-            else:
-                scale = np.float32(np.nan)
-            for s in range(num_steps):
-                start, stop = g * group + s * step, min(g * group + (s + 1) * step, (g + 1) * group)
-                first = g * padded + s * step
-                if factor == 0:
-                    total = np.int32(0)
-                    for i in range(stop - start):
-                        if bits == 4:
-                            bytes_[first + i] = 0
-                        else:
-                            shorts[first + i] = 0
-                elif bits == 4:
-                    total = round_group(values[start:stop], bytes_, first, factor)
-                else:
-                    total = round_group(values[start:stop], shorts, first, factor)
-                place = g * num_steps + s
-                floats[place, 0] = scale
-                integers[place, 1] = total * offset
-                floats[place, 2] = scale * np.float32(total)
-            for i in range(g * padded + group, (g + 1) * padded):
-                if bits == 4:
-                    bytes_[i] = 0
-                else:
-                    shorts[i] = 0
 
 
 @helper

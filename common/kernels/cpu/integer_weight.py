@@ -19,6 +19,7 @@ from common.kernels.cpu.weight import WeightMemory
 from common.kernels.quantized import QuantizedWeight, unpack_nibbles
 
 BITS = {"int8": 8, "int4": 4, "uint4": 4}
+HALF = (torch.float16, torch.float8_e4m3fn)  # of scales and minimums that float16 holds exactly
 PARALLEL_INTEGER = 100_000  # elements from which a second core is worth its waking for one token
 PANELS_AT_ONCE = 256  # that are filled at once: what is unpacked for it stays small
 
@@ -53,10 +54,9 @@ class IntegerWeight:
         num_groups = in_features // weight.group
         group_chunks = -(-weight.group // (CHUNK if bits == 4 else PAD))
         code_bytes = group_chunks * PANEL * (CHUNK // 2 if bits == 4 else PAD)
-        levels = [level for level in (scales_of(weight), weight.minimums) if level is not None]
-        half = HALF_SCALES and all(
-            torch.equal(level.half().float(), level.float()) for level in levels
-        )
+        levels = [level for level in (weight.scales, weight.minimums) if level is not None]
+        half = HALF_SCALES and weight.row_scales is None
+        half = half and all(level.dtype in HALF for level in levels)
         record = code_bytes + len(levels) * PANEL * (2 if half else 4)
         panel_bytes = num_groups * record
         taken = memory.take(num_panels, panel_bytes // 4).view(torch.uint8)
@@ -94,7 +94,10 @@ class IntegerWeight:
     def overwrite(self, weight: QuantizedWeight) -> None:
         """Put another weight of the same form in its place. Raises ValueError."""
         new = self.pack(weight, None, WeightMemory()) if is_integer(weight) else None
-        if new is None or (new.sizes, new.in_features) != (self.sizes, self.in_features):
+        same = new is not None and (new.sizes, new.in_features) == (self.sizes, self.in_features)
+        if same and new.order is not None and self.order is not None:
+            same = torch.equal(new.order, self.order)
+        if not same or (new.order is None) != (self.order is None):
             raise ValueError(f"weight: {weight.kind} {weight.shape} {weight.activations}")
         self.panels.copy_(new.panels)
 

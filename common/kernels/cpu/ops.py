@@ -26,7 +26,7 @@ from common.kernels.cpu.experts import PanelExperts, experts
 from common.kernels.cpu.integer_weight import IntegerWeight, is_integer
 from common.kernels.cpu.kv_rows import FLOAT32, FP8, INT8
 from common.kernels.cpu.linear import linear
-from common.kernels.cpu.quantized_experts import QuantizedExperts
+from common.kernels.cpu.quantized_experts import QuantizedExperts, quantized_experts
 from common.kernels.cpu.quantized_weight import QuantizedPanels
 from common.kernels.cpu.sampler import sample, smallest_kept
 from common.kernels.cpu.vector import LANES, PANEL
@@ -272,15 +272,18 @@ class CpuOps(Ops):
         num_tokens, hidden = x.shape
         if hidden != prepared.hidden or weights.shape != shape or shape[:-1] != (num_tokens,):
             raise ValueError(f"experts: x {x.shape}, ids {shape}, weights {weights.shape}")
-        if isinstance(prepared, QuantizedExperts):
-            return self._quantized_experts(x, expert_ids, weights, prepared)
+        if isinstance(prepared, QuantizedExperts) and prepared.tables is None:
+            return self._experts_in_turns(x, expert_ids, weights, prepared)
         out = torch.empty(num_tokens, hidden)
-        is_known = experts(
+        if isinstance(prepared, QuantizedExperts):
+            run, addresses = quantized_experts, [prepared.tables.data_ptr()]
+        else:
+            run, addresses = experts, [prepared.addresses.data_ptr(), prepared.zeros.data_ptr()]
+        is_known = run(
             x.data_ptr(),
             expert_ids.data_ptr(),
             weights.data_ptr(),
-            prepared.addresses.data_ptr(),
-            prepared.zeros.data_ptr(),
+            *addresses,
             out.data_ptr(),
             num_tokens,
             shape[1],
@@ -295,7 +298,7 @@ class CpuOps(Ops):
             )
         return out
 
-    def _quantized_experts(
+    def _experts_in_turns(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: QuantizedExperts
     ) -> Tensor:
         """One expert after another, each with all of its tokens."""
@@ -306,7 +309,8 @@ class CpuOps(Ops):
             )
         for expert in expert_ids[expert_ids >= 0].unique().tolist():
             tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
-            hidden = self.silu_and_mul(self.linear(x[tokens], prepared.gate_ups[expert]))
+            parts = [self.linear(x[tokens], part) for part in prepared.gate_ups[expert]]
+            hidden = self.silu_and_mul(torch.cat(parts, dim=1))
             result = self.linear(hidden, prepared.downs[expert])
             out.index_add_(0, tokens, result * weights[tokens, places].unsqueeze(1))
         return out
@@ -445,6 +449,10 @@ class CpuOps(Ops):
         quantized = self.prepare_weight(QuantizedWeight("int8", codes, column[None], LANES))
         self.linear(x, quantized)
         self.embedding(token, quantized)
+        down = QuantizedWeight("int8", codes[:, :1].repeat(LANES, 1), column.repeat(LANES, 1), 1)
+        gate_up = QuantizedWeight("int8", codes.repeat(2, 1), column.repeat(2, 1), LANES)
+        prepared = self.prepare_experts([gate_up], [down])
+        self.experts(x, token[None], column[None], prepared)
         query = self.rotary_and_store(x.repeat(1, 3), x, token, kv_cache, 0, token)
         integer = QuantizedWeight("int8", x.to(torch.int8), x[:, :1], LANES, activations="int8")
         integer = self.prepare_weight(integer)

@@ -1,10 +1,11 @@
 """Linear layers with quantised weights on a CPU, inputs in float32, for all kinds of codes.
 
 A decode step waits for memory, so fewer bytes a weight are less time, as long as unpacking keeps
-up: a few tokens have codes unpacked in registers, and a group's sum is scaled once (a sum of codes
-times a scale is the sum of products). Many tokens wait for arithmetic: for them a block of a panel
-is unpacked once, into the nearest cache, and multiplied as a float panel is. What a minimum adds is
-the same for all inputs of a group: minimum * the sum of the inputs.
+up: codes are unpacked in registers, and a group's sum is scaled once (a sum of codes times a scale
+is the sum of products). What a minimum adds is the same for all inputs of a group: minimum * the sum
+of the inputs. With many tokens a code is unpacked again for every tile of rows. For whole numbers
+that costs nothing, since multiply-adds need other units; where it does, a block of a panel is
+unpacked once, into the nearest cache, and multiplied as a float panel is.
 """
 
 import numpy as np
@@ -19,11 +20,11 @@ from common.kernels.cpu.jit import (
     next_index,
 )
 from common.kernels.cpu.linear import BLOCK, LINE
-from common.kernels.cpu.quantized_vector import expand, quantized_tile, widen
+from common.kernels.cpu.quantized_codes import widen
+from common.kernels.cpu.quantized_vector import expand, quantized_tile
 from common.kernels.cpu.vector import FEW_ROWS, LANES, MAX_ROWS, PANEL, panel_tile
 
 DEPTH = 320  # rows of a panel that are unpacked at once
-FEW_TOKENS = FEW_ROWS  # up to so many, codes are unpacked in registers
 
 # What a weight is to a kernel: so many int64.
 (
@@ -34,19 +35,20 @@ FEW_TOKENS = FEW_ROWS  # up to so many, codes are unpacked in registers
     OFFSET,
     HIGH_FACTOR,  # a panel's second half of codes is so many times too large
     GROUP,
-    DEPTH_FIELD,
-    COLUMNS,
+    IN_FEATURES,
+    OUT_FEATURES,
     SCALE_BYTES,  # of one
     MINIMUM_BYTES,
     CODE_BYTES,  # of a panel, one step in depth
+    MOST_TOKENS,  # for which codes are unpacked in registers
     CODES,  # addresses from here on
     SCALES,
     MINIMUMS,
     ROW_SCALES,
     ROW_STRIDE,
     BIAS,
-) = range(18)
-NUM_FIELDS = 18
+) = range(19)
+NUM_FIELDS = 19
 
 
 @helper
@@ -72,14 +74,16 @@ def load_scales(weight, panel, scales, minimums):
 
 @helper
 def multiply_few(x, sums, weight, out, out_stride, panel, num_tokens, scales, minimums):
-    """Codes unpacked in registers, once for FEW_ROWS tokens."""
-    depth, group = weight[DEPTH_FIELD], weight[GROUP]
+    """Codes unpacked in registers, for MAX_ROWS tokens at once or up to FEW_ROWS."""
+    depth, group = weight[IN_FEATURES], weight[GROUP]
     num_groups = depth // group
     size = depth * weight[CODE_BYTES]
     codes = weight[CODES] + panel * size
-    num_tiles = (num_tokens + FEW_ROWS - 1) // FEW_ROWS
-    for tile in range(num_tiles):
-        row, end = tile * num_tokens // num_tiles, (tile + 1) * num_tokens // num_tiles
+    row, end = 0, 0
+    while end < num_tokens:
+        row, left = end, num_tokens - end
+        num_tiles = (left + FEW_ROWS - 1) // FEW_ROWS
+        end += MAX_ROWS if left >= MAX_ROWS else (left + num_tiles - 1) // num_tiles
         quantized_tile(
             weight[KIND],
             end - row,
@@ -102,7 +106,7 @@ def multiply_few(x, sums, weight, out, out_stride, panel, num_tokens, scales, mi
 @helper
 def multiply_many(x, weight, out, out_stride, panel, num_tokens, scales, minimums, block):
     """A block of the panel unpacked, then multiplied as floats."""
-    depth, group, width = weight[DEPTH_FIELD], weight[GROUP], weight[CODE_BYTES]
+    depth, group, width = weight[IN_FEATURES], weight[GROUP], weight[CODE_BYTES]
     codes = weight[CODES] + panel * depth * width
     num_tiles = (num_tokens + MAX_ROWS - 1) // MAX_ROWS
     num_blocks = max(1, (depth + DEPTH - 1) // DEPTH)
@@ -154,52 +158,62 @@ def multiply_quantized(
 ):
     """out[:, PANEL] = x @ one panel + its bias; addresses, the stride in bytes."""
     load_scales(weight, panel, scales, minimums)
-    if num_tokens <= FEW_TOKENS:
+    if num_tokens <= weight[MOST_TOKENS]:
         multiply_few(x, sums, weight, out, out_stride, panel, num_tokens, scales, minimums)
     else:
         multiply_many(x, weight, out, out_stride, panel, num_tokens, scales, minimums, block)
 
 
 @helper
+def scratch(weight, most_tokens):
+    """What a thread needs: scales and minimums of a panel, and a block of it as floats."""
+    num_groups = weight[IN_FEATURES] // weight[GROUP]
+    scales = np.empty((num_groups, PANEL), np.float32)
+    minimums = np.empty((num_groups, PANEL), np.float32)
+    block = np.empty((DEPTH if most_tokens > weight[MOST_TOKENS] else 0) * PANEL, np.float32)
+    return scales, minimums, block
+
+
+@helper
+def write_panel(x, sums, weight, out, num_tokens, panel, spaces):
+    """The panel's columns of out, [num_tokens, out_features]; the last panel may be wider."""
+    num_columns = weight[OUT_FEATURES]
+    place, width = out + panel * PANEL * 4, min(PANEL, num_columns - panel * PANEL)
+    target, stride = place, num_columns * 4
+    spare = np.empty((num_tokens if width < PANEL else 0, PANEL), np.float32)
+    if width < PANEL:
+        target, stride = spare.ctypes.data, PANEL * 4
+    multiply_quantized(x, sums, weight, target, stride, panel, num_tokens, *spaces)
+    for row in range(len(spare)):
+        result = float32_array(place + row * num_columns * 4, width)
+        for column in range(width):
+            result[column] = spare[row, column]
+
+
+@helper
 def work(x, sums, weight, out, num_tokens, counters, thread, num_threads):
     """Units of work, (block of rows, panel): see `linear.work`."""
-    depth, num_columns = weight[DEPTH_FIELD], weight[COLUMNS]
-    num_groups = depth // weight[GROUP]
+    depth, num_columns = weight[IN_FEATURES], weight[OUT_FEATURES]
     num_panels = (num_columns + PANEL - 1) // PANEL
     num_blocks = max(1, num_tokens * depth // BLOCK)
     num_units = num_blocks * num_panels
-    scales = np.empty((num_groups, PANEL), np.float32)
-    minimums = np.empty((num_groups, PANEL), np.float32)
-    block = np.empty((DEPTH if num_tokens > FEW_TOKENS else 0) * PANEL, np.float32)
-    spare = np.empty((num_tokens, PANEL), np.float32)
+    spaces = scratch(weight, num_tokens)
     for i in range(num_threads):
         owner = (thread + i) % num_threads
         begin, end = owner * num_units // num_threads, (owner + 1) * num_units // num_threads
         unit = begin + next_index(counters + owner * LINE)
         while unit < end:
-            rows, panel = unit // num_panels, unit % num_panels
-            row = rows * num_tokens // num_blocks
-            count = (rows + 1) * num_tokens // num_blocks - row
-            place = out + (row * num_columns + panel * PANEL) * 4
-            width = min(PANEL, num_columns - panel * PANEL)
-            target, stride = (place, num_columns * 4)
-            if width < PANEL:
-                target, stride = spare.ctypes.data, PANEL * 4
-            own_x, own_sums = x + row * depth * 4, sums + row * num_groups * 4
-            multiply_quantized(
-                own_x, own_sums, weight, target, stride, panel, count, scales, minimums, block
-            )
-            if width < PANEL:
-                for r in range(count):
-                    result = float32_array(place + r * num_columns * 4, width)
-                    for column in range(width):
-                        result[column] = spare[r, column]
+            block, panel = unit // num_panels, unit % num_panels
+            row = block * num_tokens // num_blocks
+            count = (block + 1) * num_tokens // num_blocks - row
+            place, own_sums = out + row * num_columns * 4, sums + row * len(spaces[0]) * 4
+            write_panel(x + row * depth * 4, own_sums, weight, place, count, panel, spaces)
             unit = begin + next_index(counters + owner * LINE)
 
 
 @helper
 def sum_groups(x, num_tokens, num_groups, group):
-    """The sum of each token's inputs of each group, [num_tokens, num_groups]."""
+    """The sum of each row's inputs of each group, [num_tokens, num_groups]."""
     values = float32_array(x, (num_tokens, num_groups, group))
     sums = np.empty((num_tokens, num_groups), np.float32)
     for token in range(num_tokens):
@@ -215,9 +229,9 @@ def sum_groups(x, num_tokens, num_groups, group):
 def quantized_linear(x, table, out, num_tokens, num_threads):
     """out = x @ weight.T + bias. x: [num_tokens, depth] float32. table: the weight's fields."""
     weight = int64_array(table, NUM_FIELDS)
-    num_sums = num_tokens if weight[HAS_TERMS] and num_tokens <= FEW_TOKENS else 0
+    num_sums = num_tokens if weight[HAS_TERMS] else 0
     group = weight[GROUP]
-    sums = sum_groups(x, num_sums, weight[DEPTH_FIELD] // group, group)
+    sums = sum_groups(x, num_sums, weight[IN_FEATURES] // group, group)
     counters = np.zeros((num_threads, LINE // 8), np.int64)
     if num_threads == 1:
         work(x, sums.ctypes.data, weight, out, num_tokens, counters.ctypes.data, 0, 1)
@@ -230,7 +244,7 @@ def quantized_linear(x, table, out, num_tokens, num_threads):
 @helper(exact=True)
 def unpack_row(weight, values, panel, column, scales, minimums, row_scale, out):
     """One row of a panel, in the order of operations that QuantizedWeight has."""
-    depth, group, width = weight[DEPTH_FIELD], weight[GROUP], weight[CODE_BYTES]
+    depth, group, width = weight[IN_FEATURES], weight[GROUP], weight[CODE_BYTES]
     codes = byte_array(weight[CODES] + panel * depth * width, (depth, width))
     byte, shift, mask = column, 0, 255
     if width == LANES:
@@ -246,7 +260,7 @@ def quantized_rows(token_ids, table, values, out, num_tokens):
     """out[i] = row token_ids[i] of the weight; its inputs in the order of the codes. values: of each
     code, 256 or 16 floats."""
     weight = int64_array(table, NUM_FIELDS)
-    depth, num_groups = weight[DEPTH_FIELD], weight[DEPTH_FIELD] // weight[GROUP]
+    depth, num_groups = weight[IN_FEATURES], weight[IN_FEATURES] // weight[GROUP]
     rows = int64_array(token_ids, num_tokens)
     result = float32_array(out, (num_tokens, depth))
     numbers = float32_array(values, 256)
@@ -255,7 +269,7 @@ def quantized_rows(token_ids, table, values, out, num_tokens):
     count = num_groups * PANEL
     for i in range(num_tokens):
         row = rows[i]
-        if row < 0 or row >= weight[COLUMNS]:
+        if row < 0 or row >= weight[OUT_FEATURES]:
             return False
         panel, column = row // PANEL, row % PANEL
         place = weight[SCALES] + panel * count * weight[SCALE_BYTES]

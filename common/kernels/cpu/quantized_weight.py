@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.kernels.cpu.quantized_linear import quantized_linear, quantized_rows
-from common.kernels.cpu.quantized_vector import (
+from common.kernels.cpu.quantized_codes import (
     FP4,
     FP8,
     HAS_HALF,
+    HAS_TABLE,
     HIGH_FACTOR,
     INT4,
     INT8,
@@ -17,7 +17,8 @@ from common.kernels.cpu.quantized_vector import (
     NUM_KINDS,
     SCALE_BYTES,
 )
-from common.kernels.cpu.vector import LANES, PANEL
+from common.kernels.cpu.quantized_linear import quantized_linear, quantized_rows
+from common.kernels.cpu.vector import FEW_ROWS, LANES, PANEL
 from common.kernels.cpu.weight import PARALLEL_LINEAR, WeightMemory
 from common.kernels.quantized import (
     BYTES,
@@ -43,6 +44,11 @@ DTYPES = (
     torch.float8_e4m3fn,
     torch.float8_e8m0fnu,
 )  # as kernels number them
+# Tokens from which a kind is better unpacked once than for every tile of them, measured with AVX2.
+ANY = 1 << 40
+MOST_TOKENS = {FP8: 128, FP4: 24, NF4: FEW_ROWS}
+if HAS_TABLE:
+    MOST_TOKENS = {FP8: 128}
 AT_ONCE = 64  # panels that are packed at once: what it takes besides the result
 
 
@@ -170,7 +176,7 @@ def by_panel(scales: Tensor, num_panels: int, memory: WeightMemory) -> Tensor:
 
 def pack_codes(weight: QuantizedWeight, num_panels: int, memory: WeightMemory) -> Tensor:
     """[num_panels, in, PANEL] bytes, or half as many with a nibble of each half of a panel."""
-    out_features, in_features = weight.shape
+    _, in_features = weight.shape
     is_byte = weight.kind in BYTES
     packed = memory.take(num_panels, in_features, PANEL if is_byte else LANES, dtype=torch.uint8)
     for first in range(0, num_panels, AT_ONCE):
@@ -210,6 +216,7 @@ def fields(weight: QuantizedWeight, tensors: dict[str, Tensor]) -> list[int]:
         scales.itemsize,
         minimum_bytes,
         PANEL if weight.kind in BYTES else LANES,
+        MOST_TOKENS.get(NUMBERS[weight.kind], ANY),
         tensors["codes"].data_ptr(),
         tensors["scales"].data_ptr(),
         tensors["minimums"].data_ptr() if minimum_bytes else 0,

@@ -27,9 +27,12 @@ from common.kernels.triton import (
     attention,
     elementwise,
     experts,
+    quantized_experts,
     quantized_linear,
     quantized_weight,
 )
+from common.kernels.triton.experts import StackedExperts
+from common.kernels.triton.quantized_experts import QuantizedExperts
 from common.kernels.triton.quantized_weight import PackedWeight
 from common.kernels.triton.sampler import sample, smallest_kept
 
@@ -57,6 +60,15 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
 def is_capturing(x: Tensor) -> bool:
     """Whether work on this tensor's GPU is recorded into a CUDA graph."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def as_pairs(prepared: Any) -> tuple[Any, Any]:
+    """Prepared experts as the reference has them."""
+    if isinstance(prepared, StackedExperts):
+        return prepared.gate_up, prepared.down
+    if isinstance(prepared, QuantizedExperts):
+        return quantized_experts.unpacked(prepared)
+    return prepared
 
 
 class Step:
@@ -209,9 +221,19 @@ class TritonOps(Ops):
             return quantized_weight.rows(table, token_ids).dequantize()
         return self.reference.embedding(token_ids, (table, bias))
 
-    def prepare_experts(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> Any:
-        """Compiles what `experts` will launch, too: it depends on these shapes alone."""
-        prepared = experts.StackedExperts(*self.reference.prepare_experts(gate_up, down))
+    def prepare_experts(
+        self,
+        gate_up: Iterable[Tensor | QuantizedWeight],
+        down: Iterable[Tensor | QuantizedWeight],
+    ) -> Any:
+        """Compiles what `experts` will launch, too: it depends on these shapes alone. Of quantised
+        experts it depends on their inputs' dtype, and is compiled with the first ones."""
+        sides = self.reference.prepare_experts(gate_up, down)
+        if isinstance(sides[0], list):
+            if all(quantized_weight.can_stack(side) for side in sides):
+                return quantized_experts.QuantizedExperts(*map(quantized_weight.stack, sides))
+            return sides
+        prepared = experts.StackedExperts(*sides)
         if prepared.down.dtype in DTYPES and experts.EXPERTS.is_compiled:
             x = prepared.down.new_zeros(1, prepared.down.shape[1])
             ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
@@ -222,23 +244,39 @@ class TritonOps(Ops):
         return prepared
 
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
-        if x.dtype not in DTYPES:
-            tensors = (prepared.gate_up, prepared.down)
-            return self.reference.experts(x, expert_ids, weights, tensors)
-        num_experts, hidden, _ = prepared.down.shape
-        assert x.shape[1:] == (hidden,) and x.dtype is prepared.down.dtype, (x.shape, x.dtype)
+        is_quantized = isinstance(prepared, QuantizedExperts)
+        if x.dtype not in DTYPES or isinstance(prepared, tuple):
+            return self.reference.experts(x, expert_ids, weights, as_pairs(prepared))
+        hidden = prepared.down.out_features if is_quantized else prepared.down.shape[1]
+        assert x.shape[1:] == (hidden,), (x.shape, hidden)
+        assert is_quantized or x.dtype is prepared.down.dtype, x.dtype
         shape = expert_ids.shape
         assert weights.shape == shape and shape[:-1] == x.shape[:1], (shape, weights.shape)
         if shape.numel() == 0:
             return torch.zeros_like(x)
         expert_ids, weights = plain(expert_ids, torch.int64), plain(weights, torch.float32)
-        device = experts.Device.of(x.device)
+        arguments = (x.contiguous(), expert_ids, weights, prepared)
+        if is_quantized:
+            with device_of(x):
+                if x.dtype not in prepared.compiled_for and not is_capturing(x):
+                    quantized_experts.compile_all(x.dtype, prepared)
+                return quantized_experts.experts(*arguments)
+        device, num_experts = experts.Device.of(x.device), len(prepared.down)
         tile = experts.tile_for(shape.numel(), num_experts, x.dtype, device)
-        return experts.experts(x.contiguous(), expert_ids, weights, prepared, tile)
+        return experts.experts(*arguments, tile)
 
-    def replace_expert(self, prepared: Any, index: int, gate_up: Tensor, down: Tensor) -> None:
-        tensors = (prepared.gate_up, prepared.down)
-        self.reference.replace_expert(tensors, index, gate_up, down)
+    def replace_expert(
+        self,
+        prepared: Any,
+        index: int,
+        gate_up: Tensor | QuantizedWeight,
+        down: Tensor | QuantizedWeight,
+    ) -> None:
+        if isinstance(prepared, QuantizedExperts):
+            quantized_weight.overwrite(prepared.gate_up, index, gate_up)
+            quantized_weight.overwrite(prepared.down, index, down)
+        else:
+            self.reference.replace_expert(as_pairs(prepared), index, gate_up, down)
 
     def attention(
         self,

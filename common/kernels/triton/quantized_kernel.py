@@ -45,7 +45,7 @@ def half_values(codes, table, KIND: tl.constexpr, HALF: tl.constexpr):
     into the mantissa of a number that is then subtracted, an exponent and a mantissa into theirs,
     with a factor for the difference of the biases. NF4 has a table, rounded to the format.
     """
-    IS_BF16: tl.constexpr = HALF == tl.bfloat16
+    IS_BF16: tl.constexpr = tl.bfloat16 == HALF
     if KIND == "int8":
         return codes.to(tl.int8, bitcast=True).to(HALF)
     elif KIND == "int4" or KIND == "uint4":
@@ -70,12 +70,12 @@ def half_values(codes, table, KIND: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def values(codes, table, KIND: tl.constexpr, DTYPE: tl.constexpr):
     """What codes stand for, in the product's format."""
-    if DTYPE == tl.int8:
+    if tl.int8 == DTYPE:
         if KIND == "int8":
             return codes.to(tl.int8, bitcast=True)
         else:
             return (codes - (8 if KIND == "int4" else 0)).to(tl.int8)
-    elif DTYPE == tl.float32:
+    elif tl.float32 == DTYPE:
         if KIND == "nf4":
             return tl.load(table + codes.to(tl.int32))
         else:
@@ -134,7 +134,7 @@ def weighted_sums(
     4 bits.
     """
     RUNS: tl.constexpr = 1 if KIND == "int8" or KIND == "fp8_e4m3" else 4
-    TOTAL: tl.constexpr = tl.int32 if DTYPE == tl.int8 else tl.float32
+    TOTAL: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
     ONE_GROUP: tl.constexpr = STEPS_PER_GROUP == 0
     depths = tl.arange(0, DEPTH)
     left = codes[:, None] + depths[None, :]
@@ -184,6 +184,18 @@ def weighted_sums(
     return sums
 
 
+@triton.jit
+def code_places(
+    rows, row_size, IS_PACKED: tl.constexpr, PACK_ROWS: tl.constexpr, DEPTH: tl.constexpr
+):
+    """Where the codes of outputs begin."""
+    if IS_PACKED:
+        places = (rows // PACK_ROWS).to(tl.int64) * (row_size * PACK_ROWS)
+        return places + rows % PACK_ROWS * DEPTH
+    else:
+        return rows.to(tl.int64) * row_size
+
+
 NUMBERS = ["num_tokens", "out_features", "num_padded", "num_groups"]
 NUMBERS += ["units", "num_steps", "steps_each"]
 
@@ -198,7 +210,8 @@ def product_kernel(
     minimums,  # [groups, num_padded]
     table,
     bias,
-    out,  # [splits, num_tokens, out_features]
+    out,  # [num_tokens, out_features]
+    parts,  # [splits, num_tokens, out_features] float32, if there are several
     num_tokens,
     out_features,
     num_padded,
@@ -223,12 +236,7 @@ def product_kernel(
     split = tl.program_id(2)
     has_token = tokens < num_tokens
     rows = tl.minimum(outputs, num_padded - 1)
-    row_size = num_steps * DEPTH
-    if IS_PACKED:
-        places = (rows // PACK_ROWS).to(tl.int64) * (row_size * PACK_ROWS)
-        places += rows % PACK_ROWS * DEPTH
-    else:
-        places = rows.to(tl.int64) * row_size
+    places = code_places(rows, num_steps * DEPTH, IS_PACKED, PACK_ROWS, DEPTH)
     HAS_X_SCALES: tl.constexpr = x_scales is not None
     sums = weighted_sums(
         x + tokens.to(tl.int64) * in_features,
@@ -241,13 +249,16 @@ def product_kernel(
         KIND, DTYPE, FORMAT, HAS_X_SCALES, row_scales is not None, minimums is not None,
         STEPS_PER_GROUP, DEPTH * PACK_ROWS if IS_PACKED else DEPTH, DEPTH, ROWS, TOKENS,
     )  # fmt: skip
-    if bias is not None:
-        own = tl.load(bias + outputs, mask=outputs < out_features, other=0.0)
-        sums += own.to(tl.float32)[:, None]
     place = (split * num_tokens + tokens).to(tl.int64) * out_features
+    places = place[None, :] + outputs[:, None]
     is_inside = (outputs < out_features)[:, None] & has_token[None, :]
-    target = out + place[None, :] + outputs[:, None]
-    tl.store(target, sums.to(out.dtype.element_ty), mask=is_inside)
+    if tl.num_programs(2) > 1:
+        tl.store(parts + places, sums, mask=is_inside)
+    else:
+        if bias is not None:
+            own = tl.load(bias + outputs, mask=outputs < out_features, other=0.0)
+            sums += own.to(tl.float32)[:, None]
+        tl.store(out + places, sums.to(out.dtype.element_ty), mask=is_inside)
 
 
 PRODUCT = Launcher(product_kernel)

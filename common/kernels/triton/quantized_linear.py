@@ -23,7 +23,7 @@ from common.kernels.triton import quantized_weight
 from common.kernels.triton.attention import Device
 from common.kernels.triton.quantized_kernel import PRODUCT
 from common.kernels.triton.quantized_passes import ROUND, SUM_PARTS, UNPACK
-from common.kernels.triton.quantized_weight import PACK_ROWS, PackedWeight
+from common.kernels.triton.quantized_weight import PACK_ROWS, PackedWeight, table_of
 
 UNIT = 16  # inputs: a row of x is a multiple of it, so that its loads are as long as they can be
 MAX_TOKENS = 512
@@ -53,8 +53,11 @@ class Tile:
     num_stages: int
 
 
-# By the tokens. Few: the weight is what is read, and many small programs keep memory busy.
-TILES = {16: Tile(64, 16, 4, 4), 64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 3)}
+# By the tokens. Few: the weight is what is read, and many small programs keep memory busy. The sums of
+# groups take registers of their own, and the scales of inputs by group do.
+TILES = {16: Tile(64, 16, 4, 4), 64: Tile(64, 64, 4, 3), 128: Tile(128, 128, 8, 3)}
+WITH_GROUPS = TILES | {128: Tile(128, 64, 8, 3)}
+WITH_SCALED_INPUTS = {16: TILES[16], 64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 4, 3)}
 
 
 @lru_cache
@@ -82,11 +85,12 @@ def fitting(tile: Tile, step_bytes: tuple[int, int], device: Device) -> Tile:
 
 
 @lru_cache
-def tile_for(num_tokens: int, step_bytes: tuple[int, int], device: Device, is_wide: bool) -> Tile:
-    """is_wide: products of float32 take more registers."""
-    tile = TILES[16 if num_tokens <= 16 else 64 if num_tokens <= 64 else 128]
-    if is_wide:
-        tile = replace(tile, rows=64, tokens=min(32, tile.tokens))
+def tile_for(
+    num_tokens: int, step_bytes: tuple[int, int], device: Device, has_groups: bool, is_scaled: bool
+) -> Tile:
+    """has_groups: of inputs. is_scaled: inputs are codes."""
+    tiles = TILES if not has_groups else WITH_SCALED_INPUTS if is_scaled else WITH_GROUPS
+    tile = tiles[16 if num_tokens <= 16 else 64 if num_tokens <= 64 else 128]
     return fitting(tile, step_bytes, device)
 
 
@@ -138,7 +142,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     inputs, x_scales = as_inputs(x, weight)
     tile = own_tile(num_tokens, inputs, weight)
     programs = triton.cdiv(weight.out_features, tile.rows) * triton.cdiv(num_tokens, tile.tokens)
-    num_steps = weight.codes.shape[1]
+    num_steps = weight.num_steps
     cores = num_multiprocessors(x.device)
     row_bytes = num_steps * weight.depth * weight.codes.element_size()
     splits = num_splits(num_tokens, programs, num_steps, row_bytes, cores)
@@ -147,8 +151,13 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 def own_tile(num_tokens: int, inputs: Tensor, weight: PackedWeight) -> Tile:
     size = inputs.element_size()
+    if size > 2:  # products of float32 take more registers
+        num_tokens = 16
     step_bytes = (weight.depth * weight.codes.element_size(), weight.step_inputs * size)
-    return tile_for(num_tokens, step_bytes, Device.of(inputs.device), size > 2)
+    is_scaled = weight.activations is not None
+    return tile_for(
+        num_tokens, step_bytes, Device.of(inputs.device), weight.num_groups > 1, is_scaled
+    )
 
 
 def compile_all(dtype: torch.dtype, weight: PackedWeight, bias: Tensor | None) -> None:
@@ -168,8 +177,7 @@ def compile_all(dtype: torch.dtype, weight: PackedWeight, bias: Tensor | None) -
     x = torch.zeros(1, weight.in_features, dtype=dtype, device=device)
     inputs, x_scales = as_inputs(x, weight)
     for tile in {own_tile(count, inputs, weight) for count in TILES}:
-        for splits in (1, 2):
-            product(inputs, x_scales, weight, bias, dtype, tile, splits)
+        product(inputs, x_scales, weight, bias, dtype, tile, 2)
     if not is_integer(weight):
         unpacked(weight, dtype, 0, min(weight.out_features, PACK_ROWS))
 
@@ -207,40 +215,37 @@ def product(
 ) -> Tensor:  # fmt: skip
     """[num_tokens, out_features]. x: [num_tokens, a multiple of UNIT], of int8 numbers with x_scales."""
     num_tokens, outs = len(x), weight.out_features
-    num_steps = weight.codes.shape[1]
-    sizes = (splits, num_tokens, outs) if splits > 1 else (num_tokens, outs)
-    out = x.new_empty(sizes, dtype=torch.float32 if splits > 1 else dtype)
+    num_steps = weight.num_steps
+    out = x.new_empty(num_tokens, outs, dtype=dtype)
+    parts = x.new_empty((splits, num_tokens, outs) if splits > 1 else 0, dtype=torch.float32)
     grid = triton.cdiv(outs, tile.rows), triton.cdiv(num_tokens, tile.tokens), splits
     kind, *others = constants(weight)
     numbers = (num_tokens, outs, weight.num_rows)
     num_groups = 0 if x_scales is None else x_scales.shape[1]
     numbers += (num_groups, x.shape[1] // UNIT, num_steps)
+    table = table_of(kind, x.dtype, x.device)
     PRODUCT(
         grid,
-        (x, x_scales, weight.codes, weight.scales, weight.row_scales, weight.minimums, weight.table,
-         bias if splits == 1 else None, out, *numbers, triton.cdiv(num_steps, splits)),
+        (x, x_scales, weight.codes, weight.scales, weight.row_scales, weight.minimums, table,
+         bias, out, parts, *numbers, triton.cdiv(num_steps, splits)),
         (kind, FORMATS[x.dtype], *others, tile.rows, tile.tokens),
         tile.num_warps,
         tile.num_stages,
     )  # fmt: skip
-    return out if splits == 1 else sum_parts(out, bias, dtype)
-
-
-def sum_parts(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    num_parts, num_tokens, outs = parts.shape
-    out = parts.new_empty(num_tokens, outs, dtype=dtype)
-    arguments = (parts, bias, out, num_parts, out.numel(), outs)
-    SUM_PARTS((triton.cdiv(out.numel(), BLOCK),), arguments, (BLOCK,))
+    if splits > 1:
+        arguments = (parts, bias, out, splits, out.numel(), outs)
+        SUM_PARTS((triton.cdiv(out.numel(), BLOCK),), arguments, (BLOCK,))
     return out
 
 
 def unpacked(weight: PackedWeight, dtype: torch.dtype, begin: int, end: int) -> Tensor:
     """Outputs `begin` to `end` as numbers, [end - begin, in_features]; begin: a multiple of PACK_ROWS."""
     out = torch.empty(end - begin, weight.in_features, dtype=dtype, device=weight.codes.device)
-    num_steps = weight.codes.shape[1]
+    num_steps = weight.num_steps
+    table = table_of(weight.kind, torch.float32, weight.codes.device)
     UNPACK(
         (triton.cdiv(end - begin, PACK_ROWS), num_steps),
-        (weight.codes, weight.scales, weight.row_scales, weight.minimums, weight.table, out,
+        (weight.codes, weight.scales, weight.row_scales, weight.minimums, table, out,
          weight.num_rows, weight.in_features, begin // PACK_ROWS, end, num_steps),
         constants(weight),
     )  # fmt: skip

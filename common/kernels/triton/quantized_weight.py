@@ -10,18 +10,27 @@ Where a step is short, the outputs' parts of one step lie next to each other, by
 memory is read in long pieces. Else outputs lie as they are, in rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.kernels.quantized import BYTES, TABLES, QuantizedWeight, pack_nibbles, unpack_nibbles
+from common.kernels.quantized import (
+    BYTES,
+    TABLES,
+    QuantizedWeight,
+    can_join,
+    pack_nibbles,
+    unpack_nibbles,
+)
 
 PACK_ROWS = 64
 LINE = 128  # bytes of an output's step, at most: a line of the cache
 MIN_DEPTH = 16  # of a matrix product
-RUNS = {kind: 1 for kind in BYTES} | {kind: 4 for kind in TABLES}  # codes of an element
+RUNS = dict.fromkeys(BYTES, 1) | dict.fromkeys(TABLES, 4)  # codes of an element
 FORMATS = {
     torch.float8_e4m3fn: "e4m3",
     torch.float8_e8m0fnu: "e8m0",
@@ -46,13 +55,12 @@ class PackedWeight:
     minimums: Tensor | None
     row_scales: Tensor | None  # [tiles * PACK_ROWS] float32
     order: Tensor | None
-    table: Tensor | None  # [16] float32, of NF4
     activations: str | None
     compiled_for: set[torch.dtype] = field(default_factory=set)  # inputs
 
     @property
     def depth(self) -> int:
-        return self.codes.shape[3]
+        return self.codes.shape[-1]
 
     @property
     def is_packed(self) -> bool:
@@ -60,11 +68,15 @@ class PackedWeight:
 
     @property
     def num_rows(self) -> int:
-        return self.codes.shape[0] * PACK_ROWS
+        return self.codes.shape[-4] * PACK_ROWS
 
     @property
     def num_groups(self) -> int:
-        return self.scales.shape[0]
+        return self.scales.shape[-2]
+
+    @property
+    def num_steps(self) -> int:
+        return self.codes.shape[-3]
 
     @property
     def step_inputs(self) -> int:
@@ -77,9 +89,16 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        names = ("codes", "scales", "minimums", "row_scales", "order", "table")
+        names = ("codes", "scales", "minimums", "row_scales", "order")
         tensors = [getattr(self, name) for name in names]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@lru_cache
+def table_of(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """What NF4's codes stand for, [16], in the product's format: in 16 bits, since Triton would copy
+    numbers of 32 bits, each alone, into shared memory."""
+    return torch.tensor(TABLES[kind], dtype=dtype, device=device) if kind == "nf4" else None
 
 
 def depth_of(weight: QuantizedWeight) -> int:
@@ -102,7 +121,6 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
     scale_format = FORMATS.get(scales.dtype, "float")
     if scale_format != "float":
         scales = scales.view(torch.uint8)
-    has_table = weight.kind == "nf4"
     codes = packed_codes(weight)
     spare = codes.shape[0] * PACK_ROWS - out_features
     return PackedWeight(
@@ -116,7 +134,6 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
         None if weight.minimums is None else by_group(weight.minimums, codes, weight),
         None if row_scales is None else F.pad(row_scales.float(), (0, spare)),
         weight.order,
-        torch.tensor(TABLES["nf4"], device=codes.device) if has_table else None,
         weight.activations,
     )
 
@@ -189,20 +206,40 @@ def unpack(weight: PackedWeight | QuantizedWeight) -> QuantizedWeight:
     return rows(weight, torch.arange(weight.out_features, device=weight.codes.device))
 
 
-def overwrite(packed: PackedWeight, weight: QuantizedWeight) -> None:
-    """Another weight of the same sizes and format, in place."""
+TENSORS = ("codes", "scales", "minimums", "row_scales")
+
+
+def can_stack(weights: Sequence[QuantizedWeight]) -> bool:
+    """Whether they are of one format and can be packed, their inputs in their own order."""
+    sizes = {weight.shape for weight in weights}
+    return (
+        len(sizes) == 1 and can_join(weights) and can_pack(weights[0]) and weights[0].order is None
+    )
+
+
+def stack(weights: Sequence[QuantizedWeight]) -> PackedWeight:
+    """One after another: every tensor of `TENSORS` gets a first dimension. Ask `can_stack` first."""
+    packed = [pack(weight) for weight in weights]
+
+    def stacked(name: str) -> Tensor | None:
+        tensors = [getattr(one, name) for one in packed]
+        if tensors[0] is None:
+            return None
+        if name == "codes" and not packed[0].is_packed:  # in rows, as they are
+            return torch.stack([codes.transpose(1, 2) for codes in tensors]).transpose(2, 3)
+        return torch.stack(tensors)
+
+    return replace(packed[0], **{name: stacked(name) for name in TENSORS})
+
+
+def overwrite(stacked: PackedWeight, index: int, weight: QuantizedWeight) -> None:
+    """Another weight of the same sizes and format in the place of one, in place."""
     new = pack(weight)
-    for name in ("codes", "scales", "minimums", "row_scales", "order"):
-        if (own := getattr(packed, name)) is not None:
-            own.copy_(getattr(new, name))
+    for name in TENSORS:
+        if (own := getattr(stacked, name)) is not None:
+            own[index].copy_(getattr(new, name))
 
 
-def stacked(weights: list[PackedWeight]) -> PackedWeight:
-    """Weights of the same sizes and format, one after another: every tensor gets a dimension more."""
-
-    def stack(name: str) -> Tensor | None:
-        tensors = [getattr(weight, name) for weight in weights]
-        return None if tensors[0] is None else torch.stack(tensors)
-
-    names = ("codes", "scales", "minimums", "row_scales", "order")
-    return replace(weights[0], **{name: stack(name) for name in names})
+def element(stacked: PackedWeight, index: int) -> PackedWeight:
+    found = {name: getattr(stacked, name) for name in TENSORS}
+    return replace(stacked, **{n: t if t is None else t[index] for n, t in found.items()})

@@ -1,0 +1,1 @@
+"""`formats`: what each number format of a quantised engine takes, loses and wins. Start at `run`."""
