@@ -113,7 +113,7 @@ SHAPES = [(1, 64, 64), (16, 48, 16), (33, 160, 32), (50, 192, 64), (17, 256, 128
 def test_shapes_and_batches(any_ops: CpuOps, kind: str) -> None:
     for sizes in SHAPES:
         weight = random_weight(kind, *sizes, torch.float16)
-        for num_tokens in (1, 3, 5, 13, 40):
+        for num_tokens in (1, 5, 13, 40):
             check_linear(any_ops, weight, num_tokens)
 
 
@@ -131,7 +131,7 @@ def test_many_tokens(any_ops: CpuOps, kind: str) -> None:
     group=st.sampled_from((2, 6, 16, 22, 32, 64)),
     num_tokens=st.integers(0, 45),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_weight(
     ops, kind, scales, features, out_features, num_groups, group, num_tokens
 ) -> None:
@@ -166,9 +166,11 @@ def test_every_code_with_extreme_scales(ops: CpuOps, kind: str, scales: torch.dt
         prepared = ops.prepare_weight(one)
         assert torch.equal(ops.embedding(torch.arange(16), prepared), exact)
         x = torch.eye(256)
-        found = torch.cat([*(ops.linear(x[i : i + 1], prepared) for i in range(0, 256, 17))])
-        torch.testing.assert_close(found, exact.T[::17], rtol=1e-6, atol=1e-43)
-        torch.testing.assert_close(ops.linear(x, prepared), exact.T, rtol=1e-6, atol=1e-43)
+        # Batches of each way to multiply, the smallest with all codes of 4 bits.
+        parts = x.split([1, 3, 3, 3, 3, 3, 112, 128])
+        for inputs in (parts, [x]):
+            found = torch.cat([ops.linear(part, prepared) for part in inputs])
+            torch.testing.assert_close(found, exact.T, rtol=1e-6, atol=1e-43)
 
 
 def test_numbers_that_are_none_are_refused(ops: CpuOps) -> None:
@@ -185,9 +187,11 @@ def test_numbers_that_are_none_are_refused(ops: CpuOps) -> None:
 def test_one_wrong_code_is_seen(ops: CpuOps, kind: str) -> None:
     """What these tests compare with would find one code that differs by its lowest bit."""
     weight = random_weight(kind, 20, 64, 32, torch.float16)
-    bits = weight.codes.view(torch.uint8).clone()
-    bits[7, 3] ^= 1
-    other = replace(weight, codes=bits.view(weight.codes.dtype))
+    bits = weight.codes.view(torch.uint8)
+    bits[7, 3] = 0x70  # a large FP8 number: the lowest bit of a small one is lost in rounding
+    wrong = bits.clone()
+    wrong[7, 3] ^= 1
+    other = replace(weight, codes=wrong.view(weight.codes.dtype))
     for num_tokens in (1, 12):
         check_linear(ops, weight, num_tokens)
         with pytest.raises(AssertionError):
@@ -202,7 +206,8 @@ def test_rounded_inputs(ops: CpuOps, kind: str, activations: str) -> None:
     x = torch.randn(5, 64)
     found = ops.linear(x, ops.prepare_weight(weight))
     reference = ReferenceOps()
-    torch.testing.assert_close(found, reference.linear(x, reference.prepare_weight(weight)))
+    expected = reference.linear(x, reference.prepare_weight(weight))
+    assert (found - expected).abs().amax() <= 1e-5 * expected.abs().amax()
 
 
 def test_bytes_held(ops: CpuOps) -> None:
@@ -247,7 +252,7 @@ def test_experts(any_ops: CpuOps, kinds: tuple[str, str]) -> None:
     for features in (set(), FEATURES):
         pairs = random_experts(kinds, hidden, size, features)
         prepared = any_ops.prepare_experts(*zip(*pairs, strict=True))
-        for num_tokens in (1, 2, 40):
+        for num_tokens in (1, 40):
             x = torch.randn(num_tokens, hidden) / 8
             ids = torch.rand(num_tokens, 5).argsort(dim=1)[:, :3]
             ids[0, 1] = -1

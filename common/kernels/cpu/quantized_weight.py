@@ -44,11 +44,10 @@ DTYPES = (
     torch.float8_e4m3fn,
     torch.float8_e8m0fnu,
 )  # as kernels number them
-# Tokens from which a kind is better unpacked once than for every tile of them, measured with AVX2.
-ANY = 1 << 40
-MOST_TOKENS = {FP8: 128, FP4: 24, NF4: FEW_ROWS}
-if HAS_TABLE:
-    MOST_TOKENS = {FP8: 128}
+# Up to so many tokens a kind is unpacked again for every tile of them, and above that once.
+MOST_TOKENS = {INT8: 24, INT4: 24, FP8: 12, FP4: 12, NF4: FEW_ROWS}
+if HAS_TABLE:  # one instruction looks up either
+    MOST_TOKENS |= {FP4: 24, NF4: 24}
 AT_ONCE = 64  # panels that are packed at once: what it takes besides the result
 
 
@@ -216,7 +215,7 @@ def fields(weight: QuantizedWeight, tensors: dict[str, Tensor]) -> list[int]:
         scales.itemsize,
         minimum_bytes,
         PANEL if weight.kind in BYTES else LANES,
-        MOST_TOKENS.get(NUMBERS[weight.kind], ANY),
+        MOST_TOKENS[NUMBERS[weight.kind]],
         tensors["codes"].data_ptr(),
         tensors["scales"].data_ptr(),
         tensors["minimums"].data_ptr() if minimum_bytes else 0,
