@@ -45,7 +45,7 @@ DTYPES = (
     torch.float8_e8m0fnu,
 )  # as kernels number them
 # Up to so many tokens a kind is unpacked again for every tile of them, and above that once.
-MOST_TOKENS = {INT8: 24, INT4: 24, FP8: 12, FP4: 12, NF4: FEW_ROWS}
+MOST_TOKENS = {INT8: 64, INT4: 12, FP8: 12, FP4: 6, NF4: FEW_ROWS}
 if HAS_TABLE:  # one instruction looks up either
     MOST_TOKENS |= {FP4: 24, NF4: 24}
 AT_ONCE = 64  # panels that are packed at once: what it takes besides the result
