@@ -221,7 +221,7 @@ def test_bytes_are_those_of_the_formula() -> None:
 
 def test_a_group_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="96 inputs are no multiple of the group, 64"):
-        FORMATS["int4-g64"](weights(4, 96))
+        FORMATS["int4-g64"](weights(8, 96))
 
 
 @pytest.mark.parametrize("name", FORMATS)
