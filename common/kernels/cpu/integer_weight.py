@@ -20,7 +20,7 @@ from common.kernels.quantized import QuantizedWeight, unpack_nibbles
 
 BITS = {"int8": 8, "int4": 4, "uint4": 4}
 HALF = (torch.float16, torch.float8_e4m3fn)  # of scales and minimums that float16 holds exactly
-PARALLEL_INTEGER = 100_000  # elements from which a second core is worth its waking for one token
+PARALLEL_INTEGER = 700_000  # elements from which a second core is worth its waking for one token
 PANELS_AT_ONCE = 256  # that are filled at once: what is unpacked for it stays small
 
 
