@@ -53,7 +53,9 @@ class PeerConnector(KVConnector):
     def __init__(self, config: EngineConfig, kv: KVCache) -> None:
         self.role, self.kv = config.role, kv
         self.holds: dict[str, Hold] = {}
+        rounding = ("quantization", "quantize_embeddings", "activations")  # other weights, other KV
         self.prints = fingerprint(asdict(config)) | {"block size": str(kv.block_size)}
+        self.prints |= {name: str(getattr(config, name)) for name in rounding}
 
     def let_go(self, transfer_id: str) -> None:
         if (hold := self.holds.pop(transfer_id, None)) is not None:

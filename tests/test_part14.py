@@ -365,6 +365,15 @@ def test_keys_and_values_travel_between_engines_of_a_rounded_model() -> None:
     both.close()
 
 
+def test_keys_and_values_of_other_weights_are_not_taken() -> None:
+    both = pair({"quantization": "int4"}, {}, part=14)
+    known = known_requests(LLAMA)[10]
+    assert both.run(10) == known.output
+    assert both.counts()["num_kv_failed"] == 1 and both.counts()["num_kv_fetched"] == 0
+    both.settle()
+    both.close()
+
+
 def test_the_oracle_sees_one_wrong_format(making: Callable[..., Any]) -> None:
     with pytest.raises(AssertionError):
         Drive(making(LLAMA, "int8"), rounded_folder(LLAMA, "int4")).run(schedule(1))
