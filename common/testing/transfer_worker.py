@@ -143,8 +143,8 @@ def watch_prefill(engine: Any, state: str, signal: Callable[[], None]) -> None:
 
         def get_finished() -> list[str]:
             finished = method_of_finished()
-            if finished:
-                signal()
+            if finished:  # its thread is about to tell the peer that the blocks were held
+                connector.sender._loop.call(signal)
             return finished
 
         connector.get_finished = get_finished
