@@ -11,12 +11,12 @@ Few rows wait for memory and many for arithmetic, so each has inner loops of its
 """
 
 import numpy as np
-from numba import prange
 
 from common.kernels.cpu.attention_few import LOWEST, MAX_FEW_ROWS, attend_few
 from common.kernels.cpu.attention_many import attend_many
 from common.kernels.cpu.elementwise import exp32
 from common.kernels.cpu.jit import float32_array, helper, int32_array, kernel, next_index
+from common.kernels.cpu.pool import spread
 from common.kernels.cpu.vector import PANEL, scale
 
 ROWS = 12 * PANEL  # most rows of a piece of work: 384 with AVX-512
@@ -39,7 +39,9 @@ def load_queries(query, queries, first, num_queries, kv_head, heads, group, fact
 
 
 @helper
-def work(query, out, layout, places, shape, factor, window, splits, partial, next):
+def work(
+    query, out, layout, places, shape, factor, window, splits, partial, next, thread, num_threads
+):
     """Take pieces of work, (query tile, KV heads, split), until none is left."""
     starts, lengths, tables, tiles, pieces = places
     num_kv_heads, group, head_dim, tile_queries = shape
@@ -150,6 +152,7 @@ def attention(
     window,
     max_query_len,
     num_threads,
+    pool,
 ):
     """`cache` is the address of the layer's keys in block 0; strides, and the size of a head's row, in
     bytes; kind: of `kv_rows`; window 0: none."""
@@ -191,24 +194,10 @@ def attention(
     rows = tile_queries * num_heads if splits > 1 else 0
     partial = np.empty((num_tiles, rows, splits, head_dim + 2), np.float32)
     next = np.zeros(1, np.int64)
-    # Tuples are made within the parallel loop: it cannot take them from outside.
-    if num_threads == 1:
-        layout = (cache, block_stride, token_stride, value_offset, block_size, row_size, kind)
-        shape = (num_kv_heads, group, head_dim, tile_queries)
-        places = (starts_of, lengths_of, tables_of, tiles, pieces)
-        work(queries, outs, layout, places, shape, factor, window, splits, partial, next)
-    else:
-        for _ in prange(num_threads):
-            layout = (cache, block_stride, token_stride, value_offset, block_size, row_size, kind)
-            shape = (num_kv_heads, group, head_dim, tile_queries)
-            places = (starts_of, lengths_of, tables_of, tiles, pieces)
-            work(queries, outs, layout, places, shape, factor, window, splits, partial, next)
+    layout = (cache, block_stride, token_stride, value_offset, block_size, row_size, kind)
+    shape = (num_kv_heads, group, head_dim, tile_queries)
+    places = (starts_of, lengths_of, tables_of, tiles, pieces)
+    arguments = (queries, outs, layout, places, shape, factor, window, splits, partial, next)
+    spread(work, arguments, num_threads, pool)
     if splits > 1:
-        merge(
-            outs,
-            starts_of,
-            tiles,
-            (num_kv_heads, group, head_dim, tile_queries),
-            splits,
-            partial,
-        )
+        merge(outs, starts_of, tiles, shape, splits, partial)

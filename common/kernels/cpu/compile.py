@@ -35,6 +35,7 @@ from common.kernels.cpu import (  # noqa: F401
     integer_embedding,
     integer_linear,
     linear,
+    pool,
     quantized_experts,
     quantized_linear,
     sampler,
@@ -42,8 +43,8 @@ from common.kernels.cpu import (  # noqa: F401
 from common.kernels.cpu.cache import cache_folder, mark_complete
 from common.kernels.cpu.jit import KERNELS
 
-# Names of what numba puts around the body of a parallel loop, and of the body.
-WRAPPERS = ("__numba_parfor_gufunc", "<numba.np.ufunc.wrappers", "parallelgufuncwrapper", "work")
+# What only spreads the work over cores, or is all that each of them does.
+WRAPPERS = ("spread", "work", "sample_rows", "filter_rows")
 DEAREST = (
     "attention",
     "sample",

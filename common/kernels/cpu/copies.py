@@ -56,7 +56,7 @@ def fence(typing_context):
     return types.void(), codegen
 
 
-@kernel(parallel=False, nogil=True)
+@kernel(nogil=True)
 def copy_pieces(sources, targets, count, num_bytes):
     """From each of `count` addresses (int64 at `sources`) to that at the same place of `targets`."""
     from_, to = int64_array(sources, (count,)), int64_array(targets, (count,))

@@ -7,10 +7,10 @@ costs more than they do; many are shared out.
 import math
 
 import numpy as np
-from numba import prange
 
 from common.kernels.cpu.jit import float32_array, helper, int64_array, kernel
 from common.kernels.cpu.kv_rows import FLOAT32, quantize_row
+from common.kernels.cpu.pool import spread
 
 
 @helper
@@ -42,10 +42,10 @@ def share(count, piece, num_pieces):
 
 
 @helper
-def norm_rows(x, residual, weight, out, eps, begin, end):
-    """Norms of rows; `residual` gets x added first, unless it is x itself."""
-    size = x.shape[1]
-    for row in range(begin, end):
+def norm_rows(x, residual, weight, out, eps, piece, num_pieces):
+    """Norms of a piece of the rows; `residual` gets x added first, unless it is x itself."""
+    num_rows, size = x.shape
+    for row in range(share(num_rows, piece, num_pieces), share(num_rows, piece + 1, num_pieces)):
         total = np.float32(0)
         if residual.ctypes.data != x.ctypes.data:
             for i in range(size):
@@ -61,23 +61,18 @@ def norm_rows(x, residual, weight, out, eps, begin, end):
 
 
 @kernel(floats=("eps",))
-def norm(x, residual, weight, out, eps, num_rows, size, num_threads):
+def norm(x, residual, weight, out, eps, num_rows, size, num_threads, pool):
     xs = float32_array(x, (num_rows, size))
     residuals = float32_array(residual, (num_rows, size))
     weights = float32_array(weight, (size,))
     outs = float32_array(out, (num_rows, size))
-    if num_threads == 1:
-        norm_rows(xs, residuals, weights, outs, eps, 0, num_rows)
-    else:
-        for i in prange(num_threads):
-            begin, end = share(num_rows, i, num_threads), share(num_rows, i + 1, num_threads)
-            norm_rows(xs, residuals, weights, outs, eps, begin, end)
+    spread(norm_rows, (xs, residuals, weights, outs, eps), num_threads, pool)
 
 
 @helper
-def silu_rows(gate_up, out, begin, end):
-    size = out.shape[1]
-    for row in range(begin, end):
+def silu_rows(gate_up, out, piece, num_pieces):
+    num_rows, size = out.shape
+    for row in range(share(num_rows, piece, num_pieces), share(num_rows, piece + 1, num_pieces)):
         for i in range(size):
             gate = gate_up[row, i]
             sigmoid = np.float32(1) / (np.float32(1) + exp32(-gate))
@@ -85,15 +80,10 @@ def silu_rows(gate_up, out, begin, end):
 
 
 @kernel
-def silu_and_mul(gate_up, out, num_rows, size, num_threads):
+def silu_and_mul(gate_up, out, num_rows, size, num_threads, pool):
     gate_ups = float32_array(gate_up, (num_rows, 2 * size))
     outs = float32_array(out, (num_rows, size))
-    if num_threads == 1:
-        silu_rows(gate_ups, outs, 0, num_rows)
-    else:
-        for i in prange(num_threads):
-            begin, end = share(num_rows, i, num_threads), share(num_rows, i + 1, num_threads)
-            silu_rows(gate_ups, outs, begin, end)
+    spread(silu_rows, (gate_ups, outs), num_threads, pool)
 
 
 @helper
@@ -116,8 +106,6 @@ def rotate(head, cos_sin, norm_weight, eps, out):
 
 @helper
 def rotary_rows(
-    begin,
-    end,
     qkv,
     cos_sin,
     positions,
@@ -132,11 +120,15 @@ def rotary_rows(
     block_size,
     row_size,
     kind,
+    piece,
+    num_pieces,
 ):
-    """Tokens begin to end. `cache` is an address; strides, offsets, sizes are in bytes."""
+    """A piece of the tokens. `cache` is an address; strides, offsets, sizes are in bytes."""
     num_heads, head_dim = out.shape[1], out.shape[2]
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
     rotated = np.empty(head_dim, np.float32)
+    num_tokens = len(out)
+    begin, end = share(num_tokens, piece, num_pieces), share(num_tokens, piece + 1, num_pieces)
     for token in range(begin, end):
         table = cos_sin[positions[token]]
         for head in range(num_heads):
@@ -182,6 +174,7 @@ def rotary_and_store(
     row_size,
     kind,
     num_threads,
+    pool,
 ):
     """q_norm and k_norm are 0 where there are none; `cache` is the layer's place in block 0; strides,
     and the size of a head's row, in bytes; kind: of `kv_rows`."""
@@ -192,13 +185,6 @@ def rotary_and_store(
     q_weights = float32_array(q_norm, (head_dim if q_norm != 0 else 0,))
     k_weights = float32_array(k_norm, (head_dim if k_norm != 0 else 0,))
     outs = float32_array(out, (num_tokens, num_heads, head_dim))
-    if num_threads == 1:
-        last = (q_weights, k_weights, eps, outs)
-        sizes = (block_stride, value_offset, block_size, row_size, kind)
-        rotary_rows(0, num_tokens, qkvs, tables, positions_of, cache, slots_of, *last, *sizes)
-    else:
-        for i in prange(num_threads):
-            begin, end = share(num_tokens, i, num_threads), share(num_tokens, i + 1, num_threads)
-            last = (q_weights, k_weights, eps, outs)
-            sizes = (block_stride, value_offset, block_size, row_size, kind)
-            rotary_rows(begin, end, qkvs, tables, positions_of, cache, slots_of, *last, *sizes)
+    places = (qkvs, tables, positions_of, cache, slots_of, q_weights, k_weights, eps, outs)
+    sizes = (block_stride, value_offset, block_size, row_size, kind)
+    spread(rotary_rows, (*places, *sizes), num_threads, pool)

@@ -13,76 +13,20 @@ A rank that waits spins for some microseconds, then sleeps in the kernel (futex)
 wakes it. Kernels that may sleep let go of the interpreter's lock.
 """
 
-import platform
-
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
+from common.kernels.cpu.atomics import (
+    FUTEX,
+    load,
+    pause,
+    sleep_while,
+    store,
+    usleep,
+    wake_sleepers,
+)
 from common.kernels.cpu.jit import byte_array, float32_array, helper, int64_array, kernel
 
 FLAG_BYTES, SLEEPERS = 128, 64
 HEADER = 1024  # bytes: what, bytes in all, then the table
 MAX_RANKS = HEADER // 8 - 2
-
-# The system call's number. Elsewhere a waiting rank sleeps for a while and looks again.
-FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0)
-FUTEX_WAIT, FUTEX_WAKE, ALL_SLEEPERS = 0, 1, 2**31 - 1
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
-
-_syscall = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
-_usleep = types.ExternalFunction("usleep", types.int32(types.int64))
-
-
-@intrinsic
-def load(typing_context, address):
-    """The int64 at an address; what was written before it was stored there is seen after."""
-
-    def codegen(context, builder, signature, args):
-        place = builder.inttoptr(args[0], context.get_value_type(types.int64).as_pointer())
-        return builder.load_atomic(place, "seq_cst", 8)
-
-    return types.int64(types.intp), codegen
-
-
-@intrinsic
-def store(typing_context, address, value):
-    """Store an int64 after all that was written before, and before all that is loaded after."""
-
-    def codegen(context, builder, signature, args):
-        place = builder.inttoptr(args[0], context.get_value_type(types.int64).as_pointer())
-        builder.store_atomic(args[1], place, "seq_cst", 8)
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.int64), codegen
-
-
-@intrinsic
-def add(typing_context, address, value):
-    """Add to the int64 at an address, atomically."""
-
-    def codegen(context, builder, signature, args):
-        place = builder.inttoptr(args[0], context.get_value_type(types.int64).as_pointer())
-        builder.atomic_rmw("add", place, args[1], "seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.int64), codegen
-
-
-@intrinsic
-def pause(typing_context):
-    """Leave the core's other thread some cycles."""
-
-    def codegen(context, builder, signature, args):
-        if IS_X86:
-            instruction = ir.FunctionType(ir.VoidType(), [])
-            name = "llvm.x86.sse2.pause"
-            builder.call(cgutils.get_or_insert_function(builder.module, instruction, name), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
 
 
 @helper
@@ -125,8 +69,7 @@ def publish(memory, rank, number):
     """Say that this rank has put a round, and wake the ranks that sleep until then."""
     flag = memory + rank * FLAG_BYTES
     store(flag, number)
-    if FUTEX and load(flag + SLEEPERS) != 0:
-        _syscall(FUTEX, flag, FUTEX_WAKE, ALL_SLEEPERS, 0, 0, 0)
+    wake_sleepers(flag, flag + SLEEPERS)
 
 
 @helper
@@ -153,7 +96,7 @@ def add_slots(memory, size, number, slot_bytes, offset, out, count):
             into[i] += c[i]
 
 
-@kernel(parallel=False)
+@kernel
 def exchange_put(
     memory, size, rank, number, slot_bytes, what, total, source, num_bytes, table, spins
 ):
@@ -169,13 +112,13 @@ def exchange_put(
     return -1
 
 
-@kernel(parallel=False)
+@kernel
 def exchange_sum(memory, size, number, slot_bytes, offset, out, count):
     """See `add_slots`."""
     add_slots(memory, size, number, slot_bytes, offset, out, count)
 
 
-@kernel(parallel=False)
+@kernel
 def exchange_all_reduce(memory, size, rank, number, slot_bytes, what, total, x, count, spins):
     """Put float32 x, and replace it by the sum, if all goes fast. Returns -1 then; else a rank r
     that is missed before putting: r; after: size + r; that does something else: 2 size + r."""
@@ -195,7 +138,7 @@ def exchange_all_reduce(memory, size, rank, number, slot_bytes, what, total, x, 
     return -1
 
 
-@kernel(parallel=False, nogil=True)
+@kernel(nogil=True)
 def exchange_wait(memory, size, rank, only, target, spins, limit):
     """Wait until every other rank, or only one, has put round `target`. Returns -1, or a rank that
     has not when the time is over. limit: address of a timespec, the longest sleep."""
@@ -215,10 +158,8 @@ def exchange_wait(memory, size, rank, only, target, spins, limit):
             if tries == 3:  # a rank may come one round before the awaited one, and wake us then
                 return other
             if FUTEX:
-                add(flag + SLEEPERS, 1)
-                _syscall(FUTEX, flag, FUTEX_WAIT, seen & 0xFFFFFFFF, limit, 0, 0)
-                add(flag + SLEEPERS, -1)
+                sleep_while(flag, seen, flag + SLEEPERS, limit)
             else:
-                _usleep(100)
+                usleep(100)
             tries += 1
     return -1

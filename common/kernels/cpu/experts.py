@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from common.kernels.cpu.elementwise import exp32, share
 from common.kernels.cpu.jit import float32_array, helper, int64_array, kernel, next_index
 from common.kernels.cpu.linear import BLOCK, LINE, multiply_panel
+from common.kernels.cpu.pool import spread
 from common.kernels.cpu.vector import PANEL
 from common.kernels.cpu.weight import WeightMemory, fill_panels
 
@@ -156,9 +156,10 @@ def work(is_first, x, weights, zeros, out, starts, first_units, sizes, counters,
 
 
 @helper
-def sum_rows(results, slots, weights, out, begin, end):
-    """out[token] = the weighted sum of its slots' rows, of tokens begin to end."""
-    hidden = out.shape[1]
+def sum_rows(results, slots, weights, out, piece, num_pieces):
+    """out[token] = the weighted sum of its slots' rows, for a piece of the tokens."""
+    num_tokens, hidden = out.shape
+    begin, end = share(num_tokens, piece, num_pieces), share(num_tokens, piece + 1, num_pieces)
     for token in range(begin, end):
         for i in range(hidden):
             out[token, i] = 0
@@ -183,6 +184,7 @@ def experts(
     hidden,
     size,
     num_threads,
+    pool,
 ):
     """As `Ops.experts`. addresses: of each expert's panels of gate and up, then of down. Returns
     whether all experts are there; otherwise nothing is computed."""
@@ -208,21 +210,12 @@ def experts(
         count_units(starts, first_units, depth, num_panels)
         counters[:] = 0
         own = tables[phase]
-        if num_threads == 1:
-            sizes = (depth, num_columns, num_panels)
-            places = (left.ctypes.data, own, zeros, right.ctypes.data, starts, first_units)
-            work(phase == 0, *places, sizes, counters.ctypes.data, 0, 1)
-        else:
-            for i in prange(num_threads):
-                sizes = (depth, num_columns, num_panels)
-                places = (left.ctypes.data, own, zeros, right.ctypes.data, starts, first_units)
-                work(phase == 0, *places, sizes, counters.ctypes.data, i, num_threads)
+        sizes = (depth, num_columns, num_panels)
+        places = (left.ctypes.data, own, zeros, right.ctypes.data, starts, first_units)
+        arguments = (phase == 0, *places, sizes, counters.ctypes.data)
+        spread(work, arguments, num_threads, pool)
     outs = float32_array(out, (num_tokens, hidden))
     chosen = float32_array(weights, (num_tokens, k))
-    if num_threads == 1 or num_slots * hidden < PARALLEL_SUM:
-        sum_rows(results, slots, chosen, outs, 0, num_tokens)
-    else:
-        for i in prange(num_threads):
-            begin, end = share(num_tokens, i, num_threads), share(num_tokens, i + 1, num_threads)
-            sum_rows(results, slots, chosen, outs, begin, end)
+    adders = 1 if num_slots * hidden < PARALLEL_SUM else num_threads
+    spread(sum_rows, (results, slots, chosen, outs), adders, pool)
     return True

@@ -39,7 +39,7 @@ def unpack_group(codes, column, bits, offset, scale, minimum, out):
         out[i] = np.float32(code) * scale + minimum
 
 
-@kernel(exact=True, parallel=False)
+@kernel(exact=True)
 def integer_embedding(
     ids,
     weight,

@@ -5,7 +5,6 @@ A call rounds its inputs first, each group of a token by itself, and then multip
 """
 
 import numpy as np
-from numba import prange
 
 from common.kernels.cpu.elementwise import share
 from common.kernels.cpu.integer_round import round_rows
@@ -17,6 +16,7 @@ from common.kernels.cpu.jit import (
     next_index,
 )
 from common.kernels.cpu.linear import LINE
+from common.kernels.cpu.pool import spread
 from common.kernels.cpu.vector import PANEL
 
 BLOCK = 262_144  # bytes of rounded inputs that are used together, in the second-level cache
@@ -108,6 +108,7 @@ def integer_linear(
     has_minimums,
     panel_bytes,
     num_threads,
+    pool,
 ):
     """out = round(x) @ weight.T + bias. x: [num_tokens, depth]; weight: panels of an `IntegerWeight`,
     whose fields the sizes are; bias: padded to panels."""
@@ -117,21 +118,10 @@ def integer_linear(
     codes = np.empty(num_tokens * width, np.uint8)
     info = np.empty(num_tokens * (num_chunks if bits == 4 else num_groups) * INFO, np.uint8)
     counters = np.zeros((num_threads, LINE // 8), np.int64)
-    is_alone = num_threads == 1 or num_tokens * depth < PARALLEL_ROUND
-    if is_alone:
-        places = codes.ctypes.data, info.ctypes.data
-        round_rows(x, bits, *places, 0, num_tokens, depth, group, group_chunks, offset)
-    else:
-        for i in prange(num_threads):
-            places = codes.ctypes.data, info.ctypes.data
-            begin, end = share(num_tokens, i, num_threads), share(num_tokens, i + 1, num_threads)
-            round_rows(x, bits, *places, begin, end, depth, group, group_chunks, offset)
-    if num_threads == 1:
-        places = codes.ctypes.data, info.ctypes.data, weight, bias, out
-        sizes = bits, num_groups, group_chunks, half, has_minimums, panel_bytes, num_columns
-        work(*places, num_tokens, sizes, counters.ctypes.data, 0, 1)
-    else:
-        for i in prange(num_threads):
-            places = codes.ctypes.data, info.ctypes.data, weight, bias, out
-            sizes = bits, num_groups, group_chunks, half, has_minimums, panel_bytes, num_columns
-            work(*places, num_tokens, sizes, counters.ctypes.data, i, num_threads)
+    places = codes.ctypes.data, info.ctypes.data
+    rounders = 1 if num_tokens * depth < PARALLEL_ROUND else num_threads
+    rounding = (x, bits, *places, num_tokens, depth, group, group_chunks, offset)
+    spread(round_rows, rounding, rounders, pool)
+    sizes = bits, num_groups, group_chunks, half, has_minimums, panel_bytes, num_columns
+    products = (*places, weight, bias, out, num_tokens, sizes, counters.ctypes.data)
+    spread(work, products, num_threads, pool)

@@ -10,6 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from common.kernels.cpu.elementwise import share
 from common.kernels.cpu.integer_tile import CHUNK, INFO, PAD
 from common.kernels.cpu.jit import byte_array, float32_array, helper, int32_array
 from common.kernels.cpu.vector import FLOAT, INT, load
@@ -98,8 +99,10 @@ def round_some(x, size, factor, is_wide, codes):
 
 
 @helper(exact=True)
-def round_rows(x, bits, codes, info, begin, end, depth, group, group_chunks, offset):
-    """Round rows begin to end of x, [tokens, depth]. Arguments are addresses and sizes.
+def round_rows(
+    x, bits, codes, info, num_tokens, depth, group, group_chunks, offset, piece, num_pieces
+):
+    """Round a piece of the rows of x, [num_tokens, depth]. Arguments are addresses and sizes.
 
     bits: of the weight. codes: [tokens, groups, padded group], int8 for 4 bits and int16 for 8.
     info: [tokens, chunks of 4 bits or groups of 8, 3]: scale; offset times the sum of codes (int32);
@@ -107,6 +110,7 @@ def round_rows(x, bits, codes, info, begin, end, depth, group, group_chunks, off
     """
     width, step = (1, CHUNK) if bits == 4 else (2, group)  # bytes of a code, codes of an info
     padded = group_chunks * (CHUNK if bits == 4 else PAD)
+    begin, end = share(num_tokens, piece, num_pieces), share(num_tokens, piece + 1, num_pieces)
     info += begin * (depth // group) * ((group + step - 1) // step) * INFO
     for row in range(begin, end):
         for g in range(depth // group):

@@ -14,6 +14,7 @@ from torch import Tensor
 from common.kernels.cpu.integer_embedding import integer_embedding
 from common.kernels.cpu.integer_linear import integer_linear
 from common.kernels.cpu.integer_tile import CHUNK, HALF_SCALES, PAD
+from common.kernels.cpu.pool import Threads
 from common.kernels.cpu.vector import PANEL
 from common.kernels.cpu.weight import WeightMemory
 from common.kernels.quantized import QuantizedWeight, unpack_nibbles
@@ -101,7 +102,7 @@ class IntegerWeight:
             raise ValueError(f"weight: {weight.kind} {weight.shape} {weight.activations}")
         self.panels.copy_(new.panels)
 
-    def linear(self, x: Tensor, num_threads: int) -> Tensor:
+    def linear(self, x: Tensor, threads: Threads) -> Tensor:
         """x: [num_tokens, in_features] float32, contiguous. Raises ValueError for another size."""
         num_tokens, in_features = x.shape
         if in_features != self.in_features:
@@ -118,7 +119,7 @@ class IntegerWeight:
             in_features,
             self.out_features,
             *self.sizes,
-            num_threads,
+            *threads,
         )
         return out
 

@@ -35,25 +35,17 @@ def kernel(
     *,
     exact: bool = False,
     floats: tuple[str, ...] = (),
-    parallel: bool = True,
     nogil: bool = False,
 ) -> Callable:
-    """Compile a function that Python calls; it may hold parallel loops, and is cached on disk.
+    """Compile a function that Python calls, and keep it on disk.
 
     exact: keep to IEEE arithmetic (infinities, NaN, order of operations).
     floats: the parameters that are floats; all others are integers.
-    parallel: whether it holds parallel loops. nogil: whether it lets go of the interpreter's lock,
-    since it may sleep.
+    nogil: whether it lets go of the interpreter's lock, since it may sleep.
     """
     if function is None:
-        return partial(kernel, exact=exact, floats=floats, parallel=parallel, nogil=nogil)
-    options = {
-        "parallel": parallel,
-        "nogil": nogil,
-        "fastmath": not exact,
-        "error_model": "numpy",
-    }
-    dispatcher = numba.njit(function, **options)
+        return partial(kernel, exact=exact, floats=floats, nogil=nogil)
+    dispatcher = numba.njit(function, nogil=nogil, fastmath=not exact, error_model="numpy")
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     assert set(floats) <= set(names), f"{function.__name__}: {floats} of {names}"
     signature = tuple(types.float64 if name in floats else types.int64 for name in names)

@@ -6,9 +6,9 @@ in the cache for every tile of rows. While a panel is multiplied, the next is as
 """
 
 import numpy as np
-from numba import prange
 
 from common.kernels.cpu.jit import float32_array, helper, kernel, next_index
+from common.kernels.cpu.pool import spread
 from common.kernels.cpu.vector import FEW_ROWS, MAX_ROWS, PANEL, panel_tile
 
 DEPTH = 640  # rows of a panel that are used at once: 80 KiB with AVX-512, half of it with AVX2
@@ -81,13 +81,8 @@ def work(x, weight, bias, out, num_tokens, depth, num_columns, counters, thread,
 
 
 @kernel
-def linear(x, weight, bias, out, num_tokens, depth, num_columns, num_threads):
+def linear(x, weight, bias, out, num_tokens, depth, num_columns, num_threads, pool):
     """out = x @ weight.T + bias. x: [num_tokens, depth]; weight: panels; bias: padded to panels."""
     counters = np.zeros((num_threads, LINE // 8), np.int64)
-    if num_threads == 1:
-        place = counters.ctypes.data
-        work(x, weight, bias, out, num_tokens, depth, num_columns, place, 0, 1)
-    else:
-        for i in prange(num_threads):
-            place = counters.ctypes.data
-            work(x, weight, bias, out, num_tokens, depth, num_columns, place, i, num_threads)
+    arguments = x, weight, bias, out, num_tokens, depth, num_columns, counters.ctypes.data
+    spread(work, arguments, num_threads, pool)

@@ -4,7 +4,7 @@ What the kernels do not take (other dtypes, head sizes that are no multiple of t
 to the reference, which is slower and right. Kernels work on raw addresses, so each wrapper checks
 its tensors: float32, contiguous, shapes that fit.
 
-An object serves one thread at a time; the number of threads is set for the thread that calls.
+An object serves one thread at a time.
 """
 
 import threading
@@ -26,6 +26,7 @@ from common.kernels.cpu.experts import PanelExperts, experts
 from common.kernels.cpu.integer_weight import IntegerWeight, is_integer
 from common.kernels.cpu.kv_rows import FLOAT32, FP8, INT8
 from common.kernels.cpu.linear import linear
+from common.kernels.cpu.pool import ALONE, Threads, threads_of_pool
 from common.kernels.cpu.quantized_experts import QuantizedExperts, quantized_experts
 from common.kernels.cpu.quantized_weight import QuantizedPanels
 from common.kernels.cpu.sampler import sample, smallest_kept
@@ -44,7 +45,6 @@ PARALLEL_ROTARY = 30_000
 PARALLEL_EXPERTS = 20_000
 
 _compile_lock = threading.Lock()
-_num_threads_of: dict[int, int] = {}  # thread id: what numba was last told there
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,9 @@ class CpuOps(Ops):
         self._layout: CacheLayout | None = None
         self.warm_up()
 
-    def threads_for(self, is_large: bool = True) -> int:
-        """How many threads the next kernel uses; tells numba, which keeps a count for each thread."""
-        thread = threading.get_ident()
-        if _num_threads_of.get(thread) != self.num_threads:
-            numba.set_num_threads(self.num_threads)
-            _num_threads_of[thread] = self.num_threads
-        return self.num_threads if is_large else 1
+    def threads_for(self, is_large: bool = True) -> Threads:
+        """Which cores work on the next kernel."""
+        return threads_of_pool(self.num_threads) if is_large else ALONE
 
     def layout_of(self, kv_cache: Tensor) -> CacheLayout:
         if self._layout is None or self._layout.cache() is not kv_cache:
@@ -135,7 +131,7 @@ class CpuOps(Ops):
             eps,
             num_rows,
             size,
-            self.threads_for(num_rows * size >= PARALLEL_NORM),
+            *self.threads_for(num_rows * size >= PARALLEL_NORM),
         )
         return out
 
@@ -192,7 +188,7 @@ class CpuOps(Ops):
             layout.block_size,
             layout.row_size,
             layout.kind,
-            self.threads_for(num_tokens * width >= PARALLEL_ROTARY),
+            *self.threads_for(num_tokens * width >= PARALLEL_ROTARY),
         )
         return out
 
@@ -204,8 +200,8 @@ class CpuOps(Ops):
             raise ValueError(f"silu_and_mul: gate_up {gate_up.shape} has no halves")
         size = width // 2
         out = torch.empty(num_rows, size)
-        num_threads = self.threads_for(num_rows * size >= PARALLEL_SILU)
-        elementwise.silu_and_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, size, num_threads)
+        threads = self.threads_for(num_rows * size >= PARALLEL_SILU)
+        elementwise.silu_and_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, size, *threads)
         return out
 
     def prepare_weight(self, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Any:
@@ -234,7 +230,7 @@ class CpuOps(Ops):
             num_tokens,
             in_features,
             weight.out_features,
-            self.threads_for(weight.is_large or num_tokens > 4),
+            *self.threads_for(weight.is_large or num_tokens > 4),
         )
         return out
 
@@ -290,7 +286,7 @@ class CpuOps(Ops):
             len(prepared.downs),
             hidden,
             prepared.size,
-            self.threads_for(shape.numel() * hidden * prepared.size >= PARALLEL_EXPERTS),
+            *self.threads_for(shape.numel() * hidden * prepared.size >= PARALLEL_EXPERTS),
         )
         if not is_known:
             raise ValueError(
@@ -379,7 +375,7 @@ class CpuOps(Ops):
             scale,
             sliding_window or 0,
             metadata.max_query_len,
-            self.threads_for(),
+            *self.threads_for(),
         )
         return out
 
@@ -416,7 +412,7 @@ class CpuOps(Ops):
             out.data_ptr(),
             num_rows,
             vocab,
-            self.threads_for(),
+            *self.threads_for(),
         )
         return out
 
@@ -429,7 +425,7 @@ class CpuOps(Ops):
             raise ValueError(f"smallest_kept: {num_rows} rows, {shapes}")
         out = torch.empty(num_rows)
         columns = [x.data_ptr() for x in (logits, top_k, *floats, out)]
-        smallest_kept(*columns, num_rows, vocab, self.threads_for())
+        smallest_kept(*columns, num_rows, vocab, *self.threads_for())
         return out
 
     def warm_up(self) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from common.kernels.cpu.elementwise import share
@@ -23,6 +22,7 @@ from common.kernels.cpu.experts import (
 from common.kernels.cpu.integer_weight import IntegerWeight
 from common.kernels.cpu.jit import float32_array, helper, int64_array, kernel, next_index
 from common.kernels.cpu.linear import LINE
+from common.kernels.cpu.pool import spread
 from common.kernels.cpu.quantized_linear import (
     GROUP,
     HAS_TERMS,
@@ -162,7 +162,7 @@ def work(is_first, x, tables, sums, out, starts, first_units, counters, thread, 
 
 @kernel
 def quantized_experts(
-    x, expert_ids, weights, tables, out, num_tokens, k, num_experts, hidden, size, num_threads
+    x, expert_ids, weights, tables, out, num_tokens, k, num_experts, hidden, size, num_threads, pool
 ):
     """As `Ops.experts`. tables: the fields of each expert's gate, up and down. Returns whether all
     experts are there; otherwise nothing is computed."""
@@ -191,20 +191,10 @@ def quantized_experts(
         num_groups = left.shape[1] // first[GROUP]
         sums = sum_groups(left.ctypes.data, num_sums, num_groups, first[GROUP])
         is_first = phase == 0
-        if num_threads == 1:
-            places = (left, fields, sums.ctypes.data, right.ctypes.data, starts, first_units)
-            work(is_first, *places, counters.ctypes.data, 0, 1)
-        else:
-            for i in prange(num_threads):
-                own = int64_array(tables, (num_experts, 3, NUM_FIELDS))
-                places = (left, own, sums.ctypes.data, right.ctypes.data, starts, first_units)
-                work(is_first, *places, counters.ctypes.data, i, num_threads)
+        places = (left, fields, sums.ctypes.data, right.ctypes.data, starts, first_units)
+        spread(work, (is_first, *places, counters.ctypes.data), num_threads, pool)
     outs = float32_array(out, (num_tokens, hidden))
     chosen = float32_array(weights, (num_tokens, k))
-    if num_threads == 1 or num_slots * hidden < PARALLEL_SUM:
-        sum_rows(results, slots, chosen, outs, 0, num_tokens)
-    else:
-        for i in prange(num_threads):
-            begin, end = share(num_tokens, i, num_threads), share(num_tokens, i + 1, num_threads)
-            sum_rows(results, slots, chosen, outs, begin, end)
+    adders = 1 if num_slots * hidden < PARALLEL_SUM else num_threads
+    spread(sum_rows, (results, slots, chosen, outs), adders, pool)
     return True

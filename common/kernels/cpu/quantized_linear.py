@@ -9,7 +9,6 @@ unpacked once, into the nearest cache, and multiplied as a float panel is.
 """
 
 import numpy as np
-from numba import prange
 
 from common.kernels.cpu.jit import (
     byte_array,
@@ -20,6 +19,7 @@ from common.kernels.cpu.jit import (
     next_index,
 )
 from common.kernels.cpu.linear import BLOCK, LINE
+from common.kernels.cpu.pool import spread
 from common.kernels.cpu.quantized_codes import widen
 from common.kernels.cpu.quantized_vector import expand, quantized_tile
 from common.kernels.cpu.vector import FEW_ROWS, LANES, MAX_ROWS, PANEL, panel_tile
@@ -226,19 +226,15 @@ def sum_groups(x, num_tokens, num_groups, group):
 
 
 @kernel
-def quantized_linear(x, table, out, num_tokens, num_threads):
+def quantized_linear(x, table, out, num_tokens, num_threads, pool):
     """out = x @ weight.T + bias. x: [num_tokens, depth] float32. table: the weight's fields."""
     weight = int64_array(table, NUM_FIELDS)
     num_sums = num_tokens if weight[HAS_TERMS] else 0
     group = weight[GROUP]
     sums = sum_groups(x, num_sums, weight[IN_FEATURES] // group, group)
     counters = np.zeros((num_threads, LINE // 8), np.int64)
-    if num_threads == 1:
-        work(x, sums.ctypes.data, weight, out, num_tokens, counters.ctypes.data, 0, 1)
-    else:
-        for i in prange(num_threads):
-            place, own = counters.ctypes.data, int64_array(table, NUM_FIELDS)
-            work(x, sums.ctypes.data, own, out, num_tokens, place, i, num_threads)
+    arguments = x, sums.ctypes.data, weight, out, num_tokens, counters.ctypes.data
+    spread(work, arguments, num_threads, pool)
 
 
 @helper(exact=True)
@@ -255,7 +251,7 @@ def unpack_row(weight, values, panel, column, scales, minimums, row_scale, out):
         out[k] = value + minimums[number, column]
 
 
-@kernel(exact=True, parallel=False)
+@kernel(exact=True)
 def quantized_rows(token_ids, table, values, out, num_tokens):
     """out[i] = row token_ids[i] of the weight; its inputs in the order of the codes. values: of each
     code, 256 or 16 floats."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.kernels.cpu.pool import Threads
 from common.kernels.cpu.quantized_codes import (
     FP4,
     FP8,
@@ -124,14 +125,14 @@ class QuantizedPanels:
         sizes = {name: (x.dtype, *x.shape) for name, x in self.tensors.items()}
         return self.kind, self.group, self.activations, self.order is None, sizes
 
-    def linear(self, x: Tensor, num_threads: int) -> Tensor:
+    def linear(self, x: Tensor, threads: Threads) -> Tensor:
         """x: [num_tokens, in_features] float32, contiguous."""
         if self.order is not None:
             x = x[:, self.order]
         if self.activations is not None:
             x = round_activations(x, self.activations, self.group).contiguous()
         out = torch.empty(len(x), self.out_features)
-        quantized_linear(x.data_ptr(), self.address, out.data_ptr(), len(x), num_threads)
+        quantized_linear(x.data_ptr(), self.address, out.data_ptr(), len(x), *threads)
         return out
 
     def rows(self, token_ids: Tensor) -> Tensor:

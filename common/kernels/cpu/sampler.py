@@ -13,11 +13,12 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 from numba.extending import intrinsic
 
 from common.kernels.cpu.elementwise import exp32
 from common.kernels.cpu.jit import float32_array, helper, int64_array, kernel, next_index
+from common.kernels.cpu.pool import spread
 from common.kernels.cpu.vector import INT, LANES, VECTOR, highest, store
 from common.sampling import _MULTIPLIERS, _WEYL, NO_TOKEN
 
@@ -334,6 +335,32 @@ def sample_row(
     return draw(scaled, largest, first, smallest, seed, position, choice, noise)
 
 
+@helper(exact=True)
+def sample_rows(rows, filters, places, tokens, next, thread, num_threads):
+    """Draw for one row after another, until none is left."""
+    temperatures, top_ks, top_ps, log_min_ps = filters
+    seeds, positions, choices = places
+    num_rows, vocab = rows.shape
+    scaled = np.empty((5, vocab), np.float32)
+    scratch = (scaled[0], scaled[1], scaled[2], scaled[3], scaled[4])
+    noise = np.empty(WIDTH, np.float32)
+    row = next_index(next.ctypes.data)
+    while row < num_rows:
+        tokens[row] = sample_row(
+            rows[row],
+            temperatures[row],
+            top_ks[row],
+            top_ps[row],
+            log_min_ps[row],
+            np.uint64(seeds[row]),
+            np.uint64(positions[row]),
+            np.uint64(choices[row]),
+            scratch,
+            noise,
+        )
+        row = next_index(next.ctypes.data)
+
+
 @kernel(exact=True)
 def sample(
     logits,
@@ -348,6 +375,7 @@ def sample(
     num_rows,
     vocab,
     num_threads,
+    pool,
 ):
     rows = float32_array(logits, (num_rows, vocab))
     temperatures = float32_array(temperature, (num_rows,))
@@ -356,42 +384,30 @@ def sample(
     seeds_of, positions_of = int64_array(seeds, (num_rows,)), int64_array(positions, (num_rows,))
     choices_of = int64_array(choices, (num_rows,))
     tokens = int64_array(out, (num_rows,))
-    next = np.zeros(1, np.int64)
-    for _ in prange(num_threads):
-        scaled = np.empty((5, vocab), np.float32)
-        scratch = (scaled[0], scaled[1], scaled[2], scaled[3], scaled[4])
-        noise = np.empty(WIDTH, np.float32)
+    filters = (temperatures, top_ks, top_ps, log_min_ps)
+    places = (seeds_of, positions_of, choices_of)
+    spread(sample_rows, (rows, filters, places, tokens, np.zeros(1, np.int64)), num_threads, pool)
+
+
+@helper(exact=True)
+def filter_rows(rows, top_ks, top_ps, log_min_ps, smallest, next, thread, num_threads):
+    num_rows, vocab = rows.shape
+    spare = np.empty((4, vocab), np.float32)
+    scratch = (spare[0], spare[1], spare[2], spare[3])
+    row = next_index(next.ctypes.data)
+    while row < num_rows:
+        largest = find_largest(rows[row])[0]
+        smallest[row] = lowest_allowed(
+            rows[row], largest, top_ks[row], top_ps[row], log_min_ps[row], scratch
+        )
         row = next_index(next.ctypes.data)
-        while row < num_rows:
-            tokens[row] = sample_row(
-                rows[row],
-                temperatures[row],
-                top_ks[row],
-                top_ps[row],
-                log_min_ps[row],
-                np.uint64(seeds_of[row]),
-                np.uint64(positions_of[row]),
-                np.uint64(choices_of[row]),
-                scratch,
-                noise,
-            )
-            row = next_index(next.ctypes.data)
 
 
 @kernel(exact=True)
-def smallest_kept(logits, top_k, top_p, log_min_p, out, num_rows, vocab, num_threads):
+def smallest_kept(logits, top_k, top_p, log_min_p, out, num_rows, vocab, num_threads, pool):
     rows = float32_array(logits, (num_rows, vocab))
     top_ks, top_ps = int64_array(top_k, (num_rows,)), float32_array(top_p, (num_rows,))
     log_min_ps = float32_array(log_min_p, (num_rows,))
     smallest = float32_array(out, (num_rows,))
-    next = np.zeros(1, np.int64)
-    for _ in prange(num_threads):
-        spare = np.empty((4, vocab), np.float32)
-        scratch = (spare[0], spare[1], spare[2], spare[3])
-        row = next_index(next.ctypes.data)
-        while row < num_rows:
-            largest = find_largest(rows[row])[0]
-            smallest[row] = lowest_allowed(
-                rows[row], largest, top_ks[row], top_ps[row], log_min_ps[row], scratch
-            )
-            row = next_index(next.ctypes.data)
+    arguments = (rows, top_ks, top_ps, log_min_ps, smallest, np.zeros(1, np.int64))
+    spread(filter_rows, arguments, num_threads, pool)
