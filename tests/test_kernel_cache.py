@@ -25,8 +25,10 @@ COUNT = """
 from common.distributed.shared_memory import load_kernels
 from common.kernels.cpu import compile as cpu_compile
 from common.kernels.cpu.ops import CpuOps
+from common.kernels.cpu.pool import threads_of_pool
 CpuOps(1)
 load_kernels()
+threads_of_pool(2)
 cpu_compile.compile_kernel("copy_pieces")
 stats = [k.stats for k in cpu_compile.KERNELS.values()]
 print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.values()) for s in stats))

@@ -131,7 +131,7 @@ def work(is_first, x, weights, zeros, out, starts, first_units, sizes, counters,
     for i in range(threads):
         owner = (thread + i) % threads
         begin, end = share(num_units, owner, threads), share(num_units, owner + 1, threads)
-        unit = begin + next_index(counters + owner * LINE)
+        unit = begin + next_index(counters.ctypes.data + owner * LINE)
         expert = 0
         while unit < end:
             while first_units[expert + 1] <= unit:
@@ -152,7 +152,7 @@ def work(is_first, x, weights, zeros, out, starts, first_units, sizes, counters,
             if is_first:
                 place = float32_array(out + row * num_columns * 4, (count, num_columns))
                 silu_columns(pair, place, panel * PANEL)
-            unit = begin + next_index(counters + owner * LINE)
+            unit = begin + next_index(counters.ctypes.data + owner * LINE)
 
 
 @helper
@@ -212,8 +212,7 @@ def experts(
         own = tables[phase]
         sizes = (depth, num_columns, num_panels)
         places = (left.ctypes.data, own, zeros, right.ctypes.data, starts, first_units)
-        arguments = (phase == 0, *places, sizes, counters.ctypes.data)
-        spread(work, arguments, num_threads, pool)
+        spread(work, (phase == 0, *places, sizes, counters), num_threads, pool)
     outs = float32_array(out, (num_tokens, hidden))
     chosen = float32_array(weights, (num_tokens, k))
     adders = 1 if num_slots * hidden < PARALLEL_SUM else num_threads

@@ -68,7 +68,7 @@ def multiply_panel(x, info, weight, bias, out, panel, num_tokens, sizes):
 
 
 @helper
-def work(x, info, weight, bias, out, num_tokens, sizes, counters, thread, num_threads):
+def work(codes, info, weight, bias, out, num_tokens, sizes, counters, thread, num_threads):
     """Units of work, (block of rows, panel), shared out as `linear.work` does."""
     bits, num_groups, group_chunks, _, _, _, num_columns = sizes
     num_chunks = num_groups * group_chunks
@@ -80,15 +80,16 @@ def work(x, info, weight, bias, out, num_tokens, sizes, counters, thread, num_th
     for i in range(num_threads):
         owner = (thread + i) % num_threads
         begin, end = share(num_units, owner, num_threads), share(num_units, owner + 1, num_threads)
-        unit = begin + next_index(counters + owner * LINE)
+        unit = begin + next_index(counters.ctypes.data + owner * LINE)
         while unit < end:
             block, panel = unit // num_panels, unit % num_panels
             row = share(num_tokens, block, num_blocks)
             count = share(num_tokens, block + 1, num_blocks) - row
-            rows, facts = x + row * x_stride, info + row * info_stride
+            rows = codes.ctypes.data + row * x_stride
+            facts = info.ctypes.data + row * info_stride
             place = out + row * num_columns * 4
             multiply_panel(rows, facts, weight, bias, place, panel, count, sizes)
-            unit = begin + next_index(counters + owner * LINE)
+            unit = begin + next_index(counters.ctypes.data + owner * LINE)
 
 
 @kernel
@@ -118,10 +119,9 @@ def integer_linear(
     codes = np.empty(num_tokens * width, np.uint8)
     info = np.empty(num_tokens * (num_chunks if bits == 4 else num_groups) * INFO, np.uint8)
     counters = np.zeros((num_threads, LINE // 8), np.int64)
-    places = codes.ctypes.data, info.ctypes.data
     rounders = 1 if num_tokens * depth < PARALLEL_ROUND else num_threads
-    rounding = (x, bits, *places, num_tokens, depth, group, group_chunks, offset)
+    rounding = (x, bits, codes, info, num_tokens, depth, group, group_chunks, offset)
     spread(round_rows, rounding, rounders, pool)
     sizes = bits, num_groups, group_chunks, half, has_minimums, panel_bytes, num_columns
-    products = (*places, weight, bias, out, num_tokens, sizes, counters.ctypes.data)
+    products = (codes, info, weight, bias, out, num_tokens, sizes, counters)
     spread(work, products, num_threads, pool)

@@ -100,17 +100,18 @@ def round_some(x, size, factor, is_wide, codes):
 
 @helper(exact=True)
 def round_rows(
-    x, bits, codes, info, num_tokens, depth, group, group_chunks, offset, piece, num_pieces
+    x, bits, all_codes, all_info, num_tokens, depth, group, group_chunks, offset, piece, num_pieces
 ):
-    """Round a piece of the rows of x, [num_tokens, depth]. Arguments are addresses and sizes.
+    """Round a piece of the rows of x, [num_tokens, depth]. x is an address.
 
-    bits: of the weight. codes: [tokens, groups, padded group], int8 for 4 bits and int16 for 8.
-    info: [tokens, chunks of 4 bits or groups of 8, 3]: scale; offset times the sum of codes (int32);
+    bits: of the weight. all_codes, as bytes: [tokens, groups, padded group], int8 for 4 bits and int16 for 8.
+    all_info: [tokens, chunks of 4 bits or groups of 8, 3]: scale; offset times the sum of codes (int32);
     scale times that sum. offset is what a weight's codes are too large by.
     """
     width, step = (1, CHUNK) if bits == 4 else (2, group)  # bytes of a code, codes of an info
     padded = group_chunks * (CHUNK if bits == 4 else PAD)
     begin, end = share(num_tokens, piece, num_pieces), share(num_tokens, piece + 1, num_pieces)
+    codes, info = all_codes.ctypes.data, all_info.ctypes.data
     info += begin * (depth // group) * ((group + step - 1) // step) * INFO
     for row in range(begin, end):
         for g in range(depth // group):

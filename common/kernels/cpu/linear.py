@@ -69,7 +69,7 @@ def work(x, weight, bias, out, num_tokens, depth, num_columns, counters, thread,
     for i in range(num_threads):
         owner = (thread + i) % num_threads
         begin, end = owner * num_units // num_threads, (owner + 1) * num_units // num_threads
-        unit = begin + next_index(counters + owner * LINE)
+        unit = begin + next_index(counters.ctypes.data + owner * LINE)
         while unit < end:
             block, panel = unit // num_panels, unit % num_panels
             row = block * num_tokens // num_blocks
@@ -77,12 +77,12 @@ def work(x, weight, bias, out, num_tokens, depth, num_columns, counters, thread,
             place = out + row * num_columns * 4
             rows = x + row * depth * 4
             multiply_panel(rows, weight, bias, place, panel, count, depth, num_columns)
-            unit = begin + next_index(counters + owner * LINE)
+            unit = begin + next_index(counters.ctypes.data + owner * LINE)
 
 
 @kernel
 def linear(x, weight, bias, out, num_tokens, depth, num_columns, num_threads, pool):
     """out = x @ weight.T + bias. x: [num_tokens, depth]; weight: panels; bias: padded to panels."""
     counters = np.zeros((num_threads, LINE // 8), np.int64)
-    arguments = x, weight, bias, out, num_tokens, depth, num_columns, counters.ctypes.data
+    arguments = x, weight, bias, out, num_tokens, depth, num_columns, counters
     spread(work, arguments, num_threads, pool)

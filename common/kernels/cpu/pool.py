@@ -100,7 +100,11 @@ def run_shares(pool):
 @helper
 def spread(function, arguments, num_threads, pool):
     """function(*arguments, i, num_threads) for every i below num_threads, each once, in any order and
-    on any core. The function is a `helper`, and raises nothing."""
+    on any core. The function is a `helper`, and raises nothing.
+
+    An array goes in as such: of one whose address alone is among the arguments, numba does not know
+    that it is used, and lets it go.
+    """
     share, place = pack(function, arguments)
     if num_threads == 1 or not replace(pool + OWNER, 0, 1):
         for number in range(num_threads):
@@ -164,6 +168,9 @@ class Pool:
 
     def threads(self, num_threads: int) -> Threads:
         """So many cores: the calling one, and workers, which are there from now on."""
+        if not self.workers:
+            for needed in (pool_worker, pool_stop):  # before a request, or the end, waits for it
+                needed.compile(needed._cache.signature)
         while len(self.workers) < num_threads - 1:
             worker = threading.Thread(
                 target=pool_worker, args=(self.address,), name="kernels", daemon=True

@@ -135,7 +135,7 @@ def work(is_first, x, tables, sums, out, starts, first_units, counters, thread, 
     for i in range(threads):
         owner = (thread + i) % threads
         begin, end = share(num_units, owner, threads), share(num_units, owner + 1, threads)
-        unit = begin + next_index(counters + owner * LINE)
+        unit = begin + next_index(counters.ctypes.data + owner * LINE)
         expert = 0
         while unit < end:
             while first_units[expert + 1] <= unit:
@@ -145,7 +145,8 @@ def work(is_first, x, tables, sums, out, starts, first_units, counters, thread, 
             num_rows = starts[expert + 1] - starts[expert]
             row = starts[expert] + share(num_rows, block, num_blocks)
             count = starts[expert] + share(num_rows, block + 1, num_blocks) - row
-            rows, own_sums = x.ctypes.data + row * depth * 4, sums + row * num_groups * 4
+            rows = x.ctypes.data + row * depth * 4
+            own_sums = sums.ctypes.data + row * num_groups * 4
             target = out + row * num_columns * 4
             if is_first:
                 pair = np.empty((count, 2 * PANEL), np.float32)
@@ -157,7 +158,7 @@ def work(is_first, x, tables, sums, out, starts, first_units, counters, thread, 
                 silu_columns(pair, result, panel * PANEL)
             else:
                 write_panel(rows, own_sums, tables[expert, 2], target, count, panel, spaces)
-            unit = begin + next_index(counters + owner * LINE)
+            unit = begin + next_index(counters.ctypes.data + owner * LINE)
 
 
 @kernel
@@ -191,8 +192,8 @@ def quantized_experts(
         num_groups = left.shape[1] // first[GROUP]
         sums = sum_groups(left.ctypes.data, num_sums, num_groups, first[GROUP])
         is_first = phase == 0
-        places = (left, fields, sums.ctypes.data, right.ctypes.data, starts, first_units)
-        spread(work, (is_first, *places, counters.ctypes.data), num_threads, pool)
+        places = (left, fields, sums, right.ctypes.data, starts, first_units)
+        spread(work, (is_first, *places, counters), num_threads, pool)
     outs = float32_array(out, (num_tokens, hidden))
     chosen = float32_array(weights, (num_tokens, k))
     adders = 1 if num_slots * hidden < PARALLEL_SUM else num_threads

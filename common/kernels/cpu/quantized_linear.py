@@ -201,14 +201,15 @@ def work(x, sums, weight, out, num_tokens, counters, thread, num_threads):
     for i in range(num_threads):
         owner = (thread + i) % num_threads
         begin, end = owner * num_units // num_threads, (owner + 1) * num_units // num_threads
-        unit = begin + next_index(counters + owner * LINE)
+        unit = begin + next_index(counters.ctypes.data + owner * LINE)
         while unit < end:
             block, panel = unit // num_panels, unit % num_panels
             row = block * num_tokens // num_blocks
             count = (block + 1) * num_tokens // num_blocks - row
-            place, own_sums = out + row * num_columns * 4, sums + row * len(spaces[0]) * 4
+            place = out + row * num_columns * 4
+            own_sums = sums.ctypes.data + row * len(spaces[0]) * 4
             write_panel(x + row * depth * 4, own_sums, weight, place, count, panel, spaces)
-            unit = begin + next_index(counters + owner * LINE)
+            unit = begin + next_index(counters.ctypes.data + owner * LINE)
 
 
 @helper
@@ -233,7 +234,7 @@ def quantized_linear(x, table, out, num_tokens, num_threads, pool):
     group = weight[GROUP]
     sums = sum_groups(x, num_sums, weight[IN_FEATURES] // group, group)
     counters = np.zeros((num_threads, LINE // 8), np.int64)
-    arguments = x, sums.ctypes.data, weight, out, num_tokens, counters.ctypes.data
+    arguments = x, sums, weight, out, num_tokens, counters
     spread(work, arguments, num_threads, pool)
 
 
