@@ -72,6 +72,7 @@ def _zero_points(module: Module, scheme: Scheme, shape: tuple[int, int]) -> Tens
     """[out, groups] int32, 0 where codes are symmetric. Packed along the outputs, or int8."""
     word, bits = "weight_zero_point", scheme.bits
     if scheme.is_symmetric:
+        _expect_no_zero_points(module, word, bits)
         return torch.zeros(shape, dtype=torch.int32)
     out_features, groups = shape
     if module.header(word).dtype == "I8":
@@ -87,15 +88,24 @@ def _zero_points(module: Module, scheme: Scheme, shape: tuple[int, int]) -> Tens
     return found[:, :out_features].t().int() - (1 << bits - 1)
 
 
+def _expect_no_zero_points(module: Module, word: str, bits: int) -> None:
+    """A file may bring those of a symmetric weight, if they move nothing. Raises ModelError."""
+    if not module.has(word):
+        return
+    header = module.header(word)
+    raw = module.read(f"{module.name}.{word}", header).flatten().view(torch.uint8)
+    middle = 0x88 if bits == 4 else 0x80  # of packed ones
+    if raw.any() and not (header.dtype == "I32" and (raw == middle).all()):
+        raise module.fail(word, "is not zero, but the config has symmetric true")
+
+
 def read_int8(module: Module, scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:
     """Integers of a byte each."""
     expect_type(module, "weight", scheme, "int", (4, 8))
     codes = module.take("weight", ("I8",), shape)
     scales, group = read_scales(module, SCALE, scheme, shape, FLOATS)
-    minimums = None
-    if not scheme.is_symmetric:
-        zeros = _zero_points(module, scheme, (shape[0], scales.shape[1]))
-        minimums = -zeros.float() * scales.float() if zeros.any() else None
+    zeros = _zero_points(module, scheme, (shape[0], scales.shape[1]))
+    minimums = -zeros.float() * scales.float() if zeros.any() else None
     weight = QuantizedWeight
     return build(
         module,
@@ -108,6 +118,7 @@ def read_fp8(module: Module, scheme: Scheme, word: str, shape: tuple[int, int]) 
     """E4M3 codes; scales that are floats, or bytes that are powers of two (MXFP8)."""
     expect_type(module, "weight", scheme, "float", (8,))
     codes = module.fp8("weight", module.take("weight", ("F8_E4M3",), shape))
+    _expect_no_zero_points(module, "weight_zero_point", 8)
     if module.header(word).dtype in ("U8", "F8_E8M0"):
         scales, group = read_powers(module, word, shape, 32)
     else:
@@ -162,7 +173,8 @@ def read_scales(
         _expect_divides(module, word, in_features, columns)
         found = (-(-out_features // rows), in_features // columns)
         scales = module.finite(word, module.take(word, dtypes, found))
-        return scales.repeat_interleave(rows, dim=0)[:out_features].contiguous(), columns
+        scales = scales.repeat_interleave(min(rows, out_features), dim=0)
+        return scales[:out_features].contiguous(), columns
     if scheme.group not in (None, -1):
         _expect_divides(module, word, in_features, scheme.group)
         found = (out_features, in_features // scheme.group)
