@@ -16,7 +16,7 @@ from common.models.quantized_checks import FLOATS, Module, build
 from common.models.quantized_config import Quantization, Scheme, scheme_of
 from common.models.quantized_integers import centred, reordered
 
-SCALE, PACKED = "weight_scale", "weight_packed"
+SCALE, PACKED, ZERO = "weight_scale", "weight_packed", "weight_zero_point"
 
 
 def read_compressed(
@@ -24,6 +24,8 @@ def read_compressed(
 ) -> QuantizedWeight:
     """[out, in] by what the module's tensors are. Raises ModelError."""
     scheme = scheme_of(module.name, config)
+    if scheme.is_symmetric:
+        _expect_no_zero_points(module, scheme.bits)
     if module.has(PACKED):
         read = read_packed if module.header(PACKED).dtype == "I32" else read_fp4
         return read(module, scheme, shape)
@@ -70,9 +72,8 @@ def read_packed(module: Module, scheme: Scheme, shape: tuple[int, int]) -> Quant
 
 def _zero_points(module: Module, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
     """[out, groups] int32, 0 where codes are symmetric. Packed along the outputs, or int8."""
-    word, bits = "weight_zero_point", scheme.bits
+    word, bits = ZERO, scheme.bits
     if scheme.is_symmetric:
-        _expect_no_zero_points(module, word, bits)
         return torch.zeros(shape, dtype=torch.int32)
     out_features, groups = shape
     if module.header(word).dtype == "I8":
@@ -88,15 +89,15 @@ def _zero_points(module: Module, scheme: Scheme, shape: tuple[int, int]) -> Tens
     return found[:, :out_features].t().int() - (1 << bits - 1)
 
 
-def _expect_no_zero_points(module: Module, word: str, bits: int) -> None:
+def _expect_no_zero_points(module: Module, bits: int) -> None:
     """A file may bring those of a symmetric weight, if they move nothing. Raises ModelError."""
-    if not module.has(word):
+    if not module.has(ZERO):
         return
-    header = module.header(word)
-    raw = module.read(f"{module.name}.{word}", header).flatten().view(torch.uint8)
+    header = module.header(ZERO)
+    raw = module.read(f"{module.name}.{ZERO}", header).flatten().view(torch.uint8)
     middle = 0x88 if bits == 4 else 0x80  # of packed ones
     if raw.any() and not (header.dtype == "I32" and (raw == middle).all()):
-        raise module.fail(word, "is not zero, but the config has symmetric true")
+        raise module.fail(ZERO, "is not zero, but the config has symmetric true")
 
 
 def read_int8(module: Module, scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:
@@ -118,7 +119,6 @@ def read_fp8(module: Module, scheme: Scheme, word: str, shape: tuple[int, int]) 
     """E4M3 codes; scales that are floats, or bytes that are powers of two (MXFP8)."""
     expect_type(module, "weight", scheme, "float", (8,))
     codes = module.fp8("weight", module.take("weight", ("F8_E4M3",), shape))
-    _expect_no_zero_points(module, "weight_zero_point", 8)
     if module.header(word).dtype in ("U8", "F8_E8M0"):
         scales, group = read_powers(module, word, shape, 32)
     else:
