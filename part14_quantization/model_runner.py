@@ -76,10 +76,8 @@ class ModelRunner:
         copy = None
         if config.speculative == "draft":
             copy = copy_that_drafts(config.draft_model)
-            if copy is not None:
-                copy.names(
-                    open_weights(folder, quantized=True)
-                )  # an error now, before it is loaded
+        if copy is not None:  # an error now, and not after the model is loaded
+            copy.names(open_weights(folder, quantized=True))
         self.model = self.load_model(folder, max_model_len, recipe)
         if config.eplb:
             self.model.check_experts(self.everyone)

@@ -7,7 +7,6 @@ transformers, and which the oracle has checked.
 
 import atexit
 import hashlib
-import importlib
 import json
 import random
 import shutil
@@ -36,7 +35,7 @@ from common.models.checkpoint import resolve
 from common.models.quantized_stored import write_weights
 from common.models.weight_slices import open_weights
 from common.sampling import SamplingParams
-from common.testing.parts import make_engine
+from common.testing.parts import make_engine, module_of
 from common.testing.rank_threads import engine_in_threads
 from common.testing.schedules import Drive, Event, known_requests
 from common.testing.transfer_pair import pair
@@ -574,7 +573,7 @@ def quantised_folder() -> str:
 def test_what_is_quantised_already_is_not_rounded(
     flags: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("part14_quantization.model_runner")
+    module = module_of(14, "model_runner")
     if "speculative" in flags:  # then the model itself would be loaded first
         monkeypatch.setattr(module.ModelRunner, "load_model", None)
     with pytest.raises(ValueError, match=message):
