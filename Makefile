@@ -9,6 +9,10 @@ PACKAGE := part$(shell printf '%02d' $$(echo $(PART) | sed 's/^0*//'))
 # The engines that part 4 is measured beside; more where they are installed, as in
 # make bench PEERS="--peer transformers --peer vllm --peer-python /venvs/vllm/bin/python"
 PEERS ?= --peer transformers
+# Part 14 is measured beside llama.cpp, which the lock has not: LLAMA_CPP="--peer-python /venvs/llama/bin/python"
+LLAMA_CPP ?=
+Q4_1 := model=smollm2-135m-q4_1
+R14 := part14_quantization/results
 # torch is installed first and by itself: what it needs besides differs between its builds (the one for
 # CUDA pins nvidia's packages and triton exactly, the one for the CPU has none of them). So the lock
 # is resolved beside this torch, but lists neither it nor nvidia's packages nor triton. The rest is
@@ -49,7 +53,7 @@ test-all: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check
 	$(BIN)/python -m pytest -m "not exercise" $(ARGS)
 
-# Measures what the READMEs show, then writes their tables. Wants a quiet machine, and about two hours.
+# Measures what the READMEs show, then writes their tables. Wants a quiet machine, and about three hours.
 bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench offline --part 1 --variant kv_cache=false --json part01_simple_server/results/kv_cache.json
 	$(BIN)/python -m common.bench startup --parts 1 --json part01_simple_server/results/startup.json
@@ -78,6 +82,14 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench offload sleep --json part12_cpu_offload/results/sleep.json
 	$(BIN)/python -m common.bench transfer --json part13_disagg_pd/results/transfer.json
 	$(BIN)/python -m common.bench disagg --json part13_disagg_pd/results/disagg.json
+	for method in awq gptq awq+gptq; do test -d calibrated/int4-$$method || \
+	$(BIN)/python -m part14.calibrate --method $$method --output calibrated/int4-$$method || exit 1; done
+	test -d calibrated/int8-smooth || $(BIN)/python -m part14.calibrate --format int8 --method smoothquant --output calibrated/int8-smooth
+	$(BIN)/python -m common.bench quality --part 14 --variants int8 int8-g32 int4 int4-g64 uint4 fp8-channel mxfp8 mxfp4 nvfp4 nf4 int8+int8 int4+int8 fp8-channel+fp8 kv-int8 kv-fp8 --add int8-g32+int8:quantization=int8-g32,activations=int8 --add q4_1+int8:$(Q4_1),activations=int8 --add 'int4 awq:model=calibrated/int4-awq' --add 'int4 gptq:model=calibrated/int4-gptq' --add 'int4 awq+gptq:model=calibrated/int4-awq+gptq' --add 'int8+int8 smoothquant:model=calibrated/int8-smooth' --json $(R14)/quality.json
+	$(BIN)/python -m common.bench formats --quality $(R14)/quality.json --only fp32 int8 int8-g32 int4 nvfp4 int8+int8 int4+int8 q4_1+int8 --json $(R14)/formats.json --plot $(R14)/formats.png
+	$(BIN)/python -m common.bench formats --kv --json $(R14)/formats_kv.json
+	-$(BIN)/python -m common.bench compare --part 14 --peer llama-cpp $(LLAMA_CPP) --pairs 3 --prompt-len 64 --variant q4_1:$(Q4_1) --variant q4_1+int8:$(Q4_1),activations=int8 --variant int4+int8:quantization=int4,activations=int8 --json $(R14)/compare.json --plot $(R14)/compare.png
+	$(BIN)/python -m common.bench speculative --variants 14 14:draft=self-int4 --batches 1 --pairs 3 --json $(R14)/speculative.json
 	$(BIN)/python -m common.bench report --all --write
 
 notebooks: $(VENV)/.dev
@@ -122,7 +134,7 @@ lock: .venv-lock/bin/uv
 	.venv-lock/bin/python $(INSTALL) 'uv>=0.9'
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-lock .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-lock calibrated .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(VENV)/.venv:
 	@echo "== Making a virtual environment in $(VENV)"

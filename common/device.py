@@ -80,11 +80,11 @@ def usable_cores() -> int:
 
 
 def release_openmp_workers() -> None:
-    """End the calling thread's OpenMP workers: another thread will do the work from now on.
+    """End the calling thread's OpenMP workers: another thread will run PyTorch from now on.
 
     GNU's OpenMP keeps workers for every thread that has run a parallel loop, as loading a model
-    does. When there are more workers than cores it puts them to sleep between any two loops, and a
-    decode step of SmolLM2-135M takes 38 ms instead of 23. Does nothing with another OpenMP.
+    does. When there are more workers than cores it puts them to sleep between any two loops. Does
+    nothing with another OpenMP.
     """
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []

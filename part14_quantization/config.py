@@ -42,7 +42,9 @@ class EngineConfig:
         "off", "format that linear layers' weights are rounded to", choices=FORMATS_OR_OFF
     )
     activations: str = option(
-        "off", "what their inputs are rounded to, token by token", choices=ACTIVATIONS
+        "off",
+        "what their inputs are rounded to, token by token and group by group",
+        choices=ACTIVATIONS,
     )
     quantize_embeddings: str = option(
         "auto",

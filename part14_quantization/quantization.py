@@ -14,7 +14,7 @@ largest of them is the largest that a code can say; then each is rounded to the 
     mxfp8      E4M3                         32               E8M0: a power of two      8.25
     mxfp4      E2M1: 0 .5 1 1.5 2 3 4 6     32               E8M0                      4.25
     nvfp4      E2M1                         16               E4M3, and one for all     4.5
-    nf4        16 quantiles of a normal     64               8 bits, and one for 256   4.127 (here 4.5)
+    nf4        16 quantiles of a normal     64               float32                   4.5
 
 Symmetric formats have no offset: a zero stays a zero. A minimum (asymmetric) spends more bits and uses
 all codes where numbers lie to one side.
@@ -98,7 +98,7 @@ def quantize_fp8(weight: Tensor, block: str | int = "tensor") -> QuantizedWeight
     return QuantizedWeight("fp8_e4m3", codes.flatten(1), scales, group)
 
 
-def power_of_two(amax: Tensor, exponent: int) -> Tensor:
+def e8m0_scales(amax: Tensor, exponent: int) -> Tensor:
     """E8M0, the exponent alone: with it, the largest number's exponent becomes `exponent` (OCP
     Microscaling Formats, version 1.0, section 6.3). Mantissas above the format's largest saturate."""
     _, exponents = torch.frexp(amax)  # amax = m * 2^e with m in [0.5, 1)
@@ -121,14 +121,14 @@ def round_e2m1(x: Tensor) -> Tensor:
 
 def quantize_mxfp8(weight: Tensor) -> QuantizedWeight:
     groups = in_groups(weight, 32)
-    scales = power_of_two(largest(groups), E4M3_EXPONENT)
+    scales = e8m0_scales(largest(groups), E4M3_EXPONENT)
     codes = round_e4m3(divide(groups, scales))
     return QuantizedWeight("fp8_e4m3", codes.flatten(1), scales, 32)
 
 
 def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
     groups = in_groups(weight, 32)
-    scales = power_of_two(largest(groups), E2M1_EXPONENT)
+    scales = e8m0_scales(largest(groups), E2M1_EXPONENT)
     codes = round_e2m1(divide(groups, scales))
     return QuantizedWeight("fp4_e2m1", pack_nibbles(codes.flatten(1)), scales, 32)
 
@@ -174,7 +174,7 @@ def nearest(x: Tensor, table: Tensor) -> Tensor:
 
 def quantize_nf4(weight: Tensor) -> QuantizedWeight:
     """Codes that are equally often used where weights are normal (QLoRA, arXiv 2305.14314). Scales are
-    rounded to 8 bits, too, as in a file; in memory here they are float32."""
+    rounded to 8 bits, as bitsandbytes does (which keeps 4.127 bits a weight), and kept as float32."""
     groups = in_groups(weight, 64)
     scales = largest(groups)
     codes = nearest(divide(groups, scales), torch.tensor(NF4, device=weight.device))

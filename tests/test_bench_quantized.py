@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from part14.config import EngineConfig
 from part14.quantization import FORMATS
 
@@ -17,8 +20,8 @@ from common.bench.__main__ import main
 from common.bench.core.results import load_result, make_result, save_result
 from common.bench.quantized import run as formats
 from common.bench.quantized import variants as format_variants
-from common.bench.quantized.plot import front
-from common.bench.quantized.rows import bandwidth_share, kv_bits, read_quality
+from common.bench.quantized.plot import draw_formats, front
+from common.bench.quantized.rows import bandwidth_share, columns, kv_bits, read_quality
 from common.bench.quantized.sizes import (
     LAYOUTS,
     checkpoint_shapes,
@@ -26,7 +29,7 @@ from common.bench.quantized.sizes import (
     looked_up_bytes,
     model_bytes,
 )
-from common.bench.quantized.variants import FormatVariant, empty_cache
+from common.bench.quantized.variants import FormatVariant, empty_caches
 from common.bench.quantized.worker import PrivateMemory, formats_job
 
 LIMITS = {"device": "cpu", "read_gbps": 10.0, "fp32_gflops": 100.0, "bf16_tflops": None}
@@ -122,6 +125,32 @@ def test_the_front_is_what_nothing_beats() -> None:
     assert front([rows[0]] * 2, "x", least=True) == [rows[0]] * 2  # equals do not beat each other
 
 
+def test_the_picture_names_every_point_and_no_name_hides_another() -> None:
+    """Two of them coincide, and one is a checkpoint, of which the front does not know."""
+    points = [("int4", 5.4, 0.36, 40), ("int4+int8", 5.4, 0.36, 60), ("int8", 8.1, 0.003, 50)]
+    points += [("q4_1+int8", 5.7, 0.0035, 70), ("fp32", 32.0, 0.0, 30)]
+    unknown = dict.fromkeys((entry["key"] for entry in columns([1, 4])), None)
+    rows = []
+    for name, bits, kl, rate in points:
+        found = {"variant": name, "bits": bits, "kl": kl, "rate_1": rate, "rate_4": 3 * rate}
+        rows.append(unknown | found | {"settings": ""})
+    rows[1]["settings"] = "quantization=int4, activations=int8"
+    rows[3]["settings"] = "model=smollm2-135m-q4_1, activations=int8"
+    result = make_result("Formats", columns([1, 4]), rows, limits={"unmeasured": "no need"})
+    figure = Figure(figsize=(13, 6.4))
+    FigureCanvasAgg(figure)
+    draw_formats(figure, result)
+    assert len(figure.axes) == 3
+    for panel in figure.axes:
+        names = [text for text in panel.texts if isinstance(text, Annotation)]
+        assert {text.get_text() for text in names} == {name for name, *_ in points[:-1]}
+        boxes = [Text.get_window_extent(text) for text in names]
+        pairs = itertools.combinations(boxes, 2)
+        assert not any(first.overlaps(second) for first, second in pairs)
+        (steps,) = (line for line in panel.lines if line.get_drawstyle().startswith("steps"))
+        assert 0.0035 not in steps.get_ydata() and 0.003 in steps.get_ydata()
+
+
 # The command
 
 
@@ -137,7 +166,15 @@ def saved_quality(path: Path, *names: str) -> Path:
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+def caches() -> dict[str, list[str]]:
+    """Where each variant's workers keep quantised weights, start after start."""
+    return {}
+
+
+@pytest.fixture
+def played(
+    monkeypatch: pytest.MonkeyPatch, caches: dict[str, list[str]]
+) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Workers that answer at once; mxfp4's does not start. Yields the jobs they were given."""
     jobs: list[tuple[str, dict[str, Any]]] = []
 
@@ -145,6 +182,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str
         command: list[str], job: dict[str, Any], environment: dict[str, str], name: str, *rest: Any
     ) -> dict[str, Any]:
         assert Path(environment["FIFTEEN_ENGINES_CACHE"]).is_dir()
+        caches.setdefault(name, []).append(environment["FIFTEEN_ENGINES_CACHE"])
         jobs.append((name, job))
         if name == "mxfp4":
             raise BenchError("mxfp4 failed: no such luck")
@@ -167,7 +205,10 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str
 
 
 def test_formats_from_first_starts_to_the_picture(
-    played: list[tuple[str, dict[str, Any]]], tmp_path: Path, capsys: Any
+    played: list[tuple[str, dict[str, Any]]],
+    caches: dict[str, list[str]],
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     quality = saved_quality(tmp_path / "q.json", "int4", "int8+int8", "own", "reference")
     flags = ["formats", "--only", "fp32", "mxfp4", "int4", "int8+int8", "--quality", str(quality)]
@@ -181,6 +222,9 @@ def test_formats_from_first_starts_to_the_picture(
     turns = [(name, job["batch_sizes"]) for name, job in played if job["batch_sizes"]]
     assert turns == [*((name, [1, 4]) for name in names), *((name, [4, 1]) for name in names[::-1])]
     assert all(job["settings"]["kernels"] == "reference" for _, job in played)
+    assert [len(caches[name]) for name in names] == [3] * 4  # a first start and two rounds …
+    assert all(len(set(folders)) == 1 for folders in caches.values())  # … in one cache
+    assert len({folders[0] for folders in caches.values()}) == len(caches)  # that no other has
     result = load_result(tmp_path / "f.json")
     rows = {row["variant"]: row for row in result["rows"]}
     assert list(rows) == names
@@ -210,12 +254,14 @@ def test_built_in_variants_are_settings_of_the_part() -> None:
         EngineConfig(**{"model": "smollm2-135m", **settings})
 
 
-def test_the_empty_cache_has_the_model_and_goes() -> None:
-    with empty_cache() as environment:
-        folder = Path(environment["FIFTEEN_ENGINES_CACHE"])
-        assert [path.name for path in folder.iterdir()] == ["smollm2-135m-v1"]
-        assert (folder / "smollm2-135m-v1" / "config.json").is_file()
-    assert not folder.exists()
+def test_empty_caches_have_the_model_and_go() -> None:
+    with empty_caches() as new_cache:
+        first, second = (Path(new_cache()["FIFTEEN_ENGINES_CACHE"]) for _ in range(2))
+        assert first != second
+        for folder in (first, second):
+            assert [path.name for path in folder.iterdir()] == ["smollm2-135m-v1"]
+            assert (folder / "smollm2-135m-v1" / "config.json").is_file()
+    assert not first.exists() and not second.exists()
 
 
 @pytest.mark.parametrize(

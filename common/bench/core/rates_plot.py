@@ -2,8 +2,8 @@
 
 The dots are medians and the thin lines reach from the slowest to the fastest round. Batch sizes and
 their speeds are drawn on logarithmic scales: where decoding is bound by memory, twice the batch is
-twice the speed and a straight line. The grey line is where the
-measured limits of the machine, memory's or arithmetic's, would be reached.
+twice the speed and a straight line. The grey line is where the measured limits of the machine,
+memory's or arithmetic's, would be reached in the number format that it names.
 """
 
 from pathlib import Path
@@ -44,7 +44,8 @@ def plot_rates(result: Result, path: Path) -> None:
         draw_lines(panels.pop(0), decode, names, alone=not bars)
     for panel, rows in zip(panels, bars.values(), strict=True):
         draw_bars(panel, rows, names, named=not decode)
-    figure.supxlabel(caption(result), fontsize=8, color="#666666")
+    text = " ".join([caption(result), *limit_in_words(decode)])
+    figure.supxlabel(text, fontsize=8, color="#666666")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -105,6 +106,14 @@ def speed_limit(rows: list[dict[str, Any]], batch_size: int) -> float | None:
     return max(limits, default=None)
 
 
+def limit_in_words(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence where there are engines that the limit is none for."""
+    dtype = next((row["dtype"] for row in rows if row["mbu"]), None)
+    if dtype is None or all(row["dtype"] in DTYPE_BYTES for row in rows):
+        return []
+    return [f"Dashed: the limit of weights and products in {dtype}; other formats may pass it."]
+
+
 def plain_ticks(panel: Any) -> None:
     """1, 2 and 5 times powers of ten, written out."""
     low, high = panel.get_ylim()
@@ -132,10 +141,13 @@ def draw_bars(panel: Any, rows: list[dict[str, Any]], names: list[str], named: b
 
 
 def caption(result: Result) -> str:
-    """The machine, in few words."""
+    """The machine and the day, in few words, and what thin lines are where there was more than a round."""
     machine = result["machine"]
     name = (
         machine["gpus"][0]["name"] if result["limits"].get("device") == "cuda" else machine["cpu"]
     )
     cores = "" if result["limits"].get("device") == "cuda" else f", {machine['cores']} cores"
-    return f"{name}{cores}. {result['date'][:10]}. Thin lines: slowest to fastest round."
+    lines = " Thin lines: slowest to fastest round."
+    if all(len(row.get("rates", "several")) == 1 for row in result["rows"]):
+        lines = ""
+    return f"{name}{cores}. {result['date'][:10]}.{lines}"

@@ -1,13 +1,13 @@
 """The result of `formats` as a picture: what bits buy in quality, and what quality costs in speed.
 
-Left: bits a weight and KL to fp32, both better the smaller; the area of a marker is the weights' memory.
-Right: speed at each batch and the same KL. The grey steps are the Pareto front: no format is better in
-both. A filled marker computes with float inputs, an open one rounds the inputs too. A KL below 1e-5
-stands at the lower edge: such a format says the model's weights again, as the file's own does.
+Left: bits a weight and KL to fp32, both better the smaller. Right: speed at each batch and the same KL.
+A dot computes with float inputs, a ring rounds the inputs too, so that both can be seen where they
+coincide. The grey steps are the Pareto front of formats that a model was rounded to: none of them is
+better in both. A checkpoint that was quantised before is drawn, but has no part in the front: its codes
+may be what "fp32" was made from. A KL below 1e-5 stands at the lower edge.
 """
 
-from collections.abc import Callable, Sequence
-from math import copysign
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from common.bench.quantized.variants import PLAIN
 
 Row = dict[str, Any]
 FLOOR = 1e-5  # of KL, nats a token
-RADIUS = 6  # of most markers, in points
-OFFSETS = [  # of a label from its marker: points, and where the text begins
-    (dx, dy, side)
-    for dy in (0, 8, -8, 14, -14, 21, -21, 28, -28, 36, -36)
-    for dx, side in ((3, "left"), (-3, "right"), (14, "left"), (-14, "right"), (-32, "right"))
-]
+DOT, RING = 45.0, 120.0  # areas of markers, in square points
+RADIUS = 6.5  # of a ring, in points
+SIDES = [  # of a label's near end from its marker, in points, and where the text begins
+    (8, "left"), (-8, "right"), (0, "center"), (24, "left"), (-24, "right"), (44, "left"),
+    (-44, "right"),
+]  # fmt: skip
+HEIGHTS = (0, 9, -9, 16, -16, 24, -24, 32, -32, 42, -42, 54, -54)
+OFFSETS = [(dx, dy, side) for dy in HEIGHTS for dx, side in SIDES if dx or abs(dy) > 9]
 
 
 def plot_formats(result: Result, path: Path) -> None:
@@ -55,15 +57,14 @@ def draw_formats(figure: Any, result: Result) -> None:
     plain = next((row for row in result["rows"] if row["variant"] == PLAIN), None)
     sizes = sorted(int(key.removeprefix("rate_")) for key in rows[0] if key.startswith("rate_"))
     figure.set_layout_engine("constrained")
-    halves = figure.subfigures(1, 2, width_ratios=[1.05, 1.25])
+    halves = figure.subfigures(1, 2, width_ratios=[0.85, 1.45])
     left = halves[0].subplots()
     num_rows = -(-len(sizes) // 2)
     grid = halves[1].subplots(num_rows, min(2, len(sizes)), sharey=True, squeeze=False)
-    panels = [left, *grid.flat]
-    draw_points(left, rows, "bits", lambda row: row["weights_mib"])
+    draw_points(left, rows, "bits")
     left.set(title="Bits and quality", xlabel="bits a weight, scales included")
     for panel, size in zip(grid.flat, sizes, strict=False):
-        draw_points(panel, rows, f"rate_{size}", lambda row: 70.0)
+        draw_points(panel, rows, f"rate_{size}")
         panel.set(title=f"Speed at batch {size}", xlabel="tokens/s")
         if plain:
             panel.axvline(plain[f"rate_{size}"], color="#999999", linestyle="--", linewidth=1)
@@ -73,19 +74,17 @@ def draw_formats(figure: Any, result: Result) -> None:
             )  # fmt: skip
     for panel in (left, *grid[:, 0]):
         panel.set_ylabel("KL to fp32, nats a token")
-    fronts = [front(rows, "bits", least=True)]
-    fronts += [front(rows, f"rate_{size}", least=False) for size in sizes]
-    for panel, members, key in zip(
-        panels, fronts, ["bits", *(f"rate_{size}" for size in sizes)], strict=False
-    ):
-        draw_front(panel, members, key)
+    keys = ["bits", *(f"rate_{size}" for size in sizes)]
+    panels = dict(zip(keys, [left, *grid.flat], strict=False))
+    for key, panel in panels.items():
+        draw_front(panel, rows, key)
     figure.legend(handles=legend(rows), loc="outside upper center", ncols=9, fontsize=9)
-    figure.supxlabel(caption_of(result), fontsize=8, color="#666666")
+    text = caption(result).partition(" Thin lines")[0]
+    figure.supxlabel(text, fontsize=8, color="#666666")
     figure.canvas.draw()  # labels are placed by what is where
     figure.set_layout_engine("none")
-    place_labels(left, rows, "bits")
-    for panel, members, size in zip(grid.flat, fronts[1:], sizes, strict=False):
-        place_labels(panel, members, f"rate_{size}", rows)
+    for key, panel in panels.items():
+        place_labels(panel, rows, key)
 
 
 def family(row: Row) -> str:
@@ -107,17 +106,20 @@ def rounds_inputs(row: Row) -> bool:
     return "activations=" in row["settings"]
 
 
-def draw_points(panel: Any, rows: Sequence[Row], key: str, area: Callable[[Row], float]) -> None:
+def is_checkpoint(row: Row) -> bool:
+    return "model=" in row["settings"]
+
+
+def draw_points(panel: Any, rows: Sequence[Row], key: str) -> None:
     colors = palette()
-    for row in sorted(rows, key=area, reverse=True):
-        color = colors[family(row)]
-        face = "white" if rounds_inputs(row) else color
+    for row in rows:
+        color, is_ring = colors[family(row)], rounds_inputs(row)
         panel.scatter(
-            row[key], row["kl"], s=area(row), facecolor=face, edgecolor=color, linewidth=1.6,
-            alpha=0.85, zorder=3,
+            row[key], row["kl"], s=RING if is_ring else DOT, facecolor="none" if is_ring else color,
+            edgecolor=color, linewidth=1.6, zorder=3,
         )  # fmt: skip
     panel.set_yscale("log")
-    panel.margins(x=0.2, y=0.14)
+    panel.margins(x=0.25 if key == "bits" else 0.42, y=0.14)  # names stand there
 
 
 def front(rows: Sequence[Row], key: str, least: bool) -> list[Row]:
@@ -135,41 +137,46 @@ def front(rows: Sequence[Row], key: str, least: bool) -> list[Row]:
     return sorted((row for row in rows if not beaten(row)), key=lambda row: row[key])
 
 
-def draw_front(panel: Any, members: Sequence[Row], key: str) -> None:
-    where = "post" if key == "bits" else "pre"
+def draw_front(panel: Any, rows: Sequence[Row], key: str) -> None:
+    is_bits = key == "bits"
+    members = front([row for row in rows if not is_checkpoint(row)], key, least=is_bits)
     x, y = [row[key] for row in members], [row["kl"] for row in members]
+    where = "post" if is_bits else "pre"
     panel.step(x, y, where=where, color="#AAAAAA", linewidth=1.2, zorder=2)
 
 
-def place_labels(
-    panel: Any, rows: Sequence[Row], key: str, all_rows: Sequence[Row] | None = None
-) -> None:
+def place_labels(panel: Any, rows: Sequence[Row], key: str) -> None:
     """A name beside each point, where no other name and no point is; a line leads to it if need be."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     figure = panel.get_figure(root=True)
     renderer = figure.canvas.get_renderer()
     radius = RADIUS * figure.dpi / 72  # in pixels
-    markers = [
-        Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius)
-        for x, y in (panel.transData.transform((row[key], row["kl"])) for row in all_rows or rows)
-    ]
+    points = [panel.transData.transform((row[key], row["kl"])) for row in rows]
+    taken = [Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius) for x, y in points]
+    taken += [text.get_window_extent(renderer) for text in panel.texts]
     bounds = panel.get_window_extent(renderer)
-    taken: list[Any] = []
+    right = bounds.x1 + radius  # there is room between panels
     for row in sorted(rows, key=lambda row: row["kl"], reverse=True):
         best = None
         for dx, dy, side in OFFSETS:
-            arrow = (
-                {"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.7} if abs(dy) > 8 else None
-            )
+            arrow = {
+                "arrowstyle": "-",
+                "color": "#AAAAAA",
+                "linewidth": 0.7,
+                "shrinkA": 0,
+                "shrinkB": RADIUS,
+            }
             text = panel.annotate(
-                row["variant"], (row[key], row["kl"]), (dx + copysign(RADIUS, dx), dy),
-                textcoords="offset points", ha=side, va="center", fontsize=8.5, arrowprops=arrow,
-                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}, zorder=4,
+                row["variant"], (row[key], row["kl"]), (dx, dy), textcoords="offset points", ha=side,
+                va="center", fontsize=8.5, zorder=4, arrowprops=arrow if max(abs(dx), abs(dy)) > 9 else None,
+                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
-            box = text.get_window_extent(renderer)
-            outside = not (bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0)
-            covered = sum(box.overlaps(other) for other in [*taken, *markers]) + 10 * outside
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # without its line
+            outside = not (bounds.x0 <= box.x0 and box.x1 <= right and bounds.y0 <= box.y0)
+            covered = sum(box.overlaps(other) for other in taken) + 10 * outside
             if best is None or covered < best[0]:
                 if best is not None:
                     best[1].remove()
@@ -179,28 +186,22 @@ def place_labels(
             if covered == 0:
                 break
         assert best is not None, "OFFSETS is empty"
-        text = best[1]
-        taken.append(text.get_window_extent(renderer))
+        taken.append(Text.get_window_extent(best[1], renderer))
 
 
 def legend(rows: Sequence[Row]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    def mark(label: str, color: str, face: str) -> Any:
+    def mark(label: str, color: str, face: str, area: float) -> Any:
         return Line2D(
-            [], [], marker="o", linestyle="", markersize=8, markeredgewidth=1.6, label=label,
+            [], [], marker="o", linestyle="", markersize=area**0.5, markeredgewidth=1.6, label=label,
             markeredgecolor=color, markerfacecolor=face,
         )  # fmt: skip
 
     shown = {family(row) for row in rows}
-    handles = [mark(name, color, color) for name, color in palette().items() if name in shown]
+    handles = [mark(name, color, color, DOT) for name, color in palette().items() if name in shown]
     if any(rounds_inputs(row) for row in rows):
-        handles.append(mark("inputs rounded too", "#666666", "white"))
-    handles.append(Line2D([], [], color="#AAAAAA", label="Pareto front"))
+        handles.append(mark("inputs rounded too", "#666666", "none", RING))
+    front_of = " (without checkpoints)" if any(is_checkpoint(row) for row in rows) else ""
+    handles.append(Line2D([], [], color="#AAAAAA", label=f"Pareto front{front_of}"))
     return handles
-
-
-def caption_of(result: Result) -> str:
-    return (
-        caption(result).split(" Thin lines")[0] + " Area of a marker, left: memory of the weights."
-    )

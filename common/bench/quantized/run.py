@@ -1,8 +1,8 @@
 """`formats`: number formats side by side: bits, memory, start-up, speed, and what `quality` found.
 
 Each measurement is a fresh process; formats take turns, in alternating order, for --pairs rounds. Before
-them each is started once with an empty cache of quantised weights (the first start); later starts map
-what that one has kept. Speeds are of decoding alone, from prompts of --prompt-len tokens.
+them each is started once with an empty cache of quantised weights, its own (the first start); its later
+starts map what that one has kept. Speeds are of decoding alone, from prompts of --prompt-len tokens.
 
     bits a weight      bytes of all weights, scales among them, over their number
     of the formula     these bytes over what the format says, matrix by matrix
@@ -15,6 +15,7 @@ numbers of `python -m common.bench quality`, by the variants' names.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from common.bench.quantized.variants import (
     KV,
     WEIGHTS,
     FormatVariant,
-    empty_cache,
+    empty_caches,
     make_variant,
     start_first,
 )
@@ -84,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     args.batch_sizes = sorted(set(args.batch_sizes or (KV_BATCH_SIZES if args.kv else BATCH_SIZES)))
     args.prompt_len = args.prompt_len or (KV_PROMPT if args.kv else PROMPT)
     shapes = checkpoint_shapes(args.model)
-    with empty_cache() as environment:
-        variants = make_variants(args, environment)
+    with empty_caches() as new_cache:
+        variants = make_variants(args, new_cache)
         measure(variants, args)
     measured = [entrant for entrant in variants if entrant.rates]
     if not measured:
@@ -103,7 +104,10 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(entrant.failure for entrant in variants) else 0
 
 
-def make_variants(args: argparse.Namespace, environment: dict[str, str]) -> list[FormatVariant]:
+def make_variants(
+    args: argparse.Namespace, new_cache: Callable[[], dict[str, str]]
+) -> list[FormatVariant]:
+    """Each with a cache of its own, whatever formats others share with it. Raises ValueError."""
     built_in = KV if args.kv else WEIGHTS
     unknown = set(args.only or ()) - set(built_in)
     if unknown:
@@ -121,7 +125,7 @@ def make_variants(args: argparse.Namespace, environment: dict[str, str]) -> list
     }
     return [
         make_variant(
-            name, fields, args.part, args.model, base, args.pairs, environment, args.verbose
+            name, fields, args.part, args.model, base, args.pairs, new_cache(), args.verbose
         )
         for name, fields in [*chosen.items(), *args.variants]
     ]

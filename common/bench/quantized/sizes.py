@@ -35,7 +35,7 @@ LAYOUTS = {
     "mxfp8": Layout(8, 32, 8),
     "mxfp4": Layout(4, 32, 8),
     "nvfp4": Layout(4, 16, 8, 32),
-    "nf4": Layout(4, 64, 32),  # in a file a scale takes 8 bits and a 256th of 32
+    "nf4": Layout(4, 64, 32),  # in files of bitsandbytes: 8 bits, and a 256th of 32
 }
 
 

@@ -2,11 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from common.bench.core.processes import child_environment, run_json
@@ -99,14 +99,20 @@ def start_first(variant: FormatVariant, work: dict[str, Any]) -> None:
 
 
 @contextmanager
-def empty_cache() -> Iterator[dict[str, str]]:
-    """The environment in which no quantised weights are kept yet; the converted model and compiled
-    kernels are the user's own."""
+def empty_caches() -> Iterator[Callable[[], dict[str, str]]]:
+    """A function that gives, each time, an environment in which no quantised weights are kept yet; the
+    converted model and compiled kernels are the user's own. Its folders go with the context."""
     from common.models.embedded import FOLDER, cache_dir, embedded_model
 
     embedded_model()  # is made now if it is not there
     kernels = os.environ.get("NUMBA_CACHE_DIR") or str(cache_dir())
-    with TemporaryDirectory(prefix="formats-") as folder:
-        if (cache_dir() / FOLDER).exists():
-            (Path(folder) / FOLDER).symlink_to(cache_dir() / FOLDER)
-        yield {"FIFTEEN_ENGINES_CACHE": folder, "NUMBA_CACHE_DIR": kernels}
+    converted = cache_dir() / FOLDER
+    with TemporaryDirectory(prefix="formats-") as parent:
+
+        def environment() -> dict[str, str]:
+            folder = Path(mkdtemp(dir=parent))
+            if converted.exists():
+                (folder / FOLDER).symlink_to(converted)
+            return {"FIFTEEN_ENGINES_CACHE": str(folder), "NUMBA_CACHE_DIR": kernels}
+
+        yield environment

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-# How often an idle worker of GNU's OpenMP looks for work before it sleeps: some 70 microseconds, so
-# that workers stay awake within a step. Asleep at once, a parallel region costs 90 microseconds
-# more on a quiet machine; awake for longer, one costs milliseconds when other processes (or the
-# workers of PyTorch's own pool) want the cores. Read when that library is loaded, so set before.
+# How often an idle worker of GNU's OpenMP, which is PyTorch's, looks for work before it sleeps: some 70
+# microseconds. By default it does so for milliseconds, and the kernels' own workers want the cores.
+# Read when that library is loaded, so set before.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import llvmlite.binding as llvm

@@ -39,7 +39,9 @@ from common.kernels.reference import ReferenceOps
 
 FLOAT = torch.float32
 CACHE_KINDS = {FLOAT: FLOAT32, torch.int8: INT8, torch.float8_e4m3fn: FP8}
-# Elements from which a second core is worth its waking, some 3 to 5 microseconds.
+QUANTIZED_WEIGHTS = IntegerWeight, QuantizedPanels
+OWN_WEIGHTS = PanelWeight, *QUANTIZED_WEIGHTS
+# Elements from which a second core is worth telling.
 PARALLEL_NORM = 100_000
 PARALLEL_SILU = 12_000
 PARALLEL_ROTARY = 30_000
@@ -73,6 +75,27 @@ class CacheLayout:
         return cls(*known, *sizes, head_dim, row_bytes, half)
 
 
+@dataclass(frozen=True)
+class AttentionPlaces:
+    """What the kernel needs to know of a step, asked once and not in each layer."""
+
+    metadata: AttentionMetadata
+    tensors: tuple[Tensor, ...]  # that the addresses are of
+    arguments: tuple[int, ...]  # addresses of starts, lengths and tables; the tables' width
+    num_seqs: int
+
+    @classmethod
+    def of(cls, metadata: AttentionMetadata) -> "AttentionPlaces":
+        starts = plain(metadata.cu_seqlens_q, torch.int32)
+        lengths = plain(metadata.seq_lens, torch.int32)
+        tables = plain(metadata.block_tables, torch.int32)
+        if not len(starts) - 1 == len(lengths) == len(tables):
+            raise ValueError(f"attention: {starts.shape}, {lengths.shape}, tables {tables.shape}")
+        tensors = starts, lengths, tables
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        return cls(metadata, tensors, (*addresses, tables.shape[1]), len(lengths))
+
+
 def is_plain(x: Tensor) -> bool:
     return x.dtype is FLOAT and x.is_contiguous()
 
@@ -97,11 +120,14 @@ class CpuOps(Ops):
         self.reference = ReferenceOps()
         self.memory = WeightMemory()
         self._layout: CacheLayout | None = None
+        self._places: AttentionPlaces | None = None
+        self.threads = ALONE
         self.warm_up()
+        self.threads = threads_of_pool(self.num_threads)
 
     def threads_for(self, is_large: bool = True) -> Threads:
         """Which cores work on the next kernel."""
-        return threads_of_pool(self.num_threads) if is_large else ALONE
+        return self.threads if is_large else ALONE
 
     def layout_of(self, kv_cache: Tensor) -> CacheLayout:
         if self._layout is None or self._layout.cache() is not kv_cache:
@@ -214,15 +240,16 @@ class CpuOps(Ops):
         return PanelWeight.pack(weight, bias, self.memory)
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
-        if not isinstance(weight, PanelWeight | IntegerWeight | QuantizedPanels):
+        if not isinstance(weight, OWN_WEIGHTS):
             return self.reference.linear(x, weight)
         dtype, x = x.dtype, plain(x, FLOAT)
         num_tokens, in_features = x.shape
         if in_features != weight.in_features:
             raise ValueError(f"linear: x {x.shape}, weight takes {weight.in_features} features")
-        if isinstance(weight, IntegerWeight | QuantizedPanels):
-            threads = self.threads_for(weight.is_large or num_tokens > 4)
-            return weight.linear(x, threads).to(dtype)
+        threads = self.threads if weight.is_large or num_tokens > 4 else ALONE
+        if isinstance(weight, QUANTIZED_WEIGHTS):
+            out = weight.linear(x, threads)
+            return out if dtype is FLOAT else out.to(dtype)
         out = torch.empty(num_tokens, weight.out_features)
         linear(
             x.data_ptr(),
@@ -232,12 +259,12 @@ class CpuOps(Ops):
             num_tokens,
             in_features,
             weight.out_features,
-            *self.threads_for(weight.is_large or num_tokens > 4),
+            *threads,
         )
-        return out.to(dtype)
+        return out if dtype is FLOAT else out.to(dtype)
 
     def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
-        if isinstance(weight, IntegerWeight | QuantizedPanels):
+        if isinstance(weight, QUANTIZED_WEIGHTS):
             return weight.rows(plain(token_ids, torch.int64))
         if not isinstance(weight, PanelWeight):
             return self.reference.embedding(token_ids, weight)
@@ -294,7 +321,7 @@ class CpuOps(Ops):
             raise ValueError(
                 f"experts: {len(prepared.downs)} of them, ids up to {expert_ids.max()}"
             )
-        return out.to(dtype)
+        return out if dtype is FLOAT else out.to(dtype)
 
     def _experts_in_turns(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: QuantizedExperts
@@ -340,18 +367,16 @@ class CpuOps(Ops):
             arguments = (query, kv_cache, layer, metadata, scale, sliding_window)
             return self.reference.attention(*arguments)
         query = plain(query, FLOAT)
-        starts = plain(metadata.cu_seqlens_q, torch.int32)
-        lengths = plain(metadata.seq_lens, torch.int32)
-        tables = plain(metadata.block_tables, torch.int32)
-        num_tokens, num_heads, _ = query.shape
-        if num_heads % num_kv_heads or query.shape[2] != head_dim:
+        places = self._places
+        if places is None or places.metadata is not metadata:
+            places = self._places = AttentionPlaces.of(metadata)
+        num_tokens, num_heads, size = query.shape
+        if num_heads % num_kv_heads or size != head_dim:
             raise ValueError(
                 f"attention: query {query.shape}, {num_kv_heads} KV heads of {head_dim}"
             )
         if not 0 <= layer < layout.num_layers or not (sliding_window is None or sliding_window > 0):
             raise ValueError(f"attention: layer {layer}, sliding window {sliding_window}")
-        if not len(starts) - 1 == len(lengths) == len(tables):
-            raise ValueError(f"attention: {starts.shape}, {lengths.shape}, tables {tables.shape}")
         out = torch.empty(num_tokens, num_heads * head_dim)
         if num_tokens == 0:
             return out
@@ -365,12 +390,9 @@ class CpuOps(Ops):
             layout.block_size,
             layout.row_size,
             layout.kind,
-            starts.data_ptr(),
-            lengths.data_ptr(),
-            tables.data_ptr(),
-            tables.shape[1],
+            *places.arguments,
             num_tokens,
-            lengths.shape[0],
+            places.num_seqs,
             num_heads,
             num_kv_heads,
             head_dim,

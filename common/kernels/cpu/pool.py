@@ -15,7 +15,6 @@ then sleeps (futex) until a kernel wakes it; the kernel does not wait for that.
 import atexit
 import os
 import threading
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -41,7 +40,8 @@ from common.kernels.cpu.jit import helper, int64_array, kernel
 STATE, NEXT, OWNER, SLEEPERS, STOPPED, JOB = 0, 128, 256, 384, 392, 512
 POOL_BYTES = 640
 GENERATION, INSIDE = 1 << 16, (1 << 16) - 1  # of STATE: what one more is, and the workers inside
-SPINS = 3_000  # looks for work before a worker sleeps: 50 to 150 microseconds
+SPINS = 3_000  # looks for work before a worker sleeps: some 0.5 ms, since it costs 0.1 to wake it
+PAUSES = 10  # between looks, so that they take nothing from the core's other thread
 PATIENCE = 2_000  # looks for the last worker's end before its core is offered to it
 MOST_NAP = 5_000  # microseconds between looks, where there is no futex
 
@@ -140,7 +140,8 @@ def pool_worker(pool):
                 seen, left, nap = generation, SPINS, 50
         elif left > 0:
             left -= 1
-            pause()
+            for _ in range(PAUSES):
+                pause()
         elif FUTEX:
             sleep_while(pool + STATE, state, pool + SLEEPERS, 0)
             left = SPINS
@@ -159,12 +160,17 @@ def pool_stop(pool):
 
 class Pool:
     """The process's workers. They start when they are first asked for, and end with the process; a
-    forked process has none until it asks."""
+    forked process has none until it asks for them."""
 
     def __init__(self) -> None:
         self.memory = np.zeros(POOL_BYTES + 128, np.uint8)
         self.address = -(-self.memory.ctypes.data // 128) * 128
         self.workers: list[threading.Thread] = []
+
+    def forget(self) -> None:
+        """The workers are another process's: a kernel does without."""
+        self.memory[:] = 0
+        self.workers = []
 
     def threads(self, num_threads: int) -> Threads:
         """So many cores: the calling one, and workers, which are there from now on."""
@@ -188,18 +194,14 @@ class Pool:
 
 
 ALONE: Threads = (1, 0)
-_pool: list[Any] = [Pool()]
+POOL = Pool()
 
 
 def threads_of_pool(num_threads: int) -> Threads:
     """So many cores of the process's pool."""
-    return _pool[0].threads(num_threads) if num_threads > 1 else ALONE
-
-
-def _forget() -> None:
-    _pool[0] = Pool()  # the old one's workers are in the other process
+    return POOL.threads(num_threads) if num_threads > 1 else ALONE
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
-atexit.register(lambda: _pool[0].stop())
+    os.register_at_fork(after_in_child=POOL.forget)
+atexit.register(POOL.stop)

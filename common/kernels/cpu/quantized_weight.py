@@ -131,8 +131,9 @@ class QuantizedPanels:
             x = x[:, self.order]
         if self.activations is not None:
             x = round_activations(x, self.activations, self.group).contiguous()
-        out = torch.empty(len(x), self.out_features)
-        quantized_linear(x.data_ptr(), self.address, out.data_ptr(), len(x), *threads)
+        num_tokens = x.shape[0]
+        out = torch.empty(num_tokens, self.out_features)
+        quantized_linear(x.data_ptr(), self.address, out.data_ptr(), num_tokens, *threads)
         return out
 
     def rows(self, token_ids: Tensor) -> Tensor:
