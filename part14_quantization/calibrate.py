@@ -2,7 +2,8 @@
 
 Layer by layer: run the text through the layer as it is and note what its products are given; scale and
 round the products' weights by that; run the text through the rounded layer, so that the next one is
-calibrated on the inputs that it will get. One layer and one activation of each token are in memory.
+calibrated on the inputs that it will get. One layer, its H matrices and two activations of each token
+are in memory.
 
 The folder that is written is in the layout of compressed-tensors. This engine reads it, and so does vLLM.
 """
@@ -42,6 +43,7 @@ PRODUCTS = (
     (("mlp.down_proj",), "mlp.up_proj"),
 )
 CALIBRATED = ("int4", "int4-g64", "int4-g128", "int8")  # names of formats
+MOST_THREADS = 1024  # as of an engine
 METHODS = ("round", "awq", "gptq", "awq+gptq", "smoothquant", "smoothquant+gptq")
 
 
@@ -56,8 +58,23 @@ class Plan:
     def limits(self) -> tuple[int, int]:
         return (-127, 127) if self.format == "int8" else (-8, 7)
 
+    def plain(self, weight: Tensor) -> Tensor:
+        """What rounding alone makes of a weight, [out, in]."""
+        return FORMATS[self.format](weight).dequantize()
+
     def round(self, weight: Tensor, inputs: Inputs) -> QuantizedWeight:
-        """A weight [out, in] in the format. Raises ValueError where its groups do not divide it."""
+        """A weight [out, in] in the format. Raises ValueError where its groups do not divide it, and
+        where numbers are too large."""
+        if not inputs.hessian.isfinite().all():
+            raise ValueError("what it is given is too large: X^T X is not finite")
+        rounded = self.rounded(weight, inputs)
+        if not rounded.scales.isfinite().all():
+            largest, dtype = weight.abs().max().item(), str(rounded.scales.dtype)
+            dtype = dtype.removeprefix("torch.")
+            raise ValueError(f"weights up to {largest:.3g} have scales beyond {dtype}")
+        return rounded
+
+    def rounded(self, weight: Tensor, inputs: Inputs) -> QuantizedWeight:
         plain = FORMATS[self.format](weight)
         is_int8, scales, group = self.format == "int8", plain.scales.float(), plain.group
         if self.method == "round":
@@ -87,7 +104,7 @@ def scale_layer(
             scales = awq_scales(
                 weight,
                 inputs[i],
-                lambda weight: FORMATS[plan.format](weight).dequantize(),
+                plan.plain,
                 shared if maker.endswith("v_proj") else None,
             )
         elif plan.method.startswith("smoothquant") and is_norm:
@@ -108,7 +125,7 @@ def scale_layer(
 
 
 def quantize_layer(
-    tensors: Tensors, inputs: list[Inputs], plan: Plan, shape: ModelConfig
+    number: int, tensors: Tensors, inputs: list[Inputs], plan: Plan, shape: ModelConfig
 ) -> Tensors:
     """A layer's tensors with the weights of its products rounded. Raises ValueError."""
     tensors = dict(tensors)
@@ -118,7 +135,8 @@ def quantize_layer(
         try:
             rounded = plan.round(torch.cat(weights), seen)
         except ValueError as error:
-            raise ValueError(f"format is {plan.format}: {names[0]}: {error}") from None
+            name = f"model.layers.{number}.{names[0]}"
+            raise ValueError(f"format is {plan.format}: {name}: {error}") from None
         begin = 0
         for name, weight in zip(names, weights, strict=True):
             tensors[f"{name}.weight"] = rounded.rows(slice(begin, begin + len(weight)))
@@ -160,7 +178,7 @@ def calibrated(
             yield name, others(name)
     for number in tqdm(range(shape.num_layers), "Layers", disable=None if progress else True):
         tensors = layer_tensors(source, number)
-        rounded = quantize_layer(tensors, text.observe(number, tensors), plan, shape)
+        rounded = quantize_layer(number, tensors, text.observe(number, tensors), plan, shape)
         text.advance(number, rounded)
         for name, tensor in rounded.items():
             yield f"model.layers.{number}.{name}", tensor
@@ -208,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             value = getattr(args, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} is {value}: at least {low}")
+        if args.threads is not None and args.threads > MOST_THREADS:
+            raise ValueError(f"threads is {args.threads}: at most {MOST_THREADS}")
         if args.threads:
             torch.set_num_threads(args.threads)
         write(args)

@@ -6,16 +6,12 @@ and H = X^T X of the layer's inputs. Columns are rounded one after another, and 
 good, as far as H allows, by the columns that are not rounded yet.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 BLOCK = 128  # columns after which the rest is brought up to date
 DAMPING = 0.01  # of H's mean diagonal, added to it: inputs that were not seen still count
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the largest weight, tried as a group's range
-
-Quantize = Callable[[Tensor, Tensor], Tensor]  # (columns [out, n], scales [out, n]) -> codes
 
 
 def output_error(error: Tensor, hessian: Tensor) -> float:
@@ -25,13 +21,16 @@ def output_error(error: Tensor, hessian: Tensor) -> float:
 
 def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper Cholesky factor U of H's inverse, [in, in] float32: row i of it says what column i's
-    error costs the columns after it. Inputs that are always 0 are let alone."""
+    error costs the columns after it. Inputs that are always 0 are let alone. Raises ValueError."""
     damped = hessian.double().clone()
     diagonal = damped.diagonal()  # a view
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return torch.linalg.cholesky(inverse, upper=True).float()
+    except torch.linalg.LinAlgError as error:
+        raise ValueError("what it is given has an H without an inverse") from error
 
 
 def fit_scales(weight: Tensor, importance: Tensor, group: int, limits: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ logits.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -22,8 +23,10 @@ from common.models.architecture import ModelConfig
 from common.models.weights import report_unused
 
 from .expert_parallel import ExpertParallel
-from .quantized_layers import QuantizedSource, side_by_side
+from .quantized_layers import QuantizedSource, format_of, side_by_side
 from .tensor_parallel import Features, Shard, elements
+
+TOP = 1 << 33  # above every number that a format gets
 
 
 def rotary_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
@@ -87,7 +90,11 @@ class Weights:
             return self.take(name, rows, columns)
         self.unused.discard(name)
         own_rows, own_columns = (slice(size.own.start, size.own.stop) for size in sizes)
-        weight = weight.columns(own_columns).rows(own_rows)
+        try:
+            weight = weight.columns(own_columns).rows(own_rows)
+        except ValueError as error:
+            given = f"tensor_parallel_size is {self.group.size}"
+            raise ValueError(f"{given}: {name}: {error}") from None
         self.num_bytes += weight.nbytes
         return weight
 
@@ -185,8 +192,11 @@ class Experts:
         else:
             numbers = self.parallel.own_experts(layer, self.replace)
             self.size = Features(size, range(size))
-        down = map(self.down, numbers)
-        self.prepared = ops.prepare_experts(map(self.gate_up, numbers), down)
+        self.formats: dict[str, set[tuple[object, ...]]] = {"gate_up": set(), "down": set()}
+        self.prepared = ops.prepare_experts(
+            (self.noted("gate_up", self.gate_up(number)) for number in numbers),
+            (self.noted("down", self.down(number)) for number in numbers),
+        )
         for expert in everything:  # other ranks read those that are not here
             weights.unused -= {self.name(expert, kind) for kind in ("gate", "up", "down")}
 
@@ -200,6 +210,20 @@ class Experts:
 
     def down(self, expert: int) -> torch.Tensor | QuantizedWeight:
         return self.weights.matrix(self.name(expert, "down"), self.hidden, self.size)
+
+    def noted(
+        self, side: str, weight: torch.Tensor | QuantizedWeight
+    ) -> torch.Tensor | QuantizedWeight:
+        """The weight, its format added to those of the layer. Raises ValueError where some are plain
+        numbers and some are not."""
+        self.formats[side].add(format_of(weight))
+        kinds = {kind for formats in self.formats.values() for kind, *_ in formats}
+        if "plain" in kinds and len(kinds) > 1:
+            others = ", ".join(sorted(map(str, kinds - {"plain"})))
+            raise ValueError(
+                f"layer {self.layer}: some experts are in plain numbers, and others in {others}"
+            )
+        return weight
 
     def replace(self, index: int, expert: int) -> None:
         """Read another expert's weights in the place of one that is here."""
@@ -314,6 +338,18 @@ class CausalLM:
         for layer in self.layers if layers is None else [self.layers[i] for i in layers]:
             x = layer(x, residual, context)
         return self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
+
+    def check_experts(self, group: Group) -> None:
+        """Any expert of a layer can take another's place, on all ranks of `group`, which call this
+        together. Raises ValueError."""
+        for number, layer in enumerate(self.layers):
+            if not isinstance(layer.mlp, MoE):
+                continue
+            formats = [layer.mlp.experts.formats[side] for side in ("gate_up", "down")]
+            own = zlib.crc32(repr(formats).encode()) + 1 if all(len(f) == 1 for f in formats) else 0
+            lowest, highest = group.minimum(own), TOP - group.minimum(TOP - own)
+            if lowest != highest or lowest == 0:
+                raise ValueError(f"eplb is on: layer {number} has experts of different formats")
 
     def start_step(self, num_tokens: list[int]) -> None:
         """num_tokens: of each engine that shares the experts, in the forward that comes."""

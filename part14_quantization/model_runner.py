@@ -73,15 +73,21 @@ class ModelRunner:
         # What each model was loaded from.
         self.sources: dict[CausalLM, tuple[Path, int, Recipe]] = {}
         recipe = Recipe.of(config.quantization, config.quantize_embeddings, config.activations)
+        copy = None
+        if config.speculative == "draft":
+            copy = copy_that_drafts(config.draft_model)
+        if copy is not None:  # an error now, and not after the model is loaded
+            copy.names(open_weights(folder, quantized=True))
         self.model = self.load_model(folder, max_model_len, recipe)
+        if config.eplb:
+            self.model.check_experts(self.everyone)
         shape = self.model.local
         self.num_weight_bytes = self.model.num_bytes
         smaller, draft_shape = None, None
         if config.speculative == "draft":
-            copy = copy_that_drafts(config.draft_model)
             if copy is None:
                 folder = resolve_draft_model(
-                    config.draft_model, max_model_len, shape.vocab_size, True
+                    config.draft_model, max_model_len, shape.vocab_size, quantized=True
                 )
             smaller = self.load_model(folder, max_model_len, copy or Recipe())
             draft_shape = smaller.local

@@ -17,7 +17,8 @@ from .tensor_parallel import Shard
 
 Tensors = dict[str, Tensor | QuantizedWeight]  # of one layer, by their names in it
 
-BLOCK_SIZE, SEQUENCES = 16, 8  # of the KV cache; run at a time
+BLOCK_SIZE = 16  # tokens in a block of the KV cache
+SEQUENCES = 8  # that run at a time
 
 
 class Recorder:
@@ -54,10 +55,17 @@ class LayerSource:
 
 
 class TextInLayers:
-    """A text on its way through the layers of a model."""
+    """The hidden states of a text, between two layers."""
 
     def __init__(self, shape: ModelConfig, token_ids: Tensor, embedding: Tensor) -> None:
-        """token_ids: [sequences, length] int64; embedding: [vocab, hidden]."""
+        """token_ids: [sequences, length] int64; embedding: [vocab, hidden]. Raises ValueError for a
+        longer text than the model can take, and for tokens that it does not know."""
+        if token_ids.shape[1] > shape.max_model_len:
+            length, most = token_ids.shape[1], shape.max_model_len
+            raise ValueError(f"length is {length}: the model's context is {most}")
+        if token_ids.min() < 0 or token_ids.max() >= len(embedding):
+            largest, most = token_ids.max().item(), len(embedding)
+            raise ValueError(f"the text has the token {largest}: the model knows {most} of them")
         self.shape, self.ops = shape, select_ops("auto", "cpu", torch.get_num_threads())
         self.rotary = rotary_table(shape, torch.device("cpu"))
         self.shard = Shard.of(shape, 0, 1)
@@ -94,7 +102,10 @@ class TextInLayers:
         return layer
 
     def observe(self, number: int, tensors: Tensors) -> list[Inputs]:
-        """What the products of a layer are given, in the order in which the layer has them. Raises ModelError."""
+        """What the products of a layer are given, in the order in which the layer has them.
+
+        Raises ModelError.
+        """
         recorder = Recorder(self.ops)
         layer = self.layer(number, tensors, recorder)
         for ids, added, residual in zip(self.batches, self.added, self.residuals, strict=True):

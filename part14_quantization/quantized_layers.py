@@ -5,7 +5,8 @@ rounded score may choose another expert. The embedding, which is often the head 
 of its own: what it loses shows in every token.
 
 A weight is quantised whole and then cut for the ranks, so that its scales, and what the model says,
-do not depend on how many ranks there are.
+do not depend on how many ranks there are. With `activations` they do: where ranks divide a product's
+inputs, each rounds its own by themselves.
 """
 
 import re
@@ -37,19 +38,39 @@ class Recipe:
     layers: str | None = None
     embeddings: str | None = None
     activations: str | None = None  # what a product's inputs are rounded to: int8 or fp8
+    insists: bool = False  # an embedding that the checkpoint has quantised is an error
 
     @classmethod
     def of(cls, quantization: str, embeddings: str, activations: str) -> "Recipe":
         """From an engine's settings. The embedding follows the layers: to INT8, in groups of 32."""
         layers = None if quantization == "off" else quantization
         chosen = {"auto": "int8-g32" if layers else None, "off": None}.get(embeddings, embeddings)
-        return cls(layers, chosen, None if activations == "off" else activations)
+        insists = embeddings not in ("auto", "off")
+        return cls(layers, chosen, None if activations == "off" else activations, insists)
 
     def format_of(self, name: str) -> str | None:
         """The format of a weight by its name in the checkpoint."""
         if name in EMBEDDINGS:
             return self.embeddings
         return self.layers if LAYERS.fullmatch(name) else None
+
+    def names(self, source: WeightSource) -> list[str]:
+        """The weights of a checkpoint that are rounded. Raises ValueError where some are already."""
+        return [name for name in sorted(source.names) if self.rounds(name, source)]
+
+    def rounds(self, name: str, source: WeightSource) -> bool:
+        """Raises ValueError."""
+        if self.format_of(name) is None or not source.is_quantized(name):
+            return self.format_of(name) is not None
+        if name in EMBEDDINGS and not self.insists:
+            return False
+        if name in EMBEDDINGS:
+            given = f"quantize_embeddings is {self.embeddings}"
+            raise ValueError(f"{given}: the checkpoint has {name} quantised already")
+        raise ValueError(
+            f"the checkpoint is quantised already: it cannot be rounded to {self.layers}"
+            f" (quantization, or draft_model self-{self.layers})"
+        )
 
     def __str__(self) -> str:
         return f"{self.layers},{self.embeddings},{VERSION}"
@@ -61,7 +82,7 @@ class QuantizedSource:
     def __init__(self, source: WeightSource, folder: Path, recipe: Recipe) -> None:
         """Raises ValueError where the recipe does not fit the checkpoint."""
         self.source, self.recipe, self.names = source, recipe, source.names
-        chosen = {name: source.shapes[name] for name in sorted(self.names) if self.chosen(name)}
+        chosen = {name: source.shapes[name] for name in recipe.names(source)}
         if recipe.activations and not (chosen or any(map(source.is_quantized, self.names))):
             text = f"activations is {recipe.activations}: no weight is quantised, see quantization"
             raise ValueError(text)
@@ -75,17 +96,6 @@ class QuantizedSource:
 
             self.kept = dict(cached_weights(folder, str(recipe), build))
 
-    def chosen(self, name: str) -> bool:
-        """Whether the recipe rounds this weight. Raises ValueError if it is rounded already."""
-        if self.recipe.format_of(name) is None:
-            return False
-        if self.source.is_quantized(name):
-            if name in EMBEDDINGS:
-                return False
-            layers = self.recipe.layers
-            raise ValueError(f"quantization is {layers}: the checkpoint is quantised already")
-        return True
-
     def read(self, name: str, shape: tuple[int, ...], part: Part = ()) -> torch.Tensor:
         """A weight that is not quantised, or the part of it. Raises ModelError."""
         return self.source.read(name, shape, part)
@@ -93,7 +103,7 @@ class QuantizedSource:
     def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedWeight | None:
         """A whole weight; None where it is not quantised. Raises ModelError and ValueError."""
         weight = self.source.quantized(name, shape)
-        if weight is None and self.chosen(name):
+        if weight is None and self.recipe.rounds(name, self.source):
             weight = self.kept.get(name) or self.quantize(name, shape)
             if weight.shape != shape:
                 self.source.read(name, shape)  # says so
@@ -120,9 +130,17 @@ class QuantizedSource:
         if not bool(weight.isfinite().all()):
             raise ValueError(f"quantization is {format_name}: {name} has NaN or infinity")
         try:
-            return FORMATS[format_name](weight)
+            rounded = FORMATS[format_name](weight)
         except ValueError as error:
             raise ValueError(f"quantization is {format_name}: {name}: {error}") from None
+        if not bool(rounded.scales.float().isfinite().all()):
+            largest, dtype = (
+                weight.abs().max().item(),
+                str(rounded.scales.dtype).removeprefix("torch."),
+            )
+            problem = f"weights up to {largest:.3g} have scales beyond {dtype}"
+            raise ValueError(f"quantization is {format_name}: {name}: {problem}")
+        return rounded
 
 
 def side_by_side(
@@ -135,6 +153,14 @@ def side_by_side(
         return join(quantized)
     plain = [w.dequantize().to(dtype) if isinstance(w, QuantizedWeight) else w for w in weights]
     return torch.cat(plain) if len(plain) > 1 else plain[0]
+
+
+def format_of(weight: torch.Tensor | QuantizedWeight) -> tuple[object, ...]:
+    """What two weights must have in common for one to take the other's place; first its kind."""
+    if isinstance(weight, torch.Tensor):
+        return ("plain", weight.dtype)
+    dtypes = {name: tensor.dtype for name, tensor in weight.tensors.items()}
+    return weight.kind, weight.group, weight.activations, *dtypes.items()
 
 
 def copy_that_drafts(draft_model: str) -> Recipe | None:

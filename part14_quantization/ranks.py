@@ -41,6 +41,7 @@ from common.prompt_logprobs import PromptPiece
 from .config import EngineConfig
 from .input_batch import Batch, InputBatch
 from .input_buffers import BatchShape
+from .quantized_layers import copy_that_drafts
 from .tensor_parallel import Shard
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ def meet_engines(ranks: Ranks, config: EngineConfig) -> tuple[Group, Group]:
 def fingerprint(config: dict[str, Any]) -> dict[str, str]:
     """What must be the same on all ranks: code, packages and weights. Raises ValueError."""
     prints = project_fingerprint(__package__) | checkpoint_fingerprint(resolve(config["model"]))
-    if config["draft_model"] is not None:
-        [draft] = checkpoint_fingerprint(resolve(config["draft_model"])).values()
-        prints["checkpoint of draft_model"] = draft
+    draft = config["draft_model"]
+    if draft is not None and copy_that_drafts(draft) is None:
+        [prints["checkpoint of draft_model"]] = checkpoint_fingerprint(resolve(draft)).values()
+    elif draft is not None:
+        prints["draft_model"] = draft
     return prints
 
 

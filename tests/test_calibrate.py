@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from common.kernels.quantized import QuantizedWeight
 from common.models.architecture import ModelConfig
@@ -291,6 +292,50 @@ def test_the_rounded_layer_feeds_the_next(model: Callable[..., Path]) -> None:
     assert 0 < errors["gptq"] < 0.7 * errors["round"]
 
 
+@pytest.mark.parametrize("method", ["round", "awq", "gptq"])
+def test_weights_that_are_too_large(model: Callable[..., Path], method: str) -> None:
+    folder = model("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e7
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    message = r"format is int4: model\.layers\.1\.mlp\.gate_proj: weights up to .* beyond float"
+    with pytest.raises(ValueError, match=message):
+        list(calibrated(folder, torch.ones(1, 8, dtype=torch.int64), Plan("int4", method)))
+
+
+def test_inputs_that_are_too_large() -> None:
+    with pytest.raises(ValueError, match=r"X\^T X is not finite"):
+        Plan("int4", "gptq").round(normal(8, 32), seen(torch.full((4, 32), 1e30)))
+    with pytest.raises(ValueError, match="H without an inverse"):
+        gptq(normal(8, 32), -torch.eye(32), torch.ones(8, 1), 32, LIMITS)
+
+
+def test_a_text_that_the_model_cannot_take(model: Callable[..., Path]) -> None:
+    folder, plan = model("llama"), Plan("int4", "round")
+    with pytest.raises(ValueError, match="length is 129: the model's context is 128"):
+        next(calibrated(folder, torch.zeros(1, 129, dtype=torch.int64), plan))
+    with pytest.raises(ValueError, match="the text has the token 300: the model knows 300 of them"):
+        next(calibrated(folder, torch.full((1, 8), 300), plan))
+
+
+def test_two_runs_into_one_folder(model: Callable[..., Path], tmp_path: Path) -> None:
+    """The second is told, and the first one's result stays. Nothing is there before it is whole."""
+    folder, out = model("llama"), tmp_path / "out"
+    first, second = QuantizedWriter(folder, out), QuantizedWriter(folder, out)
+    with pytest.raises(ModelError, match="out: Directory not empty"), second:
+        with first:
+            for writer, value in ((first, 1.0), (second, 2.0)):
+                writer.write("x.weight", quantize_int4(torch.full((8, 32), value)))
+            assert not out.exists()
+        files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert {"config.json", "model.safetensors"} <= files.keys()
+    with pytest.raises(KeyboardInterrupt), QuantizedWriter(folder, tmp_path / "third") as writer:
+        writer.write("x.weight", torch.ones(3))
+        raise KeyboardInterrupt
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", "out"}
+
+
 def test_text_sections(tmp_path: Path) -> None:
     calibration, evaluation = sections(CALIBRATION), sections(EVALUATION)
     assert {"wells", "readme", "code", "sums"} <= calibration.keys() & evaluation.keys()
@@ -312,6 +357,7 @@ ERRORS = {
     "an empty text": ({"text": "empty.txt"}, "there is no text in it"),
     "a random model": ({"model": "random:tiny-llama", "output": "new"}, "has no tokenizer"),
     "tokens": ({"tokens": "0"}, "tokens is 0: at least 1"),
+    "threads": ({"threads": "1025"}, "threads is 1025: at most 1024"),
     "an unknown model": ({"model": "no such"}, "model 'no such' is no folder"),
 }
 

@@ -4,6 +4,7 @@ Codes and scales are those of the reference, so results differ by float32's roun
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -194,6 +195,43 @@ def test_experts(kind: str) -> None:
         ops.experts(x, ids + 1, weights, prepared)
     with pytest.raises(ValueError, match="expert: "):
         ops.replace_expert(prepared, 0, pairs(0)[1], pairs(0)[0])
+
+
+def test_sums_that_may_overflow_are_not_of_integers() -> None:
+    weight = make_weight("int8", (1, 1 << 18), 1 << 18)
+    weight.codes.fill_(-128)
+    x = torch.full((1, 1 << 18), 127.0)
+    assert_product(CPU.linear(x, CPU.prepare_weight(weight)), x, weight)
+
+
+def test_scales_that_are_no_numbers_are_refused() -> None:
+    weight = make_weight("int4", (16, 64), 32, HALF)
+    weight.scales[3, 1] = torch.inf
+    with pytest.raises(ValueError, match="1 of its scales are no finite numbers"):
+        CPU.prepare_weight(weight)
+
+
+def test_another_weight_brings_its_own_order() -> None:
+    first, second = (
+        make_weight("int8", (32, 64), 32, seed=i, order=randn(64, seed=i).argsort()) for i in (1, 2)
+    )
+    prepared, x = CPU.prepare_weight(first), randn(3, 64)
+    prepared.overwrite(second)
+    assert_product(CPU.linear(x, prepared), x, second)
+    assert torch.equal(first.order, randn(64, seed=1).argsort()), "it was the caller's"
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_outputs_are_of_the_inputs_dtype(activations: str | None) -> None:
+    weight, down = make_weight("int8", (96, 64), 32), make_weight("int8", (64, 48), 16)
+    weight, down = (replace(one, activations=activations) for one in (weight, down))
+    experts, ids = CPU.prepare_experts([weight], [down]), torch.zeros(2, 1, dtype=torch.int64)
+    for dtype in (torch.bfloat16, HALF):
+        x, shares = randn(2, 64).to(dtype) / 100, torch.ones(2, 1)
+        wide = CPU.linear(x.float(), CPU.prepare_weight(weight))
+        assert torch.equal(CPU.linear(x, CPU.prepare_weight(weight)), wide.to(dtype))
+        wide = CPU.experts(x.float(), ids, shares, experts)
+        assert torch.equal(CPU.experts(x, ids, shares, experts), wide.to(dtype))
 
 
 def test_a_wrong_size_is_named() -> None:

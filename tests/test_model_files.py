@@ -30,6 +30,7 @@ from common.models.checkpoint import (
     resolve,
 )
 from common.models.errors import ModelError
+from common.models.made_folders import lock_of
 from common.models.presets import PRESETS
 from common.models.tokenizer import Tokenizer
 
@@ -679,7 +680,7 @@ def fast_conversion(source: Path, folder: Path) -> None:
 
 def leftovers(folder: Path) -> list[str]:
     """What lies beside a converted folder and its lock."""
-    known = {folder.name, folder.with_suffix(".lock").name}
+    known = {folder.name, Path(lock_of(folder).lock_file).name}
     return [file.name for file in folder.parent.iterdir() if file.name not in known]
 
 

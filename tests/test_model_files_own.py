@@ -26,7 +26,9 @@ from common.models.checkpoint import (
     resolve,
 )
 from common.models.errors import ModelError
+from common.models.expert_names import split_experts
 from common.models.presets import PRESETS
+from common.models.weight_files import Header
 from common.testing.parts import PARTS, distinct_files, module_of
 
 LLAMA, QWEN3 = PRESETS["tiny-llama"], PRESETS["tiny-qwen3"]
@@ -395,3 +397,11 @@ def test_servers_end_with_one_line(
     assert result.returncode == 1, result
     assert "as [1], not [32]" in result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
+
+
+@pytest.mark.parametrize("shape", [(10**12, 0, 1), (10**12, 1, 0), (1 << 17, 1, 1)])
+def test_fused_experts_of_a_shape_that_no_layer_has(shape: tuple[int, ...]) -> None:
+    """One without bytes can say any number: it would be a name for each of 10^12 experts."""
+    name = "model.layers.0.mlp.experts.down_proj"
+    with pytest.raises(ModelError, match=rf"{name} is \[{shape[0]}, "):
+        split_experts({name: Header(Path("x.safetensors"), "F32", shape)})

@@ -7,6 +7,7 @@ transformers, and which the oracle has checked.
 
 import atexit
 import hashlib
+import json
 import random
 import shutil
 import tempfile
@@ -14,21 +15,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from part14.model import Weights
 from part14.quantization import FORMATS, dynamic_map, quantize_nf4, quantize_twice, round_e2m1
 from part14.quantized_layers import QuantizedSource, Recipe, copy_that_drafts
+from part14.ranks import fingerprint
+from part14.tensor_parallel import Features
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.kernels.quantized import unpack_nibbles
+from common.kernels.quantized import QuantizedWeight, unpack_nibbles
 from common.models.checkpoint import resolve
+from common.models.quantized_stored import write_weights
 from common.models.weight_slices import open_weights
-from common.testing.parts import make_engine
+from common.sampling import SamplingParams
+from common.testing.parts import make_engine, module_of
 from common.testing.rank_threads import engine_in_threads
 from common.testing.schedules import Drive, Event, known_requests
 from common.testing.transfer_pair import pair
@@ -517,3 +524,134 @@ def test_a_checkpoint_with_nan_or_that_is_quantised_already_is_not_rounded(tmp_p
     save_file(tensors, tmp_path / "nan" / "model.safetensors")
     with pytest.raises(ValueError, match=r"quantization is fp8: .*1\.mlp\.up_proj.weight has NaN"):
         make_engine(14, str(tmp_path / "nan"), threads=1, **SMALL, quantization="fp8")
+
+
+def test_weights_that_are_too_large_for_a_format_are_named(tmp_path: Path) -> None:
+    source = open_weights(resolve(LLAMA), quantized=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    large = source.readers[name]
+    source.readers[name] = lambda part: large(part) * 1e9
+    weights = QuantizedSource(source, resolve(LLAMA), Recipe.of("int4", "auto", "off"))
+    with pytest.raises(ValueError, match=rf"quantization is int4: {name}: .* beyond float16"):
+        weights.quantized(name, tuple(source.shapes[name]))
+
+
+@cache
+def quantised_folder() -> str:
+    """A checkpoint that is quantised already, embedding and all."""
+    folder, target = resolve(LLAMA), Path(tempfile.mkdtemp(prefix="quantised-"))
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    source = open_weights(folder)
+
+    def weights() -> Iterator[tuple[str, Any]]:
+        for name in sorted(source.names):
+            tensor = source.read(name, tuple(source.shapes[name]))
+            yield name, FORMATS["int8"](tensor.float()) if tensor.dim() == 2 else tensor
+
+    write_weights(target, weights())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gguf", "file": "x.gguf"}
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "tokenizer.json").write_text(TOKENIZER[0])
+    return str(target)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"quantization": "int4"}, r"quantised already: .* to int4 \(quantization, or draft_model"),
+        (
+            {"speculative": "draft", "draft_model": "self-fp8"},
+            r"quantised already: it cannot be rounded to fp8 \(quantization, or draft_model self-fp8",
+        ),
+        (
+            {"quantize_embeddings": "nf4"},
+            "quantize_embeddings is nf4: the checkpoint has lm_head.weight quantised already",
+        ),
+    ],
+)
+def test_what_is_quantised_already_is_not_rounded(
+    flags: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = module_of(14, "model_runner")
+    if "speculative" in flags:  # then the model itself would be loaded first
+        monkeypatch.setattr(module.ModelRunner, "load_model", None)
+    with pytest.raises(ValueError, match=message):
+        make_engine(14, quantised_folder(), threads=1, **SMALL, **flags)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        (LLAMA, {"quantization": "int4"}),
+        (LLAMA, {"quantization": "int8", "activations": "int8"}),
+        (MOE, {"quantization": "int4"}),
+        (MOE, {"quantization": "int8", "activations": "int8"}),
+    ],
+)
+def test_sixteen_bits_on_a_cpu(model: str, flags: dict[str, Any]) -> None:
+    engine = make_engine(14, model, threads=1, dtype="bfloat16", **SMALL, **flags)
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    [completion] = engine.generate([[5, 6, 7, 8, 9]], [params], progress=False)
+    engine.shutdown()
+    assert len(completion.token_ids) == 4
+
+
+# Experts whose formats differ, as a checkpoint may have them.
+
+
+def with_formats(monkeypatch: pytest.MonkeyPatch, chosen: Callable[[str], str | None]) -> None:
+    monkeypatch.setattr(Recipe, "format_of", lambda self, name: chosen(name))
+
+
+def test_experts_of_which_some_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_formats(monkeypatch, lambda name: "int4" if ".experts.0." in name else None)
+    for kernels in ("cpu", "reference"):
+        with pytest.raises(
+            ValueError, match=r"layer 0: some experts are in plain .* others in int4"
+        ):
+            make_engine(14, MOE, threads=1, kernels=kernels, quantization="int4", **SMALL)
+
+
+def test_experts_that_cannot_take_each_others_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank, and on two, each with one format of its own."""
+    formats = {False: "int4", True: "int8"}
+    with_formats(
+        monkeypatch,
+        lambda name: formats[".experts.0." in name] if ".experts." in name else None,
+    )
+    flags = {"quantization": "int4", "enable_expert_parallel": True, **SMALL}
+    message = "eplb is on: layer 0 has experts of different formats"
+    with pytest.raises(ValueError, match=message):
+        make_engine(14, MOE, threads=1, eplb=True, **flags)
+    make_engine(14, MOE, threads=1, **flags).shutdown()
+    with_formats(
+        monkeypatch,
+        lambda name: (
+            formats[int(name.split(".experts.")[1].split(".")[0]) < 4]
+            if ".experts." in name
+            else None
+        ),
+    )
+    with pytest.raises(ValueError, match=message):
+        engine_in_threads(14, MOE, 2, eplb=True, **flags)
+
+
+def test_a_weight_that_cannot_be_cut_is_named() -> None:
+    codes, order = torch.ones(8, 64, dtype=torch.int8), torch.arange(64).flip(0)
+    weight = QuantizedWeight("int8", codes, torch.ones(8, 2), 32, order=order)
+    source = SimpleNamespace(names={"x.weight"}, quantized=lambda name, shape: weight)
+    own = Weights(source, torch.float32, None, SimpleNamespace(size=2, rank=0), None)
+    message = "tensor_parallel_size is 2: x.weight: inputs 0 to 32 of a weight .* reordered"
+    with pytest.raises(ValueError, match=message):
+        own.matrix("x.weight", 8, Features(64, range(32)))
+
+
+def test_ranks_know_each_other_by_the_format_of_a_copy_that_drafts() -> None:
+    def prints(draft: str | None) -> dict[str, str]:
+        return fingerprint({"model": LLAMA, "draft_model": draft})
+
+    assert prints("self-int4") == prints(None) | {"draft_model": "self-int4"}
+    assert "checkpoint of draft_model" in prints(QWEN3)
+    with pytest.raises(ValueError, match="draft_model is 'self-int5'"):
+        prints("self-int5")

@@ -25,11 +25,13 @@ from safetensors.torch import save_file
 
 from common.kernels.quantized import QuantizedWeight
 from common.models import embedded, quantized_cache, quantized_config
+from common.models import gguf_model as gguf_module
 from common.models.checkpoint import load_config, resolve
 from common.models.errors import ModelError
 from common.models.gguf_header import read_gguf_header
 from common.models.gguf_model import gguf_model
 from common.models.gguf_weights import check_tensors, gguf_weights
+from common.models.made_folders import NUM_LOCKS, lock_of
 from common.models.quantized_cache import cached_weights
 from common.models.quantized_config import read_quantization
 from common.models.quantized_readers import quantized_modules
@@ -75,6 +77,13 @@ def read(folder: Path, name: str = NAME, shape: tuple[int, int] = (OUT, IN)) -> 
     if name not in readers:
         raise ModelError(f"the checkpoint lacks {name}")
     return readers[name](shape)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Instead of the user's."""
+    monkeypatch.setenv("FIFTEEN_ENGINES_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def refuse(action: Callable[[], Any], *words: str) -> None:
@@ -364,7 +373,19 @@ def test_groups_of_modules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a+)+$", "(.*)*x", ".*" * 12 + "x", "(a|a)*b", "((a|b+)*)+", "(?=a)", "(", "x{"]
+    "pattern",
+    [
+        "(a+)+$",
+        "(.*)*x",
+        ".*" * 12 + "x",
+        "(a|a)*b",
+        "((a|b+)*)+",
+        "(?=a)",
+        "(",
+        "x{",
+        "(.|.)" * 25 + "x",
+        "(?:.|[)|])" * 20 + r"\)x",
+    ],
 )
 def test_patterns_that_take_long(tmp_path: Path, pattern: str) -> None:
     config, tensors, _ = compressed("W8A8")
@@ -376,6 +397,45 @@ def test_patterns_that_take_long(tmp_path: Path, pattern: str) -> None:
         assert read(folder).kind == "int8"  # no repetition: it is text
     else:
         refuse(lambda: read(folder), "target", repr(f"re:{pattern}")[:20])
+
+
+def test_steps_of_a_pattern() -> None:
+    """Ways in which it can match a text of 40 characters: what real patterns take is far below."""
+    most, found = quantized_config.MOST_STEPS, quantized_config.most_steps
+    assert found("self_attn", 40) == 1 and found(r".*_proj", 40) == 41
+    assert found(r".*(q|k|v)_proj", 40) == 41 * 3 and found(r"(a|b)(c|(d|e))", 40) == 2 * 2 * 2
+    assert found(r"[|(]\|\(|x", 40) == 2
+    layers = "|".join(map(str, range(50)))
+    assert (
+        found(rf".*layers\.({layers})\.(mlp|self_attn)\..*_proj", 40)
+        < most
+        < found("(.|.)" * 24, 1)
+    )
+
+
+def test_modules_and_targets_together_take_no_long_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, tensors, _ = compressed("W8A8")
+    group = config["config_groups"]["group_0"]
+    config["config_groups"] = {"a": group | {"targets": ["re:.*.*x", "y"]}, "b": group}
+    monkeypatch.setattr(quantized_config, "MOST_STEPS_IN_ALL", 2500)
+    quantization = read_quantization(write(tmp_path, config, tensors))
+    assert quantization is not None
+    for _ in range(2):
+        assert quantized_config.scheme_of("m" * 40, quantization) == quantization.schemes[1]
+    refuse(lambda: quantized_config.scheme_of("m" * 40, quantization), "target 're:.*.*x'", "long")
+
+
+@pytest.mark.parametrize("name", ["W4A16", "W8A8", "FP8 channel"])
+def test_zero_points_of_a_symmetric_weight(tmp_path: Path, name: str) -> None:
+    config, tensors, dense = compressed(name)
+    zeros = torch.zeros(tensors["weight_scale"].shape, dtype=torch.int8)
+    weight = read(write(tmp_path, config, tensors | {"weight_zero_point": zeros}))
+    np.testing.assert_allclose(weight.dequantize().numpy(), dense, rtol=3e-7, atol=3e-7)
+    zeros[3] = 1
+    folder = write(tmp_path, config, tensors | {"weight_zero_point": zeros})
+    refuse(lambda: read(folder), f"{MODULE}.weight_zero_point", "symmetric true")
 
 
 def deepseek() -> Made:
@@ -405,6 +465,25 @@ def test_fp8(tmp_path: Path, made: Callable[[], Made]) -> None:
     assert np.array_equal(weight.dequantize().numpy(), dense)
     assert source.names == {NAME, "model.norm.weight"}
     assert bool(source.notes) == (made is autofp8)
+
+
+def test_a_block_of_more_outputs_than_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, tensors, _ = deepseek()
+    scale = torch.rand(1, 2) + 0.5
+    config, tensors = (
+        config | {"weight_block_size": [1 << 20, 32]},
+        tensors | {"weight_scale_inv": scale},
+    )
+    folder, asked, repeat = write(tmp_path, config, tensors), [], torch.Tensor.repeat_interleave
+
+    def noted(self: torch.Tensor, times: int, **others: Any) -> torch.Tensor:
+        asked.append(times)
+        return repeat(self, times, **others)
+
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", noted)
+    assert torch.equal(read(folder).scales, scale.expand(OUT, 2)) and max(asked) <= OUT
 
 
 # Names.
@@ -751,8 +830,12 @@ def gguf_shapes() -> dict[str, tuple[int, ...]]:
     }
 
 
-def write_gguf(path: Path, kind: str, arch: str = "llama") -> dict[str, np.ndarray]:
-    """A tiny Llama by gguf's own writer; what gguf's own dequantisation makes of it, as written."""
+def write_gguf(
+    path: Path, kind: str, arch: str = "llama", more: Callable[[Any], None] = lambda writer: None
+) -> dict[str, np.ndarray]:
+    """A tiny Llama by gguf's own writer; what gguf's own dequantisation makes of it, as written.
+
+    more: adds to what is written."""
     import gguf
 
     writer = gguf.GGUFWriter(path, arch)
@@ -761,6 +844,7 @@ def write_gguf(path: Path, kind: str, arch: str = "llama") -> dict[str, np.ndarr
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc"])
     writer.add_array("numbers", [1, 2, 3])
     writer.add_string("general.name", "tiny")
+    more(writer)
     rng, dense = np.random.default_rng(0), {}
     for name, shape in gguf_shapes().items():
         values = rng.standard_normal(shape).astype(np.float32)
@@ -803,7 +887,7 @@ def test_gguf(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Q5_0", "Q5_1"])
-def test_gguf_types_that_are_not_read(tmp_path: Path, kind: str) -> None:
+def test_gguf_types_that_are_not_read(tmp_path: Path, own_cache: Path, kind: str) -> None:
     write_gguf(tmp_path / "tiny.gguf", kind)
     refuse(lambda: gguf_model(tmp_path / "tiny.gguf"), "blk.0.attn_q.weight", kind)
 
@@ -961,9 +1045,50 @@ def test_gguf_scales_that_are_no_numbers(tmp_path: Path, kind: str, value: float
         refuse(lambda header=header: list(gguf_weights(header, HEADS, KV_HEADS)), "ffn_up", "scale")
 
 
-def test_other_architectures_are_refused(tmp_path: Path) -> None:
+def test_other_architectures_are_refused(tmp_path: Path, own_cache: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", "Q4_0", "gpt2")
     refuse(lambda: gguf_model(tmp_path / "tiny.gguf"), "general.architecture", "gpt2")
+
+
+def add_scaling(writer: Any) -> None:
+    writer.add_string("llama.rope.scaling.type", "linear")
+    writer.add_float32("llama.rope.scaling.factor", 4.0)
+
+
+OTHER_LLAMAS = {
+    "scaled": (add_scaling, "llama.rope.scaling.type 'linear'"),
+    "scaled, as old files say it": (
+        lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0),
+        "llama.rope.scale_linear 4.0",
+    ),
+    "biases": (
+        lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(HIDDEN, np.float32)),
+        "blk.0.attn_q.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LLAMAS)
+def test_what_would_make_it_another_model(tmp_path: Path, own_cache: Path, name: str) -> None:
+    more, words = OTHER_LLAMAS[name]
+    write_gguf(tmp_path / "tiny.gguf", "Q4_0", more=more)
+    refuse(lambda: gguf_model(tmp_path / "tiny.gguf"), "tiny.gguf", words)
+
+
+def test_few_folders_of_gguf_files_are_kept(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scaling of `none` is none."""
+    monkeypatch.setattr(
+        gguf_module, "_write_words", lambda source, folder: (folder / "config.json").write_text("")
+    )
+    folders = []
+    for number in range(gguf_module.KEPT + 2):
+        path = tmp_path / f"{number}.gguf"
+        write_gguf(path, "Q4_0", more=lambda w: w.add_string("llama.rope.scaling.type", "none"))
+        folders.append(gguf_model(path))
+        os.utime(folders[0] / "manifest.json", ns=(number, number)) if number == 0 else None
+    assert {path for path in own_cache.iterdir() if path.is_dir()} == set(folders[2:])
 
 
 def test_the_embedded_file_as_it_is() -> None:
@@ -1003,11 +1128,10 @@ def embedded_bytes() -> int:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FIFTEEN_ENGINES_CACHE", str(tmp_path / "cache"))
+def cache(tmp_path: Path, own_cache: Path) -> Path:
     config, tensors, _ = gptq()
     write(tmp_path / "model", config, tensors)
-    return tmp_path / "cache" / "quantized"
+    return own_cache / "quantized"
 
 
 def sample() -> dict[str, QuantizedWeight]:
@@ -1093,6 +1217,37 @@ def test_other_weights_are_not_mistaken(cache: Path, tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 33}))
     cached_weights(model, "int4", build)
     assert build.calls == 4
+
+
+def test_folders_that_look_alike_are_not_mistaken(cache: Path, tmp_path: Path) -> None:
+    """Other weights under the same names, sizes and times; and a file that is no text."""
+    build, model, other = Builder(), tmp_path / "model", tmp_path / "other"
+    shutil.copytree(model, other)
+    times = (model / "model.safetensors").stat().st_mtime_ns
+    data = (model / "model.safetensors").read_bytes()
+    for number, folder in enumerate((model, other, model)):
+        path = folder / "model.safetensors"
+        path.write_bytes(data[:-1] + bytes([number]))
+        os.utime(path, ns=(times, times))
+        (folder / "manifest.json").write_bytes(b"\xff\xfe")
+        cached_weights(folder, "int4", build)
+    assert build.calls == 3
+    shutil.copyfile(model / "model.safetensors", other / "model.safetensors")
+    os.utime(other / "model.safetensors", ns=(times, times))
+    cached_weights(other, "int4", build)
+    assert build.calls == 4, "the samples are equal, but what lies between them may differ"
+
+
+def test_what_killed_makers_left_is_removed(cache: Path, tmp_path: Path) -> None:
+    left, busy = cache / ".0f.x1y2.tmp", cache / ".1f.x1y2.tmp"
+    for folder in (left, busy):
+        folder.mkdir(parents=True)
+        (folder / "shard-0.safetensors").write_bytes(bytes(100))
+    assert lock_of(cache / "0f").lock_file != lock_of(cache / "1f").lock_file
+    with lock_of(cache / "1f"):
+        cached_weights(tmp_path / "model", "int4", Builder())
+        assert not left.exists() and busy.exists()
+    assert len({lock_of(cache / str(number)).lock_file for number in range(200)}) == NUM_LOCKS
 
 
 def test_few_are_kept(cache: Path, tmp_path: Path) -> None:
@@ -1236,15 +1391,17 @@ def test_notes_are_for_people(tmp_path: Path) -> None:
     source: WeightSource = open_weights(write(tmp_path, config, tensors), quantized=True)
     (note,) = source.notes
     assert re.search("fixed scales", note)
+    config["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    quantization = read_quantization(write(tmp_path, config, tensors))
+    assert quantization is not None and "kv_cache_scheme" in quantization.notes[0]
     shutil.rmtree(tmp_path)
 
 
-def test_gguf_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_without_a_tokenizer(tmp_path: Path, own_cache: Path) -> None:
     """transformers makes nothing of it: one line, and no folder is left."""
-    monkeypatch.setenv("FIFTEEN_ENGINES_CACHE", str(tmp_path / "cache"))
     write_gguf(tmp_path / "tiny.gguf", "Q4_0")
     refuse(lambda: resolve(str(tmp_path / "tiny.gguf")), "tiny.gguf", "config or tokenizer")
-    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+    assert [path for path in own_cache.iterdir() if path.is_dir()] == []
 
 
 @pytest.mark.long

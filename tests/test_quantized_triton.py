@@ -16,6 +16,7 @@ from torch import Tensor
 from common.kernels.quantized import QuantizedWeight
 from common.kernels.quantized_support import emulation
 from common.kernels.reference import ReferenceOps
+from common.kernels.triton import quantized_weight
 from common.testing.kernels.quantized_cases import (
     FORMATS,
     TOLERANCES,
@@ -46,6 +47,29 @@ BITS = {
     "nvfp4": 4.5 + 32 / 4096,
     "nf4": 4.5,
 }
+
+
+def test_an_expert_of_another_format_does_not_overwrite_one() -> None:
+    weight = make_weight(replace(FORMATS["int4-g32"], out_features=24, in_features=64))
+    packed = quantized_weight.stack([weight, weight])
+    others = {
+        "kind": replace(weight, kind="uint4"),
+        "minimums": replace(weight, minimums=weight.scales.half()),
+        "scales": replace(weight, scales=weight.scales.bfloat16()),
+        "activations": replace(weight, activations="int8"),
+        "row_scales": replace(weight, row_scales=torch.ones(weight.shape[0])),
+        "order": replace(weight, order=torch.arange(weight.shape[1])),
+        "rows": weight.rows(slice(1, None)),
+    }
+    before = packed.codes.clone(), packed.scales.clone()
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=r"expert: .* is of another format"):
+            quantized_weight.overwrite(packed, 0, other)
+        assert torch.equal(packed.codes, before[0]) and torch.equal(packed.scales, before[1]), name
+    new = replace(weight, scales=weight.scales * 2)
+    quantized_weight.overwrite(packed, 1, new)
+    found = quantized_weight.unpack(quantized_weight.element(packed, 1))
+    assert torch.equal(found.dequantize(), new.dequantize())
 
 
 def format_weight(name: str, outs: int, ins: int) -> QuantizedWeight:

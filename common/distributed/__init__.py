@@ -28,7 +28,8 @@ Groups over several engines, each with a rank 0 of its own: `join_engines(ranks,
 from common.distributed.engines import join_engines
 from common.distributed.group import Group, OneRank, RankError, even_split
 from common.distributed.launch import Ranks, connect, join, join_group, launched_rank, run_worker
-from common.distributed.rendezvous import checkpoint_fingerprint, project_fingerprint
+from common.distributed.rendezvous import project_fingerprint
+from common.models.fingerprint import checkpoint_fingerprint
 
 __all__ = [
     "Group",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from common.distributed.rendezvous import checkpoint_fingerprint
+from common.models.fingerprint import checkpoint_fingerprint
 
 ROUNDING = ("quantization", "quantize_embeddings", "activations")  # settings of an engine
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from common.models.errors import ModelError
 from common.models.weight_files import Header
 
 MIXTRAL = re.compile(r"(layers\.\d+)\.block_sparse_moe\.(gate|experts\.\d+\.w[123])\.weight$")
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+MOST_EXPERTS = 1 << 16  # of a layer
 FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 
 
@@ -33,10 +35,17 @@ def plain_name(name: str) -> str:
 
 
 def pieces(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(name, index) of each expert's weight in a tensor that holds a layer's; none in another."""
+    """(name, index) of each expert's weight in a tensor that holds a layer's; none in another.
+
+    Raises ModelError for a shape that no layer has: one without bytes could say any number.
+    """
     match = FUSED.match(name)
     if match is None or len(shape) != 3:
         return
+    if 0 in shape or shape[0] > MOST_EXPERTS:
+        raise ModelError(
+            f"{name:.120} is {list(shape)}; expected up to {MOST_EXPERTS} experts, and none empty"
+        )
     prefix, half = match[1], shape[1] // 2
     for expert in range(shape[0]):
         if match[2] == "down_proj":

@@ -5,6 +5,7 @@ value changes. The file is checked by our own reader before transformers, which 
 the words of the tokenizer, sees it.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -17,11 +18,12 @@ from common.models.embedded import FOLDER, cache_dir, check_source, gguf_path, w
 from common.models.errors import ModelError
 from common.models.gguf_header import GGUFHeader, read_gguf_header
 from common.models.gguf_weights import check_tensors, gguf_weights
-from common.models.made_folders import MANIFEST, damage, made_folder
+from common.models.made_folders import MANIFEST, damage, made_folder, prune, used
 from common.models.quantized_stored import write_weights
 
 EMBEDDED = "smollm2-135m-q4_1"
 VERSION = 1  # changes when the conversion does
+PREFIX, KEPT = "gguf-", 4  # folders of files that users have: the last used
 
 
 def embedded_gguf() -> Path | None:
@@ -40,8 +42,12 @@ def gguf_model(source: Path) -> Path:
     except (OSError, RuntimeError) as error:
         raise ModelError(f"{source} cannot be read: {error}") from error
     identity = f"{VERSION} {source.resolve()} {found.st_size} {found.st_mtime_ns}"
-    name = f"gguf-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    return _made(source.resolve(), name, is_embedded=False)
+    name = f"{PREFIX}{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    folder = _made(source.resolve(), name, is_embedded=False)
+    used(folder)
+    with contextlib.suppress(OSError):
+        prune(folder.parent, PREFIX, KEPT)
+    return folder
 
 
 def _made(source: Path, name: str, is_embedded: bool) -> Path:
@@ -109,7 +115,8 @@ def _write_words(source: Path, folder: Path) -> None:
 
 
 def _heads(header: GGUFHeader) -> tuple[int, int]:
-    """Numbers of heads and of key-value heads of a Llama. Raises ModelError."""
+    """Numbers of heads and of key-value heads of a Llama. Raises ModelError, also for what would make
+    it another model and is not read."""
     values, path = header.values, header.path
     kind = values.get("general.architecture")
     if kind != "llama":
@@ -117,6 +124,11 @@ def _heads(header: GGUFHeader) -> tuple[int, int]:
     if values.get("llama.expert_count"):
         raise ModelError(
             f"{path} has llama.expert_count {values['llama.expert_count']!r:.60}: experts"
+        )
+    scaling = [name for name in values if name.startswith("llama.rope.scal")]
+    if scaling and values.get("llama.rope.scaling.type") != "none":
+        raise ModelError(
+            f"{path} has {scaling[0]} {values[scaling[0]]!r:.60}: scaled positions are not read"
         )
 
     def count(name: str, default: Any = None) -> int:

@@ -40,10 +40,10 @@ ROTARY = ("attn_q", "attn_k")
 
 def model_name(name: str) -> str | None:
     """A tensor's name in Hugging Face's Llama; None where it has no such weight."""
-    match = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", name)
+    match = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)\.weight", name)
     if match is None or match[2] not in OF_A_LAYER:
         return WHOLE.get(name)
-    return f"model.layers.{match[1]}.{OF_A_LAYER[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{OF_A_LAYER[match[2]]}.weight"
 
 
 def check_tensors(header: GGUFHeader) -> None:

@@ -4,17 +4,20 @@ A folder appears under its final name by one rename, under a lock: two processes
 one may be killed half-way, and there is either a whole folder or none.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+NUM_LOCKS = 16  # files of a cache, however many folders come and go
 MANIFEST = "manifest.json"  # written last: a folder without it is not whole
 
 
@@ -32,8 +35,9 @@ def damage(folder: Path) -> str | None:
 
 
 def lock_of(folder: Path) -> FileLock:
-    """Held while a folder is made, used for the first time, or removed."""
-    return FileLock(folder.parent / f"{folder.name}.lock")
+    """Held while a folder is made or removed. Some folders share one: a lock's file cannot be removed
+    without a race, and so there are only a few."""
+    return FileLock(folder.parent / f"made-{zlib.crc32(folder.name.encode()) % NUM_LOCKS}.lock")
 
 
 def made_folder(folder: Path, make: Callable[[Path], None], about: dict[str, Any]) -> Path:
@@ -68,3 +72,30 @@ def made_folder(folder: Path, make: Callable[[Path], None], about: dict[str, Any
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def prune(parent: Path, prefix: str, kept: int) -> None:
+    """Remove the made folders of a prefix but for so many that were used last, and what is left of
+    makers that were killed. What another process has just locked stays. Raises OSError.
+
+    A folder's last use is the time of its manifest (`used`).
+    """
+
+    def last_use(folder: Path) -> float:
+        with contextlib.suppress(OSError):
+            return (folder / MANIFEST).stat().st_mtime
+        return 0.0
+
+    whole = [path for path in parent.glob(f"{prefix}[!.]*") if path.is_dir()]
+    old = {folder: folder for folder in sorted(whole, key=last_use)[:-kept]}
+    for leftover in parent.glob(f".{prefix}*.tmp"):
+        old[leftover] = parent / leftover.name[1:].rsplit(".", 2)[0]
+    for path, folder in old.items():
+        with contextlib.suppress(Timeout), lock_of(folder).acquire(timeout=0):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def used(folder: Path) -> None:
+    """Note that a made folder is used now."""
+    with contextlib.suppress(OSError):
+        os.utime(folder / MANIFEST)

@@ -1,26 +1,23 @@
 """Weights quantised on load, kept: the next start maps them.
 
-What is kept belongs to a checkpoint (its files' names, sizes and times), to a recipe (how it was
-quantised, in words), and to this module's version. It is written one weight at a time, so that the peak
+What is kept belongs to a checkpoint (its place, and its files' names, sizes, times and samples), to a
+recipe (how it was quantised, in words), and to this module's version. It is written one weight at a time, so that the peak
 of a start stays far below the full-precision model.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import Timeout
-
 from common.kernels.quantized import QuantizedWeight
-from common.models.checkpoint import RANDOM_MARK, is_random
 from common.models.embedded import cache_dir
 from common.models.errors import ModelError
-from common.models.made_folders import MANIFEST, lock_of, made_folder
+from common.models.fingerprint import checkpoint_fingerprint
+from common.models.made_folders import lock_of, made_folder, prune, used
 from common.models.quantized_stored import read_all, write_weights
 from common.models.weight_files import read_headers, weight_files
 from common.models.weight_slices import Files
@@ -37,9 +34,10 @@ def cached_weights(folder: Path, recipe: str, build: Build) -> dict[str, Quantiz
     build: called where they are not kept yet, one weight at a time; again where they cannot be
     written, and then they are in memory. folder: the checkpoint's. Raises what `build` raises.
     """
-    place = cache_dir() / "quantized" / _key(folder, recipe)
+    place = cache_dir() / "quantized"
     about = {"recipe": recipe, "model": str(folder)}
     try:
+        place = place / _key(folder, recipe)
         for attempt in range(2):
             made = made_folder(place, lambda temporary: write_weights(temporary, build()), about)
             try:
@@ -55,35 +53,15 @@ def cached_weights(folder: Path, recipe: str, build: Build) -> dict[str, Quantiz
         reason = error.strerror or error
         print(f"warning: quantised weights are not kept in {place}: {reason}", file=sys.stderr)
         return dict(build())
+    used(made)
     with contextlib.suppress(OSError):
-        os.utime(made / MANIFEST)
-        _prune(place.parent)
+        prune(place.parent, "", KEPT)
     return weights
 
 
 def _key(folder: Path, recipe: str) -> str:
-    """A name that is another one when the checkpoint, the recipe or the version is."""
-    files = [folder / "config.json", folder / MANIFEST]
-    files += [folder / RANDOM_MARK] if is_random(folder) else weight_files(folder)
-    identity: list[object] = [VERSION, recipe]
-    for file in files:
-        with contextlib.suppress(OSError):
-            found = file.stat()
-            is_small = file.suffix == ".json"
-            identity.append([file.name, found.st_size, 0 if is_small else found.st_mtime_ns])
-            identity.append(file.read_text() if is_small else "")
+    """A name that is another one when the checkpoint, where it is, the recipe or the version is.
+    Raises OSError."""
+    times = [(file.name, file.stat().st_mtime_ns) for file in weight_files(folder)]
+    identity = [VERSION, recipe, str(folder.resolve()), checkpoint_fingerprint(folder), times]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-
-
-def _prune(place: Path) -> None:
-    """Remove all but the last used. One that another process has just locked stays. Raises OSError."""
-
-    def last_use(folder: Path) -> float:
-        with contextlib.suppress(OSError):
-            return (folder / MANIFEST).stat().st_mtime
-        return 0.0
-
-    folders = [path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for folder in sorted(folders, key=last_use)[:-KEPT]:
-        with contextlib.suppress(Timeout), lock_of(folder).acquire(timeout=0):
-            shutil.rmtree(folder, ignore_errors=True)

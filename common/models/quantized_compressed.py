@@ -16,7 +16,7 @@ from common.models.quantized_checks import FLOATS, Module, build
 from common.models.quantized_config import Quantization, Scheme, scheme_of
 from common.models.quantized_integers import centred, reordered
 
-SCALE, PACKED = "weight_scale", "weight_packed"
+SCALE, PACKED, ZERO = "weight_scale", "weight_packed", "weight_zero_point"
 
 
 def read_compressed(
@@ -24,6 +24,8 @@ def read_compressed(
 ) -> QuantizedWeight:
     """[out, in] by what the module's tensors are. Raises ModelError."""
     scheme = scheme_of(module.name, config)
+    if scheme.is_symmetric:
+        _expect_no_zero_points(module, scheme.bits)
     if module.has(PACKED):
         read = read_packed if module.header(PACKED).dtype == "I32" else read_fp4
         return read(module, scheme, shape)
@@ -70,7 +72,7 @@ def read_packed(module: Module, scheme: Scheme, shape: tuple[int, int]) -> Quant
 
 def _zero_points(module: Module, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
     """[out, groups] int32, 0 where codes are symmetric. Packed along the outputs, or int8."""
-    word, bits = "weight_zero_point", scheme.bits
+    word, bits = ZERO, scheme.bits
     if scheme.is_symmetric:
         return torch.zeros(shape, dtype=torch.int32)
     out_features, groups = shape
@@ -87,15 +89,24 @@ def _zero_points(module: Module, scheme: Scheme, shape: tuple[int, int]) -> Tens
     return found[:, :out_features].t().int() - (1 << bits - 1)
 
 
+def _expect_no_zero_points(module: Module, bits: int) -> None:
+    """A file may bring those of a symmetric weight, if they move nothing. Raises ModelError."""
+    if not module.has(ZERO):
+        return
+    header = module.header(ZERO)
+    raw = module.read(f"{module.name}.{ZERO}", header).flatten().view(torch.uint8)
+    middle = 0x88 if bits == 4 else 0x80  # of packed ones
+    if raw.any() and not (header.dtype == "I32" and (raw == middle).all()):
+        raise module.fail(ZERO, "is not zero, but the config has symmetric true")
+
+
 def read_int8(module: Module, scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:
     """Integers of a byte each."""
     expect_type(module, "weight", scheme, "int", (4, 8))
     codes = module.take("weight", ("I8",), shape)
     scales, group = read_scales(module, SCALE, scheme, shape, FLOATS)
-    minimums = None
-    if not scheme.is_symmetric:
-        zeros = _zero_points(module, scheme, (shape[0], scales.shape[1]))
-        minimums = -zeros.float() * scales.float() if zeros.any() else None
+    zeros = _zero_points(module, scheme, (shape[0], scales.shape[1]))
+    minimums = -zeros.float() * scales.float() if zeros.any() else None
     weight = QuantizedWeight
     return build(
         module,
@@ -162,7 +173,8 @@ def read_scales(
         _expect_divides(module, word, in_features, columns)
         found = (-(-out_features // rows), in_features // columns)
         scales = module.finite(word, module.take(word, dtypes, found))
-        return scales.repeat_interleave(rows, dim=0)[:out_features].contiguous(), columns
+        scales = scales.repeat_interleave(min(rows, out_features), dim=0)
+        return scales[:out_features].contiguous(), columns
     if scheme.group not in (None, -1):
         _expect_divides(module, word, in_features, scheme.group)
         found = (out_features, in_features // scheme.group)

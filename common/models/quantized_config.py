@@ -8,7 +8,7 @@ of modules to leave alone say. Layouts: AutoGPTQ and GPTQModel, AutoAWQ (`gemm`)
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ FORMATS = (
 )
 LARGEST_GROUP = 1 << 20  # inputs
 MOST_STEPS = 10_000_000  # that matching a name with a pattern may take at worst
+MOST_STEPS_IN_ALL = 500_000_000  # for all names and patterns of a checkpoint
 LONGEST_PATTERN = 256
+# What has no meaning of its own in a pattern: escaped characters, and sets of characters.
+CHARACTERS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,21 @@ class Scheme:
     targets: tuple[str, ...] = ()
 
 
+class Steps:
+    """What comparing modules with targets may still take, in all of a load."""
+
+    def __init__(self) -> None:
+        self.left = MOST_STEPS_IN_ALL
+
+    def take(self, number: int, target: str) -> None:
+        """Raises ModelError."""
+        self.left -= number
+        if number > MOST_STEPS or self.left < 0:
+            raise ModelError(
+                f"config.json has the target {target!r:.80}, which could take long to match"
+            )
+
+
 @dataclass(frozen=True)
 class Quantization:
     """A checkpoint's quantisation. notes: what is read but not done as the config has it, in words."""
@@ -55,6 +73,7 @@ class Quantization:
     is_reordered: bool = False  # whether modules must say which group an input is of
     varies: bool = False  # whether modules differ from the scheme
     notes: tuple[str, ...] = ()
+    steps: Steps = field(default_factory=Steps, compare=False)
 
 
 class Fields:
@@ -188,6 +207,8 @@ def _compressed(fields: Fields) -> Quantization:
     if groups is None or not groups.values:
         raise fields.fail("config_groups", "an object with at least one group")
     notes: dict[str, None] = {}
+    if fields.get("kv_cache_scheme"):
+        notes["keys and values are kept as kv_cache_dtype says, not as kv_cache_scheme does"] = None
     schemes = [
         _scheme(Fields(group, f"{groups.where}.{name!r:.40}"), notes)
         for name, group in groups.values.items()
@@ -251,11 +272,12 @@ def _activations(fields: Fields | None, weight_type: str, notes: dict[str, None]
 
 def scheme_of(module: str, quantization: Quantization) -> Scheme:
     """The scheme that a module of a quantised checkpoint follows. Raises ModelError."""
-    schemes = quantization.schemes
+    schemes, steps = quantization.schemes, quantization.steps
     if len(schemes) == 1:
         return schemes[0]
     for scheme in schemes:
-        if any(_matches(module, target) for target in scheme.targets if target != "Linear"):
+        targets = (target for target in scheme.targets if target != "Linear")
+        if any(_matches(module, target, steps) for target in targets):
             return scheme
     for scheme in schemes:
         if "Linear" in scheme.targets:
@@ -263,19 +285,35 @@ def scheme_of(module: str, quantization: Quantization) -> Scheme:
     raise ModelError(f"config.json names no group of quantization_config for {module:.120}")
 
 
-def _matches(module: str, target: str) -> bool:
+def _matches(module: str, target: str, steps: Steps) -> bool:
     """Whether a target names a module. Patterns are a stranger's: one that could take long fails."""
     if not target.startswith("re:"):
+        steps.take(1, target)
         return target == module
     pattern = target.removeprefix("re:")
-    repeats = len(re.findall(r"[*+{?]", pattern))
-    is_nested = re.search(r"\)[*+{]|\\[1-9]|\(\?[^:]", pattern)  # and what looks back or ahead
-    is_slow = math.comb(len(module) + repeats, repeats) > MOST_STEPS
-    if is_nested or is_slow or len(pattern) > LONGEST_PATTERN:
-        raise ModelError(
-            f"config.json has the target {target!r:.80}, which could take long to match"
-        )
+    steps.take(most_steps(pattern, len(module)), target)
     try:
         return re.match(pattern, module) is not None
     except (re.error, RecursionError, OverflowError) as error:
         raise ModelError(f"config.json has the target {target!r:.80}: {error}") from error
+
+
+def most_steps(pattern: str, length: int) -> int:
+    """Ways in which a pattern can be laid over a text of that length, or more than MOST_STEPS.
+
+    Repeats share the text, and each group takes one of its alternatives. What is not bounded so is
+    repeated groups, and what looks back or ahead.
+    """
+    is_nested = re.search(r"\)[*+{]|\\[1-9]|\(\?[^:]", pattern)
+    if is_nested or len(pattern) > LONGEST_PATTERN:
+        return MOST_STEPS + 1
+    repeats = len(re.findall(r"[*+{?]", pattern))
+    ways, alternatives = math.comb(length + repeats, repeats), [1]
+    for sign in CHARACTERS.sub("", pattern):
+        if sign == "(":
+            alternatives.append(1)
+        elif sign == "|":
+            alternatives[-1] += 1
+        elif sign == ")" and len(alternatives) > 1:
+            ways *= alternatives.pop()
+    return ways * math.prod(alternatives)

@@ -8,7 +8,9 @@ any checkpoint. https://github.com/vllm-project/compressed-tensors, version 0.20
 """
 
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,9 @@ def compressed(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
 
 
 class QuantizedWriter:
-    """The new folder of a quantised model. A context: without an error it ends with all files there,
-    with one it leaves none. Raises ModelError where the folder is not empty or cannot be written."""
+    """The new folder of a quantised model. A context: the folder appears by one rename when it ends
+    without an error; with one it leaves nothing. Raises ModelError where the folder is not empty or
+    cannot be written."""
 
     def __init__(self, source: Path, target: Path) -> None:
         self.source, self.target = source, target
@@ -82,9 +85,12 @@ class QuantizedWriter:
                 raise ModelError(f"{target} is no folder")
             if target.is_dir() and any(target.iterdir()):
                 raise ModelError(f"{target} is not empty; give a folder that is to be made")
-            self.was_there = target.is_dir()
-            target.mkdir(parents=True, exist_ok=True)
-            self.weights = WeightWriter(target, SHARD_BYTES)
+            target = target.resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.temporary = Path(
+                tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+            )
+            self.weights = WeightWriter(self.temporary, SHARD_BYTES)
         except OSError as error:
             raise ModelError(f"cannot write {target}: {error.strerror or error}") from error
         return self
@@ -106,20 +112,24 @@ class QuantizedWriter:
         try:
             self.weights.__exit__(kind, error, traceback)
             if error is None:
-                assert self.first is not None, "no quantised weight was written"
-                config = read_json(self.source / "config.json")
-                config["quantization_config"] = quantization_config(self.first, ["lm_head"])
-                copy_others(self.source, self.target)
-                (self.target / "config.json").write_text(json.dumps(config, indent=2))
+                self.finish()
         except OSError as failure:
-            self.remove()
             reason = failure.strerror or failure
             raise ModelError(f"cannot write {self.target}: {reason}") from failure
-        if error is not None:
-            self.remove()
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def remove(self) -> None:
-        """Take away what was written into a folder that was empty or not there."""
-        shutil.rmtree(self.target, ignore_errors=True)
-        if self.was_there:
-            self.target.mkdir()
+    def finish(self) -> None:
+        """Write what is not weights, and give the folder its name. Raises OSError where that has come to
+        be another's."""
+        assert self.first is not None, "no quantised weight was written"
+        config = read_json(self.source / "config.json")
+        config["quantization_config"] = quantization_config(self.first, ["lm_head"])
+        copy_others(self.source, self.temporary)
+        (self.temporary / "config.json").write_text(json.dumps(config, indent=2))
+        for file in self.temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        self.temporary.chmod(0o755)
+        self.temporary.rename(self.target.resolve())

@@ -15,6 +15,7 @@ from common.kernels.cpu.integer_embedding import integer_embedding
 from common.kernels.cpu.integer_linear import integer_linear
 from common.kernels.cpu.integer_tile import CHUNK, HALF_SCALES, PAD
 from common.kernels.cpu.pool import Threads
+from common.kernels.cpu.quantized_weight import check
 from common.kernels.cpu.vector import PANEL
 from common.kernels.cpu.weight import WeightMemory
 from common.kernels.quantized import QuantizedWeight, unpack_nibbles
@@ -22,12 +23,14 @@ from common.kernels.quantized import QuantizedWeight, unpack_nibbles
 BITS = {"int8": 8, "int4": 4, "uint4": 4}
 HALF = (torch.float16, torch.float8_e4m3fn)  # of scales and minimums that float16 holds exactly
 PARALLEL_INTEGER = 100_000  # elements from which a second core is worth its waking for one token
+LONGEST_GROUP = 1 << 17  # inputs: 2^17 * 128 * 127 is the most below 2^31, where sums of int32 end
 PANELS_AT_ONCE = 256  # that are filled at once: what is unpacked for it stays small
 
 
 def is_integer(weight: QuantizedWeight) -> bool:
     """Whether its products are sums of integers: both sides are rounded to few bits."""
-    return weight.activations == "int8" and weight.kind in BITS
+    is_rounded = weight.activations == "int8" and weight.kind in BITS
+    return is_rounded and weight.group <= LONGEST_GROUP
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class IntegerWeight:
     def pack(
         cls, weight: QuantizedWeight, bias: Tensor | None, memory: WeightMemory
     ) -> "IntegerWeight":
+        """Raises ValueError for scales that are no numbers."""
+        check(weight)
         out_features, in_features = weight.shape
         bits, num_panels = BITS[weight.kind], -(-out_features // PANEL)
         num_groups = in_features // weight.group
@@ -71,7 +76,7 @@ class IntegerWeight:
         return cls(
             taken,
             padded_bias,
-            weight.order,
+            None if weight.order is None else weight.order.clone(),
             out_features,
             in_features,
             out_features * in_features >= PARALLEL_INTEGER,
@@ -96,11 +101,11 @@ class IntegerWeight:
         """Put another weight of the same form in its place. Raises ValueError."""
         new = self.pack(weight, None, WeightMemory()) if is_integer(weight) else None
         same = new is not None and (new.sizes, new.in_features) == (self.sizes, self.in_features)
-        if same and new.order is not None and self.order is not None:
-            same = torch.equal(new.order, self.order)
         if not same or (new.order is None) != (self.order is None):
             raise ValueError(f"weight: {weight.kind} {weight.shape} {weight.activations}")
         self.panels.copy_(new.panels)
+        if self.order is not None:
+            self.order.copy_(new.order)
 
     def linear(self, x: Tensor, threads: Threads) -> Tensor:
         """x: [num_tokens, in_features] float32, contiguous."""

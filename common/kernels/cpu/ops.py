@@ -1,7 +1,8 @@
 """The operations on a CPU: numba's kernels behind checked wrappers, in float32.
 
 What the kernels do not take (other dtypes, head sizes that are no multiple of the vector width) goes
-to the reference, which is slower and right. Kernels work on raw addresses, so each wrapper checks
+to the reference, which is slower and right; only products with quantised weights take inputs of other
+dtypes, and round what they give to these. Kernels work on raw addresses, so each wrapper checks
 its tensors: float32, contiguous, shapes that fit.
 
 An object serves one thread at a time.
@@ -241,13 +242,14 @@ class CpuOps(Ops):
     def linear(self, x: Tensor, weight: Any) -> Tensor:
         if not isinstance(weight, OWN_WEIGHTS):
             return self.reference.linear(x, weight)
-        x = plain(x, FLOAT)
+        dtype, x = x.dtype, plain(x, FLOAT)
         num_tokens, in_features = x.shape
         if in_features != weight.in_features:
             raise ValueError(f"linear: x {x.shape}, weight takes {weight.in_features} features")
         threads = self.threads if weight.is_large or num_tokens > 4 else ALONE
         if isinstance(weight, QUANTIZED_WEIGHTS):
-            return weight.linear(x, threads)
+            out = weight.linear(x, threads)
+            return out if dtype is FLOAT else out.to(dtype)
         out = torch.empty(num_tokens, weight.out_features)
         linear(
             x.data_ptr(),
@@ -259,7 +261,7 @@ class CpuOps(Ops):
             weight.out_features,
             *threads,
         )
-        return out
+        return out if dtype is FLOAT else out.to(dtype)
 
     def embedding(self, token_ids: Tensor, weight: Any) -> Tensor:
         if isinstance(weight, QUANTIZED_WEIGHTS):
@@ -290,13 +292,13 @@ class CpuOps(Ops):
     def experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: Any) -> Tensor:
         if not isinstance(prepared, PanelExperts | QuantizedExperts):
             return self.reference.experts(x, expert_ids, weights, prepared)
-        x, expert_ids = plain(x, FLOAT), plain(expert_ids, torch.int64)
+        dtype, x, expert_ids = x.dtype, plain(x, FLOAT), plain(expert_ids, torch.int64)
         weights, shape = plain(weights, FLOAT), expert_ids.shape
         num_tokens, hidden = x.shape
         if hidden != prepared.hidden or weights.shape != shape or shape[:-1] != (num_tokens,):
             raise ValueError(f"experts: x {x.shape}, ids {shape}, weights {weights.shape}")
         if isinstance(prepared, QuantizedExperts) and prepared.tables is None:
-            return self._experts_in_turns(x, expert_ids, weights, prepared)
+            return self._experts_in_turns(x, expert_ids, weights, prepared).to(dtype)
         out = torch.empty(num_tokens, hidden)
         if isinstance(prepared, QuantizedExperts):
             run, addresses = quantized_experts, [prepared.tables.data_ptr()]
@@ -319,7 +321,7 @@ class CpuOps(Ops):
             raise ValueError(
                 f"experts: {len(prepared.downs)} of them, ids up to {expert_ids.max()}"
             )
-        return out
+        return out if dtype is FLOAT else out.to(dtype)
 
     def _experts_in_turns(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor, prepared: QuantizedExperts

@@ -232,9 +232,19 @@ def stack(weights: Sequence[QuantizedWeight]) -> PackedWeight:
     return replace(packed[0], **{name: stacked(name) for name in TENSORS})
 
 
+def format_of(packed: PackedWeight) -> tuple[object, ...]:
+    """What weights that lie in one tensor have in common."""
+    tensors = [getattr(packed, name) for name in (*TENSORS, "order")]
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+    sizes = packed.out_features, packed.in_features, packed.group
+    return packed.kind, *sizes, packed.scale_format, packed.activations, *dtypes
+
+
 def overwrite(stacked: PackedWeight, index: int, weight: QuantizedWeight) -> None:
-    """Another weight of the same sizes and format in the place of one, in place."""
-    new = pack(weight)
+    """Another weight in the place of one, in place. Raises ValueError for another size or format."""
+    if not can_pack(weight) or format_of(new := pack(weight)) != format_of(stacked):
+        found = f"{weight.kind} {list(weight.shape)} in groups of {weight.group}"
+        raise ValueError(f"expert: {found} is of another format than those beside it")
     for name in TENSORS:
         if (own := getattr(stacked, name)) is not None:
             own[index].copy_(getattr(new, name))
