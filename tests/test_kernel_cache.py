@@ -1,6 +1,6 @@
 """The CPU kernels are compiled once for a user: any clone finds them, and nothing half-done stays.
 
-Compiling all of them takes some 20 s, so these tests compile the smallest, or none.
+Compiling all of them takes a minute or two, so these tests compile the smallest, or none.
 """
 
 import os
