@@ -1,4 +1,4 @@
-"""What number formats cost in quality: each beside the same model as it is.
+"""`quality`: what number formats cost, each beside the same model as it is.
 
 Every variant reads the same text and gives the probabilities of all tokens after each: how far these
 are from the reference's (KL, in nats a token), how well the text was foreseen (perplexity), how often
