@@ -18,6 +18,7 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
     "arrival": ("serving.arrival", "what streams notice of a long prompt that comes in"),
     "prefix": ("prefix.run", "what a prefix cache finds and saves, on four workloads"),
     "attribution": ("attribution.run", "part 15 with each technique off in turn, on six workloads"),
+    "life": ("life", "one request's life from socket to token, from a server's own trace"),
     "speculative": (
         "speculative.run",
         "decoding with and without speculation, on copies and on prose",
