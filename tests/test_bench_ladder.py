@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from common.bench import BenchError, compare, ladder
+from common.bench import BenchError, compare, ladder, ladder_plot
 from common.bench.__main__ import main
 from common.bench.core import processes
 from common.bench.core.pairs import Ratio, interval, paired_ratio
@@ -228,6 +228,33 @@ def test_ladder_of_a_mixed_workload(fake_parts: None, tmp_path: Path) -> None:
     assert [row["engine"] for row in table] == ["part 76", "part 77"]
     assert all(row["kind"] == "mixed" and row["mfu"] > 0 and row["mbu"] > 0 for row in table)
     assert "<svg" in (tmp_path / "l.svg").read_text()
+
+
+def test_the_overview_of_the_parts(fake_parts: None, tmp_path: Path) -> None:
+    flags = ladder_flags(tmp_path, "--workload mixed --requests 3 --pairs 1")
+    flags += ["--with", "77:max_num_seqs=2", "--overview", str(tmp_path / "o.svg")]
+    assert main(flags) == 0
+    result = load_result(tmp_path / "l.json")
+    assert [row["with"] for row in result["rows"]] == ["", "max_num_seqs=2"]
+    assert "part 77 with max_num_seqs=2." in result["notes"]
+    assert "<svg" in (tmp_path / "o.svg").read_text()
+
+
+def test_titles_and_sizes_are_the_chapters() -> None:
+    known = ladder_plot.titles_and_sizes(existing_parts())
+    assert len(known) == len(existing_parts())
+    assert known["part 07"][0] == "Prefix caching"
+    sizes = [size for _, size in known.values()]
+    assert all(size > 100 for size in sizes) and sizes[0] < sizes[3] < sizes[-1]
+
+
+def test_settings_of_one_part_are_for_it_alone() -> None:
+    given = [("8", {"speculative": "ngram"}), ("8", {"seed": 1}), ("14", {"kernels": "cpu"})]
+    own = ladder.own_settings(given, [7, 8, 14])
+    assert own == {8: {"speculative": "ngram", "seed": 1}, 14: {"kernels": "cpu"}}
+    for name in ("9", "eight"):
+        with pytest.raises(ValueError, match=f"--with names part {name}, which is not measured"):
+            ladder.own_settings([(name, {})], [7, 8])
 
 
 def answer_of(runs: list[dict[str, Any]], speed: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The picture of `life`: all of it, the way to the first token, and one later token's way out.
+"""The picture of `life`: all of it, the way into the engine, and one later token's way out of it.
 
-Three panels, each a closer look at the one before. A bar is a stage, on the track of who does it.
+A bar is a stage, on the track of who does it; the second and third panel look closely at a part of the first.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ def draw(
 ) -> None:
     """The spans between two times, in milliseconds from the client's begin, and the marks' names."""
     palette, places = colors(), {track: place for place, track in enumerate(TRACKS)}
-    written: dict[int, float] = {}  # track -> where the last name below it ends
+    written: dict[tuple[int, int], float] = {}  # (track, side) -> where the last name there ends
     for span in life.spans:
         if span.end < begin or span.begin > end:
             continue
@@ -92,18 +92,20 @@ def write_name(
     ends: tuple[float, float],
     place: int,
     width: float,
-    written: dict[int, float],
+    written: dict[tuple[int, int], float],
 ) -> None:
-    """The span's name: in it where it fits, else below it where nothing has been written yet."""
+    """The span's name: in it where it fits, else below or above it, where nothing has been written yet."""
     (left, right), text = ends, span.name
     middle, size = (left + right) / 2, 0.0095 * len(text) * width  # of the text, about
-    inside = right - left > size
-    if not inside:
-        is_small = right - left < 0.002 * width or text == "decode"
-        if is_small or middle - size / 2 < written.get(place, -width):
+    side, align = 0, "center"
+    if right - left <= size:
+        free = [s for s in (1, -1) if middle - size / 2 >= written.get((place, s), -width)]
+        if not free or right - left < 0.002 * width or text == "decode":
             return
-        written[place] = middle + size / 2
+        side = free[0]
+        align = "top" if side > 0 else "bottom"
+        written[place, side] = middle + size / 2
     panel.annotate(
-        text, (1000 * middle, place if inside else place + 0.31), fontsize=7.5, ha="center",
-        va="center" if inside else "top", annotation_clip=True,
+        text, (1000 * middle, place + 0.31 * side), fontsize=7.5, ha="center", va=align,
+        annotation_clip=True,
     )  # fmt: skip
