@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     device = next((e.facts["device"] for e in entrants if e.facts), "cpu").partition(":")[0]
     limits = run_worker({"job": "limits", "device": device, "quick": args.quick_limits})
     result = ladder_result(args, parts, entrants, points, limits)
-    describe(result, parts, own, args.model)
+    if args.overview or own:
+        describe(result, parts, own, args.model)
     if args.plot:
         from common.bench.core.rates_plot import plot_rates
 
