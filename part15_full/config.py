@@ -138,6 +138,11 @@ class EngineConfig:
         "requests that come while the engine sleeps wait, or get a 503",
         choices=SLEEP_REQUESTS,
     )
+    # graphs
+    enforce_eager: bool = option(
+        False,
+        "launch every kernel of every step from Python: no CUDA graphs, nor a CPU's recordings",
+    )
     # speculation
     speculative: str = option(
         "off",

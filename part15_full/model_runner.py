@@ -32,6 +32,7 @@ from common.requests import Request
 from common.sampling import NO_TOKEN, SamplingParams
 
 from .config import EngineConfig
+from .cuda_graphs import Graphs
 from .device_queue import Work, device_queue
 from .disaggregation import make_workers_side
 from .expert_parallel import ExpertParallel
@@ -93,6 +94,8 @@ class ModelRunner:
             draft_shape = smaller.local
             self.num_weight_bytes += smaller.num_bytes
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
+        self.graphs = Graphs(config, self.device, self.ops)
+        self.inputs.find_bucket = self.graphs.bucket
         queue, num_engines = device_queue(self.device), config.data_parallel_size
         self.queue = Lockstep(queue, leaders, num_engines, self.run_idle, ranks.health)
         # What follows belongs to the device: only work in the queue touches it.
@@ -118,6 +121,7 @@ class ModelRunner:
             layers = layers_that_draft(config.draft_layers, shape.num_layers)
             self.drafter = Runnable(self.model, self.kv.data, layers)
         self.warm_up()
+        self.graphs.prepare(self)
         for model in filter(None, (self.model, smaller)):
             if model.experts is not None:
                 model.experts.forget()
@@ -195,6 +199,10 @@ class ModelRunner:
             step.admitted.append(sequence)
             step.run(sequence, num_new)
         return step
+
+    def decoding(self, num_seqs: int, each: int) -> SchedulerOutput:
+        """A step in which so many made-up sequences run so many tokens, and draw after each."""
+        return self.made_up([(each, each + 1)] * num_seqs, SamplingParams(temperature=0.0))
 
     def warm_up(self) -> None:
         """Compile what steps will launch, where that is done at a kernel's first launch: a request
@@ -282,6 +290,8 @@ class ModelRunner:
         runs, scores = what or self.target, []
         with together(self.ranks, self.everyone):
             runs.model.start_step(self.queue.counts)
+            if batch.bucket is not None and not batch.prompts:
+                return self.graphs.run(batch, runs), scores
             hidden = runs.model.forward(
                 batch.token_ids, batch.positions, runs.kv_data, batch.metadata, runs.layers
             )

@@ -108,13 +108,14 @@ def header_of(batch: Batch, what: int, num_copied: int) -> list[int]:
     bounds = metadata.max_query_len, metadata.max_seq_len, metadata.max_decode_query_len
     scored = [number for piece in batch.prompts for number in (piece.place, len(piece.token_ids))]
     sizes = shape.num_tokens, shape.num_seqs, shape.num_sampled, shape.num_changes
-    return [what, num_copied, *sizes, *bounds, metadata.num_leading_decodes, *scored]
+    each = 0 if batch.bucket is None else batch.bucket.num_tokens_each
+    return [what, num_copied, *sizes, *bounds, metadata.num_leading_decodes, each, *scored]
 
 
 def batch_of(header: list[int], inputs: InputBatch) -> Batch:
     """A batch whose numbers will come into the buffers. Of its sampling nothing is known."""
-    batch = inputs.received(BatchShape(*header[2:6]), header[6:10])
-    places = zip(header[10::2], header[11::2], strict=True)
+    batch = inputs.received(BatchShape(*header[2:6]), header[6:10], header[10])
+    places = zip(header[11::2], header[12::2], strict=True)
     batch.prompts.extend(PromptPiece(0, place, 0, [0] * count, 0) for place, count in places)
     return batch
 
