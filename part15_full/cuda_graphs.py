@@ -20,7 +20,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
+from common.distributed import Group
 from common.kernels import Ops
 from common.kv_transfer.options import TELLING
 
@@ -80,7 +82,8 @@ class Graphs:
         self.sizes = sizes_to_capture(config.max_num_seqs)
         self.max_seq_len = 0  # of any sequence; known when the cache is there
         self.captured: dict[tuple[Any, ...], Callable[[], torch.Tensor]] = {}
-        self.pool: Any = None
+        self.pool: Any = None  # of memory, which all of them share: one runs at a time
+        self.num_replays = 0
 
     def why_not(self, config: EngineConfig, ops: Ops) -> str | None:
         """The reason for which every step is launched by Python, or None."""
@@ -93,6 +96,14 @@ class Graphs:
         if not self.on_gpu and ops.name != "cpu":
             return f"kernels is {ops.name}"
         return None
+
+    def group(self, group: Group) -> Group:
+        """The same ranks, as a model that is to be captured asks them for sums."""
+        if self.on_gpu or self.reason is not None or group.size == 1:
+            return group
+        from common.distributed.recorded import RecordedGroup
+
+        return RecordedGroup(group)
 
     def bucket(self, counts: list[int]) -> Bucket | None:
         """What a batch is padded to in which every sequence runs so many tokens, all of them drawn
@@ -114,23 +125,29 @@ class Graphs:
         if not self.on_gpu:
             key += (batch.packed.data_ptr(),)  # the host's buffers take turns
         forward = partial(self.forward, batch, what)
-        if key not in self.captured:
+        if key in self.captured:
+            self.num_replays += 1
+            result = self.captured[key]()
+        else:
             if len(self.captured) >= MOST_RECORDINGS:
                 self.captured.pop(next(iter(self.captured)))
-            self.captured[key] = self.capture(forward)
-            result = self.captured[key]() if self.on_gpu else self.captured[key].result
-        else:
-            result = self.captured[key]()
-        if what.model.group.size > 1:
-            result = what.model.logits(result)
-        return None if result is None else result[: len(batch.logits_indices)]
+            self.captured[key] = graph = self.capture(forward)
+            result = graph() if self.on_gpu else graph.result
+        if self.has_logits(what):
+            return result
+        return what.model.logits(result[: len(batch.logits_indices)])
+
+    def has_logits(self, what: "Runnable") -> bool:
+        """Whether logits are part of what is captured. On a GPU they are not: each graph would hold its
+        own. With several ranks one of them gathers them, into new tensors each time."""
+        return not self.on_gpu and what.model.group.size == 1
 
     def forward(self, batch: Batch, what: "Runnable") -> torch.Tensor:
-        """Logits of every token; with several ranks hidden states, as one of them gathers the logits."""
+        """Logits of every token, or hidden states."""
         hidden = what.model.forward(
             batch.token_ids, batch.positions, what.kv_data, batch.metadata, what.layers
         )
-        return hidden if what.model.group.size > 1 else what.model.logits(hidden)
+        return what.model.logits(hidden) if self.has_logits(what) else hidden
 
     def capture(self, forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         if self.on_gpu:
@@ -146,10 +163,13 @@ class Graphs:
         self.max_seq_len = runner.max_model_len
         if not self.on_gpu or self.reason is not None:
             return
-        for size in reversed(self.sizes):
+        for size in tqdm(self.sizes[::-1], desc="CUDA graphs", disable=runner.ranks.rank > 0):
             for what in filter(None, (runner.target, runner.drafter)):
                 for each in sorted({1, 1 + self.most_drafts if what is runner.target else 1}):
                     runner.launch(runner.prepare(runner.decoding(size, each)), what).result()
+
+    def stats(self) -> dict[str, Any]:
+        return {"num_graphs": len(self.captured), "num_graph_replays": self.num_replays}
 
     def forget(self) -> None:
         """What was captured reads memory that is gone."""

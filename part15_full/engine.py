@@ -256,6 +256,7 @@ class LLMEngine:
             "num_prefix_cache_hits": self.scheduler.num_cache_hits,
             **self.connector.stats(),
             **self.speculator.stats(),
+            **self.runner.graphs.stats(),
             **self.runner.expert_stats(),
         }
 

@@ -68,6 +68,7 @@ class ModelRunner:
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
+        self.graphs = Graphs(config, self.device, self.ops)
         self.everyone, leaders = meet_engines(ranks, config)
         max_model_len = context_length(load_config(folder, quantized=True), config.max_model_len)
         self.kv_dtype = kv_dtype(config.kv_cache_dtype, self.dtype)
@@ -94,7 +95,6 @@ class ModelRunner:
             draft_shape = smaller.local
             self.num_weight_bytes += smaller.num_bytes
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
-        self.graphs = Graphs(config, self.device, self.ops)
         self.inputs.find_bucket = self.graphs.bucket
         queue, num_engines = device_queue(self.device), config.data_parallel_size
         self.queue = Lockstep(queue, leaders, num_engines, self.run_idle, ranks.health)
@@ -141,7 +141,7 @@ class ModelRunner:
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.kv_dtype)
         source = open_weights(folder, self.device, quantized=True)
         weights = QuantizedSource(source, folder, recipe)
-        group, experts = self.ranks.group, self.expert_parallel(shape)
+        group, experts = self.graphs.group(self.ranks.group), self.expert_parallel(shape)
         model = CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
         if self.ranks.rank == 0 and not self.is_ready:
             weights.report(self.device)
