@@ -16,6 +16,7 @@ the host has to look at: experts that are spread over ranks.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from common.distributed import Group
 from common.kernels import Ops
 from common.kv_transfer.options import TELLING
+from common.packed_fields import PackedFields
 
 from .config import EngineConfig
 from .input_batch import Batch, Bucket
@@ -83,6 +85,7 @@ class Graphs:
         self.max_seq_len = 0  # of any sequence; known when the cache is there
         self.captured: dict[tuple[Any, ...], Callable[[], torch.Tensor]] = {}
         self.pool: Any = None  # of memory, which all of them share: one runs at a time
+        self.input: PackedFields | None = None  # on a CPU, where the host's buffers take turns
         self.num_replays = 0
 
     def why_not(self, config: EngineConfig, ops: Ops) -> str | None:
@@ -122,8 +125,8 @@ class Graphs:
         """The logits after every token of a batch in a bucket, padding left out; None on ranks that
         have none."""
         key = (batch.bucket, what.model, what.kv_data.data_ptr(), what.layers is None)
-        if not self.on_gpu:
-            key += (batch.packed.data_ptr(),)  # the host's buffers take turns
+        if self.input is not None:
+            self.input.words[: len(batch.packed)].copy_(batch.packed)
         forward = partial(self.forward, batch, what)
         if key in self.captured:
             self.num_replays += 1
@@ -144,9 +147,13 @@ class Graphs:
 
     def forward(self, batch: Batch, what: "Runnable") -> torch.Tensor:
         """Logits of every token, or hidden states."""
-        hidden = what.model.forward(
-            batch.token_ids, batch.positions, what.kv_data, batch.metadata, what.layers
-        )
+        token_ids, positions, metadata = batch.token_ids, batch.positions, batch.metadata
+        if self.input is not None:
+            fields = self.input.tensors(batch.shape.lengths())
+            token_ids, positions = fields["token_ids"], fields["positions"]
+            names = "cu_seqlens_q", "seq_lens", "slot_mapping"
+            metadata = replace(metadata, **{name: fields[name] for name in names})
+        hidden = what.model.forward(token_ids, positions, what.kv_data, metadata, what.layers)
         return what.model.logits(hidden) if self.has_logits(what) else hidden
 
     def capture(self, forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -161,6 +168,8 @@ class Graphs:
     def prepare(self, runner: "ModelRunner") -> None:
         """Begin to serve steps; on a GPU every graph is captured now."""
         self.max_seq_len = runner.max_model_len
+        if not self.on_gpu:
+            self.input = PackedFields(*runner.inputs.buffers.sizes, runner.device)
         if not self.on_gpu or self.reason is not None:
             return
         for size in tqdm(self.sizes[::-1], desc="CUDA graphs", disable=runner.ranks.rank > 0):
@@ -168,8 +177,19 @@ class Graphs:
                 for each in sorted({1, 1 + self.most_drafts if what is runner.target else 1}):
                     runner.launch(runner.prepare(runner.decoding(size, each)), what).result()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of a CPU's input and arena; a GPU's pool is the allocator's."""
+        if self.on_gpu or self.input is None:
+            return 0
+        return self.input.words.nbytes + (self.pool.num_bytes if self.pool else 0)
+
     def stats(self) -> dict[str, Any]:
-        return {"num_graphs": len(self.captured), "num_graph_replays": self.num_replays}
+        return {
+            "num_graphs": len(self.captured),
+            "num_graph_replays": self.num_replays,
+            "graph_bytes": self.num_bytes,
+        }
 
     def forget(self) -> None:
         """What was captured reads memory that is gone."""

@@ -69,7 +69,7 @@ class InputBuffers:
     ) -> None:
         """capacities: from small to large, so that small steps do not copy the room of large ones."""
         on_gpu, host = device.type == "cuda", torch.device("cpu")
-        sizes = FORMATS, [capacity.lengths() for capacity in capacities]
+        self.sizes = sizes = FORMATS, [capacity.lengths() for capacity in capacities]
         self.hosts = [PackedFields(*sizes, host, pin_memory=on_gpu) for _ in range(num_hosts)]
         self.device = PackedFields(*sizes, device) if on_gpu else None
         self.readers: list[Work | None] = [None] * num_hosts  # the last steps that read them
