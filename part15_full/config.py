@@ -143,6 +143,11 @@ class EngineConfig:
         False,
         "launch every kernel of every step from Python: no CUDA graphs, nor a CPU's recordings",
     )
+    compile: str = option(
+        "off",
+        "what torch.compile compiles: norms and activation (ops), or whole layers",
+        choices=("off", "ops", "layers"),
+    )
     # speculation
     speculative: str = option(
         "off",

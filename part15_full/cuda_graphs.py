@@ -96,6 +96,8 @@ class Graphs:
             return "experts are spread over ranks"
         if config.role in TELLING:
             return f"role is {config.role}: keys and values are told layer by layer"
+        if not self.on_gpu and config.compile != "off":
+            return f"compile is {config.compile}: what it launches on a CPU is not seen"
         if not self.on_gpu and ops.name != "cpu":
             return f"kernels is {ops.name}"
         return None

@@ -148,7 +148,11 @@ class Attention:
 
     def __call__(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """x: [num_tokens, hidden]."""
-        qkv = self.ops.linear(x, self.qkv)
+        out = self.attend(self.ops.linear(x, self.qkv), context)
+        return self.group.all_reduce(self.ops.linear(out, self.out))
+
+    def attend(self, qkv: torch.Tensor, context: Context) -> torch.Tensor:
+        """What lies between the two products."""
         cache, metadata = context.kv_cache, context.metadata
         query = self.ops.rotary_and_store(
             qkv,
@@ -160,8 +164,7 @@ class Attention:
             **self.norms,
         )
         context.on_saved(self.layer)
-        out = self.ops.attention(query, cache, self.layer, metadata, self.scale, self.window)
-        return self.group.all_reduce(self.ops.linear(out, self.out))
+        return self.ops.attention(query, cache, self.layer, metadata, self.scale, self.window)
 
 
 class MLP:

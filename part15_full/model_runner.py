@@ -31,6 +31,7 @@ from common.prompt_logprobs import PromptScores
 from common.requests import Request
 from common.sampling import NO_TOKEN, SamplingParams
 
+from .compiled import check_compiler, compile_layers, compile_operations
 from .config import EngineConfig
 from .cuda_graphs import Graphs
 from .device_queue import Work, device_queue
@@ -67,6 +68,9 @@ class ModelRunner:
         threads = config.threads or ranks.threads
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
+        check_compiler(config, self.device)
+        if config.compile == "ops":
+            compile_operations(self.ops)
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
         self.graphs = Graphs(config, self.device, self.ops)
         self.everyone, leaders = meet_engines(ranks, config)
@@ -143,6 +147,8 @@ class ModelRunner:
         weights = QuantizedSource(source, folder, recipe)
         group, experts = self.graphs.group(self.ranks.group), self.expert_parallel(shape)
         model = CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
+        if self.config.compile == "layers":
+            compile_layers(model)
         if self.ranks.rank == 0 and not self.is_ready:
             weights.report(self.device)
         self.sources[model] = folder, max_model_len, recipe
@@ -207,6 +213,9 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Compile what steps will launch, where that is done at a kernel's first launch: a request
         would wait for it, and all that run beside it."""
+        if self.config.compile != "off":
+            for num_seqs in {1, min(3, self.config.max_num_seqs)}:
+                self.launch(self.prepare(self.decoding(num_seqs, 1))).result()
         longest, decoded = self.max_model_len, 1 + (self.config.num_speculative_tokens or 0)
         most = min(longest, self.config.max_num_batched_tokens)
         for runs in filter(None, (self.target, self.drafter)):
