@@ -26,7 +26,7 @@ from common.models.generation_config import sampling_defaults
 from common.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from common.testing.http import check_error
 from common.testing.oracle import reference_logits, reference_model
-from common.testing.parts import HTTP_PARTS, PARTS, engine_of, module_of
+from common.testing.parts import PARTS, engine_of, http_parts, module_of
 from common.testing.server import serving_thread
 
 TINY, EMBEDDED = "random:tiny-llama", "smollm2-135m"
@@ -43,7 +43,7 @@ def client_of(part: int, model: str, **flags: Any) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="module", params=HTTP_PARTS, ids=lambda part: f"part{part:02d}")
+@pytest.fixture(scope="module", params=http_parts(4), ids=lambda part: f"part{part:02d}")
 def part(request: pytest.FixtureRequest) -> int:
     return request.param
 
