@@ -84,9 +84,9 @@ def short_form(parts: Iterable[int], short: Iterable[int]) -> list[Any]:
 
 
 def http_parts(*more: int, first: int = 1) -> list[Any]:
-    """HTTP_PARTS from `first` on. In the short form run part 01, the first that can stream, the latest,
-    and `more`: what these tests look at is in common, and a part's server is a few lines."""
-    return short_form([part for part in HTTP_PARTS if part >= first], {1, 2, *more})
+    """HTTP_PARTS from `first` on. In the short form run `first`, the latest, and `more`: what these tests
+    look at is in common, and a part's server is a few lines."""
+    return short_form([part for part in HTTP_PARTS if part >= first], {first, *more})
 
 
 # Bytes, unless a test asks for other: many engines live at once. The tiny models need little.
