@@ -86,6 +86,26 @@ def test_biases_and_least_lengths_arrive(tiny: httpx.Client) -> None:
     assert ask(tiny, **ending, min_tokens=2)["usage"]["completion_tokens"] == 3
 
 
+def test_usage_so_far_is_in_each_chunk(tiny: httpx.Client, part: int) -> None:
+    """vLLM's `continuous_usage_stats`, by which load generators count the tokens of each chunk."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    alone = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+    if part == 1:
+        assert refused(tiny, **GREEDY, **alone)["param"] == "stream"
+        return
+    body = GREEDY | {"prompt": [PROMPT, PROMPT[:2]], "stream": True, "stream_options": options}
+    with tiny.stream("POST", COMPLETIONS, json=body) as answer:
+        lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: {")]
+    *chunks, last = [json.loads(line)["usage"] for line in lines]
+    assert {chunk["prompt_tokens"] for chunk in chunks} == {last["prompt_tokens"]} == {8}
+    counts = [chunk["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] < 3 and counts[-1] == 8
+    assert [chunk["total_tokens"] for chunk in chunks] == [8 + count for count in counts]
+    assert last["completion_tokens"] == 8
+    named = refused(tiny, **GREEDY, **alone)["param"]
+    assert named == "stream_options.continuous_usage_stats"
+
+
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
