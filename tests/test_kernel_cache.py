@@ -20,7 +20,7 @@ from common.kernels.cpu import compile as cpu_compile
 from common.kernels.cpu.jit import KERNELS
 
 ROOT = Path(common.__file__).parents[1]
-SMALLEST = "silu_and_mul"
+SMALLEST, SMALL = "pool_stop", "exchange_wait"
 COUNT = """
 from common.distributed.shared_memory import load_kernels
 from common.kernels.cpu import compile as cpu_compile
@@ -101,7 +101,7 @@ def test_a_changed_source_is_another_generation(tmp_path: Path, monkeypatch) -> 
 
 
 def test_says_which_kernel_of_how_many(empty: Path, monkeypatch, capfd) -> None:
-    names = (SMALLEST, "norm")
+    names = (SMALLEST, SMALL)
     monkeypatch.setattr(cpu_compile, "KERNELS", {name: KERNELS[name] for name in names})
     cpu_compile.compile_missing()
     lines = capfd.readouterr().err.splitlines()
@@ -112,7 +112,7 @@ def test_says_which_kernel_of_how_many(empty: Path, monkeypatch, capfd) -> None:
     ]
     assert sorted(name for name in names if name in "\n".join(lines)) == sorted(names)
     assert {path.name for path in empty.iterdir()} - {"lock"} == {
-        "complete", "norm.nbc", "silu_and_mul.nbc",
+        "complete", f"{SMALLEST}.nbc", f"{SMALL}.nbc",
     }  # fmt: skip
     cpu_compile.compile_missing()
     assert capfd.readouterr().err == ""
