@@ -846,7 +846,7 @@ def test_no_request_of_the_schema_is_a_5xx() -> None:
 def ask_by_schema(strategy: Any, wake_up: str) -> None:
     @given(case=strategy)
     @settings(
-        max_examples=25, suppress_health_check=list(HealthCheck), deadline=None, derandomize=True
+        max_examples=15, suppress_health_check=list(HealthCheck), deadline=None, derandomize=True
     )
     def ask(case: Any) -> None:
         answer = case.call(timeout=60)
