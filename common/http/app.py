@@ -296,6 +296,7 @@ class Frontend:
             params=params,
             stream=bool(request.stream),
             include_usage=bool(options and options.include_usage),
+            continuous_usage=bool(options and options.continuous_usage_stats),
             tokenizer=self.tokenizer,
             cache_salt=request.cache_salt,
             may_draft=request.speculative is not False,

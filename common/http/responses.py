@@ -92,6 +92,7 @@ class Job:
     echoes: list[str] | None = None  # the prompts' texts, to come back before the completions
     is_prompt_alone: bool = False  # and without them
     prompt_logprobs: int | None = None  # how many are shown in vLLM's form, beside an echo's
+    continuous_usage: bool = False  # in each chunk of a stream, of the request so far
     kv_ticket: Ticket | None = None  # where the prompt may be computed
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
@@ -217,15 +218,26 @@ class Job:
         outputs: dict[int, OutputProcessor] = {}
         async with aclosing(stream):
             for chunk in self.opening_chunks():
-                yield chunk
+                yield self._counted(chunk, outputs)
             async for index, output, delta in stream:
                 outputs[index] = output
                 if delta.finish_reason == "error":
                     raise failure(delta.error)
                 if self.has_news(delta):
-                    yield self.chunk(index, delta)
+                    yield self._counted(self.chunk(index, delta), outputs)
         if self.include_usage:
             yield self.usage_chunk([outputs[index] for index in sorted(outputs)])
+
+    def _counted(
+        self, chunk: dict[str, Any], outputs: dict[int, OutputProcessor]
+    ) -> dict[str, Any]:
+        """A chunk with the tokens so far, where the client asked for them in each."""
+        if self.continuous_usage:
+            prompt = sum(map(len, self.prompts))
+            completion = sum(len(output.token_ids) for output in outputs.values())
+            total = {"total_tokens": prompt + completion}
+            chunk["usage"] = {"prompt_tokens": prompt, "completion_tokens": completion} | total
+        return chunk
 
     def usage_chunk(self, completions: Sequence[Any]) -> dict[str, Any]:
         """The chunk before the end of a stream that asked for usage."""

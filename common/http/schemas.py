@@ -94,6 +94,7 @@ class StreamOptions(_Object):
     rules = neutral.STREAM_OPTIONS
 
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False  # vLLM's: so far, in each chunk
 
 
 class _Request(BaseModel):
@@ -157,6 +158,13 @@ class _Request(BaseModel):
             and not self.stream
         ):
             raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
+        options = self.stream_options
+        if options is not None and options.continuous_usage_stats and not options.include_usage:
+            raise ApiError(
+                400,
+                "stream_options.continuous_usage_stats needs include_usage to be true",
+                param="stream_options.continuous_usage_stats",
+            )
         if field := self.scored_by():
             if not prompt_logprobs:
                 raise ApiError(
