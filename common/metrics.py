@@ -37,6 +37,7 @@ TOKEN_GAP_BOUNDS = (
 )
 STEP_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHOICES_BOUNDS = (1, 2, 5, 10, 20)
+PREEMPTIONS_BOUNDS = (1, 2, 3, 4, 5, 10, 20)
 # fmt: on
 UP_TO_CONTEXT = ()  # 1, 2, 5, 10, 20, 50, … up to the model's context
 
@@ -75,6 +76,19 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "vllm:request_params_max_tokens": ("Tokens that a request may generate.", UP_TO_CONTEXT),
     "vllm:iteration_tokens_total": ("Tokens that a step of the engine ran.", STEP_BOUNDS),
 }
+
+# Those that only a complete exposition has, as do the counters of tokens by source.
+MORE_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "vllm:request_num_preemptions": (
+        "Times that a request went back to waiting.",
+        PREEMPTIONS_BOUNDS,
+    ),
+    "vllm:request_prefill_kv_computed_tokens": (
+        "Tokens of a request's prompt that were computed, and not found.",
+        UP_TO_CONTEXT,
+    ),
+}
+SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")  # of a prompt's tokens
 
 COUNTERS = {
     "vllm:prompt_tokens": "Prompt tokens of requests that have their first token.",
@@ -246,6 +260,14 @@ OFFLOADED = {
 }
 DIRECTIONS = {"GPU_to_CPU": "save", "CPU_to_GPU": "load"}
 
+# The same under vLLM's newer names, one for each direction -> key of stats().
+TRANSFERS = {
+    "vllm:kv_offload_store_bytes": ("Bytes copied to the host.", "offload_bytes_save"),
+    "vllm:kv_offload_store_time": ("Seconds that these copies took.", "offload_seconds_save"),
+    "vllm:kv_offload_load_bytes": ("Bytes copied from the host.", "offload_bytes_load"),
+    "vllm:kv_offload_load_time": ("Seconds that these copies took.", "offload_seconds_load"),
+}
+
 # Label of vllm:cache_config_info -> key of stats().
 CACHE_CONFIG = {"block_size": "block_size", "num_gpu_blocks": "num_blocks"}
 
@@ -284,6 +306,9 @@ class _Request:
     first_token: float = 0.0
     last_token: float = 0.0
     num_tokens: int = 0
+    num_cached: int | None = None  # tokens of its prompt that were there when it first ran
+    num_loaded: int = 0  # of these, from beyond the device
+    num_preemptions: int = 0
 
 
 class EngineMetrics:
@@ -300,8 +325,10 @@ class EngineMetrics:
             m * 10**p for p in range(8) for m in (1, 2, 5) if m * 10**p <= max_model_len
         )
         self.histograms = {
-            name: Histogram(bounds or lengths) for name, (_, bounds) in HISTOGRAMS.items()
+            name: Histogram(bounds or lengths)
+            for name, (_, bounds) in (HISTOGRAMS | MORE_HISTOGRAMS).items()
         }
+        self.prompt_sources = dict.fromkeys(SOURCES, 0)
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
         self._requests: dict[str, _Request] = {}
@@ -332,6 +359,15 @@ class EngineMetrics:
             for request_id in record.scheduled:
                 if request := self._unscheduled.pop(request_id, None):
                     request.scheduled = record.begin
+        for request_id, count in record.loaded.items():
+            if (request := self._requests.get(request_id)) and request.num_cached is None:
+                request.num_loaded += count
+        for request_id, count in record.cached.items():
+            if (request := self._requests.get(request_id)) and request.num_cached is None:
+                request.num_cached = count
+        for request_id in record.preempted:
+            if request := self._requests.get(request_id):
+                request.num_preemptions += 1
 
     def on_output(self, request_id: str, delta: Delta) -> None:
         """New tokens of a request leave for its client; with a finish reason they are its last."""
@@ -342,7 +378,7 @@ class EngineMetrics:
         if delta.token_ids:
             if not request.num_tokens:
                 request.first_token = now
-                self.counters["vllm:prompt_tokens"] += request.prompt.num_tokens
+                self._count_prompt(request)
                 self._observe("vllm:time_to_first_token_seconds", now - request.arrived)
             else:
                 self._observe("vllm:inter_token_latency_seconds", now - request.last_token)
@@ -368,6 +404,15 @@ class EngineMetrics:
     def _observe(self, name: str, value: float) -> None:
         self.histograms[name].observe(value)
 
+    def _count_prompt(self, request: _Request) -> None:
+        """Its tokens count when its first output token leaves, by where their keys and values are from."""
+        num_tokens, num_cached = request.prompt.num_tokens, request.num_cached or 0
+        num_loaded = min(request.num_loaded, num_cached)
+        self.counters["vllm:prompt_tokens"] += num_tokens
+        counts = (num_tokens - num_cached, num_cached - num_loaded, num_loaded)
+        for source, count in zip(SOURCES, counts, strict=True):
+            self.prompt_sources[source] += count
+
     def _finish(self, request: _Request) -> None:
         """What is known of a request only at its end; one that broke off would distort it."""
         prompt = request.prompt
@@ -385,6 +430,9 @@ class EngineMetrics:
         self._observe("vllm:request_prompt_tokens", prompt.num_tokens)
         self._observe("vllm:request_generation_tokens", request.num_tokens)
         self._observe("vllm:request_params_max_tokens", prompt.max_tokens)
+        self._observe("vllm:request_num_preemptions", request.num_preemptions)
+        num_computed = prompt.num_tokens - (request.num_cached or 0)
+        self._observe("vllm:request_prefill_kv_computed_tokens", num_computed)
         prompt.num_finished += 1
         prompt.longest = max(prompt.longest, request.num_tokens)
         if prompt.num_finished == prompt.num_choices:

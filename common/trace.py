@@ -26,7 +26,7 @@ CAPACITY = 4096  # steps kept
 # Fields of a record that are empty where nothing has happened.
 HAPPENINGS = (
     "scheduled", "finished", "arrived", "allocated", "freed", "preempted", "device", "cached",
-    "rejected",
+    "rejected", "loaded",
 )  # fmt: skip
 FEW = 4  # steps: some 0.1 ms with 256 requests in each
 
@@ -41,6 +41,7 @@ class StepRecord:
     preempted: requests that went back to waiting.
     scheduled: request id -> number of tokens run for it in this step.
     rejected: request id -> drafts among those that have turned out not to belong to it.
+    loaded: request id -> tokens whose keys and values came from beyond the device.
     phases: (name, begin, end), in order, in seconds.
     finished: request id -> finish reason.
     device: (step, begin, end): when a device that the host does not wait for worked on a step that
@@ -60,6 +61,7 @@ class StepRecord:
     device: list[tuple[int, float, float]] = field(default_factory=list)
     cached: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
+    loaded: dict[str, int] = field(default_factory=dict)
 
     @property
     def has_news(self) -> bool:
@@ -219,6 +221,10 @@ class Trace:
     def cached(self, request_id: str, num_tokens: int) -> None:
         """Note that a request joins, or comes back, with `num_tokens` tokens that were found."""
         self._next.cached[request_id] = num_tokens
+
+    def loaded(self, request_id: str, num_tokens: int) -> None:
+        """Note that `num_tokens` of a request have come from beyond the device."""
+        self._next.loaded[request_id] = num_tokens
 
     def allocated(self, request_id: str, blocks: list[int]) -> None:
         """Note that a request took blocks."""

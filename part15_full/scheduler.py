@@ -106,6 +106,7 @@ class Scheduler:
             if sequence in self.loading:
                 self.resume(sequence)
                 sequence.num_computed_tokens += num_tokens
+                self.trace.loaded(sequence.request_id, num_tokens)
                 self.cache.publish(sequence, sequence.num_computed_tokens)
 
     def schedule(self) -> SchedulerOutput:

@@ -64,8 +64,8 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
 
     frontend.route(answer)
     frontend.add_trace(engine.trace, engine.runner.expert_stats)
-    frontend.add_metrics(async_engine.metrics)
-    add_sleep_routes(frontend.app, engine, async_engine.call)
+    frontend.add_metrics(async_engine.metrics, admission)
+    add_sleep_routes(frontend.app, engine, async_engine.call, frontend.timed)
     frontend.app.add_api_route("/kv_transfer", engine.connector.describe, methods=["GET"])
     page.mount(frontend.app)
     return frontend.app

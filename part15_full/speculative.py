@@ -49,6 +49,7 @@ class Speculator(NoSpeculator):
         self.lengths = DraftLength()
         self.proposed: dict[Sequence, list[int]] = {}  # whole drafts, also what is not verified
         self.counts = NO_DRAFTS  # of all sequences
+        self.accepted_at = [0] * most  # tokens that stayed, by their place in the draft
 
     @phase
     def propose(self, scheduler: Scheduler, num_tokens: int, seconds: float) -> None:
@@ -94,6 +95,8 @@ class Speculator(NoSpeculator):
         if num_drafts > num_accepted:
             self.trace.rejected(sequence.request_id, num_drafts - num_accepted)
         self.counts = self.counts.plus(num_drafts, num_accepted)
+        for place in range(num_accepted):
+            self.accepted_at[place] += 1
         self.lengths.observe(sequence, self.proposed.pop(sequence), token_ids)
         sequence.draft_token_ids, sequence.draft_probs = [], None
 
@@ -103,7 +106,7 @@ class Speculator(NoSpeculator):
         self.proposed.pop(sequence, None)
 
     def stats(self) -> dict[str, Any]:
-        return self.counts._asdict()
+        return self.counts._asdict() | {"num_accepted_at": list(self.accepted_at)}
 
 
 def make_speculator(config: EngineConfig, runner: ModelRunner, trace: Trace) -> NoSpeculator:

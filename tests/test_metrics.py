@@ -6,6 +6,7 @@ that Prometheus reads; then every part that has the route, under concurrent requ
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -522,6 +523,9 @@ def test_the_route_speaks_both_formats() -> None:
     assert answer.headers["content-type"].startswith(f"{OPENMETRICS}; version=1.0.0")
     families = {family.name for family in openmetrics.text_string_to_metric_families(answer.text)}
     assert {"vllm:prompt_tokens", "vllm:iteration_tokens_total"} <= families
+    samples = {re.split("[{ ]", line)[0] for line in answer.text.splitlines() if line[:1] != "#"}
+    assert "vllm:prompt_tokens_total" in samples, "a name's colon is no character to escape"
+    assert not any(name.startswith("vllm_") for name in samples)
     with pytest.raises(ValueError):  # the parser does look
         list(openmetrics.text_string_to_metric_families(plain.text))
 

@@ -470,7 +470,7 @@ def test_the_state_is_the_engines(part: int) -> None:
     preempted = shared = 0
     with trace.follow() as records:
         state = trace.catch_up(records)
-        for number in range(40):
+        for number in range(60):
             length = rng.choice([1, 1, 30, 50])
             params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
             token = rng.randrange(2, 500) if number % 2 else 7

@@ -17,6 +17,7 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
     "serve": ("serving.serve", "load on an OpenAI-compatible server: TTFT, ITL, TPOT, E2E"),
     "arrival": ("serving.arrival", "what streams notice of a long prompt that comes in"),
     "prefix": ("prefix.run", "what a prefix cache finds and saves, on four workloads"),
+    "attribution": ("attribution.run", "part 15 with each technique off in turn, on six workloads"),
     "speculative": (
         "speculative.run",
         "decoding with and without speculation, on copies and on prose",

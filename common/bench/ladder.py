@@ -8,7 +8,8 @@ Every measurement is a fresh process, and parts take turns, in alternating order
 rounds. Speeds are medians over the rounds; the ratio of a part to the one before it is the median
 of the rounds' ratios, with a 95% bootstrap interval. "No slower" is claimed from 15 pairs on, where
 the interval begins at 0.97 or above. Parts that run one sequence at a time are measured at batch 1,
-and that rate stands for every batch.
+and that rate stands for every batch. --overview draws all parts with their titles and lines of code, and
+--with switches a part's technique on: --with 8:speculative=ngram.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from common.bench.core.arguments import (
     finish,
     positive,
     settings_of,
+    variant,
 )
 from common.bench.core.noise import disturbance
 from common.bench.core.pairs import MIN_CLAIM
@@ -74,8 +76,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, default=1, help="in each process (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--vocab-size", type=positive, help="draw token ids below this")
+    parser.add_argument(
+        "--with",
+        dest="own_settings",
+        type=variant,
+        action="append",
+        default=[],
+        metavar="PART:KEY=VALUE,…",
+        help="fields of one part's EngineConfig alone",
+    )
     add_output_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png or .svg)")
+    parser.add_argument(
+        "--overview", type=Path, metavar="FILE", help="draw the parts by their titles, and sizes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,16 +98,29 @@ def run(args: argparse.Namespace) -> int:
     pairs = dict(args.part_pairs)
     if unknown := set(pairs) - set(parts):
         raise ValueError(f"--part-pairs names part {min(unknown)}, which is not measured")
-    entrants = [part_entrant(part, points, args, pairs.get(part, args.pairs)) for part in parts]
+    if args.overview:
+        from common.bench.prefix.plot import check_plot
+
+        check_plot(args.overview, "--overview")
+    own = own_settings(args.own_settings, parts)
+    entrants = [
+        part_entrant(part, points, args, pairs.get(part, args.pairs), own.get(part, {}))
+        for part in parts
+    ]
     vocab_size = args.vocab_size or known_vocab_size(args.model)
     measure_rounds(entrants, points, vocab_size, args.seed, args.repeats)
     device = next((e.facts["device"] for e in entrants if e.facts), "cpu").partition(":")[0]
     limits = run_worker({"job": "limits", "device": device, "quick": args.quick_limits})
     result = ladder_result(args, parts, entrants, points, limits)
+    describe(result, parts, own, args.model)
     if args.plot:
         from common.bench.core.rates_plot import plot_rates
 
         plot_rates(result, args.plot)
+    if args.overview and result["rows"]:
+        from common.bench.ladder_plot import plot_overview
+
+        plot_overview(result, args.overview)
     finish(args, result)
     return 1 if any(entrant.failure for entrant in entrants) else 0
 
@@ -113,8 +140,39 @@ def workload_points(args: argparse.Namespace) -> list[Point]:
     return [mixed_point(count, args.seed) if args.workload == "mixed" else prefill_point(count)]
 
 
-def part_entrant(part: int, points: list[Point], args: argparse.Namespace, rounds: int) -> Entrant:
-    """A part with room for the largest batch, where it has batches."""
+def own_settings(
+    given: list[tuple[str, dict[str, Any]]], parts: list[int]
+) -> dict[int, dict[str, Any]]:
+    """What --with gave, by part. Raises ValueError for a part that is not measured."""
+    own: dict[int, dict[str, Any]] = {}
+    for name, settings in given:
+        if not name.isdecimal() or int(name) not in parts:
+            raise ValueError(f"--with names part {name}, which is not measured")
+        own[int(name)] = own.get(int(name), {}) | settings
+    return own
+
+
+def describe(result: Result, parts: list[int], own: dict[int, dict[str, Any]], model: str) -> None:
+    """Write into the result's rows what each part is called, how long it is, and what was set for it."""
+    from common.bench.ladder_plot import titles_and_sizes
+
+    known = titles_and_sizes(parts)
+    settings = {f"part {part:02d}": given for part, given in own.items()}
+    result["model"] = model
+    for row in result["rows"]:
+        row["title"], row["code_lines"] = known.get(row["engine"], (row["engine"], None))
+        given = settings.get(row["engine"], {})
+        row["with"] = ", ".join(f"{key}={value}" for key, value in given.items())
+    result["notes"] += [
+        f"{name} with {', '.join(f'{k}={v}' for k, v in given.items())}."
+        for name, given in settings.items()
+    ]
+
+
+def part_entrant(
+    part: int, points: list[Point], args: argparse.Namespace, rounds: int, own: dict[str, Any]
+) -> Entrant:
+    """A part with room for the largest batch, where it has batches. own: settings for it alone."""
     config = importlib.import_module(f"{part_package(part)}.config").EngineConfig
     known = {entry.name for entry in fields(config)}
     largest = max(point.batch_size for point in points)
@@ -123,7 +181,7 @@ def part_entrant(part: int, points: list[Point], args: argparse.Namespace, round
         "job": "generate",
         "part": part,
         "model": args.model,
-        "settings": settings | settings_of(args),
+        "settings": settings | settings_of(args) | own,
     }
     return Entrant(
         name=f"part {part:02d}",

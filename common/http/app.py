@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from common.http.errors import ApiError, field_error, internal_error
 from common.http.metrics_routes import make_registry, render
 from common.http.middleware import ClientGone, Guard, split_list
+from common.http.request_log import add_request_log
 from common.http.responses import Job, to_json
 from common.http.run import ServerConfig
 from common.http.schemas import (
@@ -54,7 +55,7 @@ class Admission:
     """Counts the completions under way and refuses beyond a limit."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.count = limit, 0
+        self.limit, self.count, self.num_refused = limit, 0, 0
 
     def check(self, count: int) -> None:
         """Raises ApiError 503 with Retry-After unless `count` places are free; 400 when there are
@@ -67,6 +68,7 @@ class Admission:
                 param="n",
             )
         if self.count + count > self.limit:
+            self.num_refused += count
             raise ApiError(
                 503,
                 f"the server is full: {self.count} completions are running or waiting",
@@ -156,6 +158,7 @@ class Frontend:
         self.tokenizing_threads = CapacityLimiter(TOKENIZING_THREADS)
         self.cache_salt, self.speculative = cache_salt, speculative
         self.prompt_logprobs = prompt_logprobs
+        self.timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         name = engine.config.model
         self.model = config.served_model_name or (
             os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
@@ -211,7 +214,10 @@ class Frontend:
         async def respond(
             body: CompletionRequest | ChatCompletionRequest, request: Request
         ) -> Response:
-            whole = await answer(await self.read(body), request)
+            job = await self.read(body)
+            if (life := request.scope.get("life")) is not None:
+                life.job = job
+            whole = await answer(job, request)
             if isinstance(whole, Response):
                 return whole
             # In a thread: half a million log probabilities take seconds.
@@ -235,9 +241,16 @@ class Frontend:
         `/trace.perfetto.json`. experts: which of them were chosen how often, where there are any."""
         add_trace_routes(self.app, trace, experts)
 
-    def add_metrics(self, metrics: EngineMetrics) -> None:
-        """Add `GET /metrics`: the engine's numbers and this process's, for Prometheus to read."""
-        registry = make_registry(metrics, self.model)
+    def add_metrics(self, metrics: EngineMetrics, admission: Admission | None = None) -> None:
+        """Add `GET /metrics`: the engine's numbers and this process's, for Prometheus to read.
+
+        admission: with it, all of vLLM's metrics that there are (`common/vllm_metrics.py`), those of
+        HTTP requests among them, and `GET /trace.requests.jsonl`.
+        """
+        num_refused = None if admission is None else lambda: admission.num_refused
+        registry = make_registry(metrics, self.model, num_refused)
+        if admission is not None:
+            self.timed = add_request_log(self.app, registry).timed
 
         async def scrape(request: Request) -> Response:
             content, kind = render(registry, ", ".join(request.headers.getlist("accept")))
@@ -252,6 +265,7 @@ class Frontend:
 
     async def read(self, request: CompletionRequest | ChatCompletionRequest) -> Job:
         """Check a request and turn it into tokens. Raises ApiError."""
+        marks = {"read": time.perf_counter()}
         self.check_model(request.model)
         request.check(
             self.streaming,
@@ -273,9 +287,11 @@ class Frontend:
             )
         template_options = request.template_options() if chat else {}
         try:
+            marks["tokenize"] = time.perf_counter()
             prompts = await self.tokenizing(
                 lambda: [self._tokens(text, **template_options) for text in texts]
             )
+            marks["tokenized"] = time.perf_counter()
             room = self.max_model_len - max(map(len, prompts))
             if not chat and request.max_tokens is None and room > 0:
                 # Nobody asked for the default: near the context's end it is what is left.
@@ -303,6 +319,7 @@ class Frontend:
             echoes=echoes,
             is_prompt_alone=not chat and request.is_prompt_alone,
             prompt_logprobs=request.prompt_logprobs,
+            marks=marks,
         )
 
     def _texts(self, prompts: list[str | list[int]]) -> list[str]:

@@ -1,7 +1,8 @@
 """`GET /metrics`: an engine's numbers and the process's own, in the formats Prometheus reads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,8 +22,10 @@ from common.metrics import (
     COUNTERS,
     DIRECTIONS,
     HISTOGRAMS,
+    MORE_HISTOGRAMS,
     OFFLOADED,
     READINGS,
+    TRANSFERS,
     EngineMetrics,
 )
 
@@ -35,10 +38,19 @@ SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
 
 
 class EngineCollector(Collector):
-    """Reads an engine's numbers whenever its registry is asked for them."""
+    """Reads an engine's numbers whenever its registry is asked for them.
 
-    def __init__(self, metrics: EngineMetrics, model_name: str) -> None:
-        self.metrics = metrics
+    num_refused: how many completions were refused for want of room; with it the exposition is
+    complete: all that `common/vllm_metrics.py` lists as had.
+    """
+
+    def __init__(
+        self,
+        metrics: EngineMetrics,
+        model_name: str,
+        num_refused: Callable[[], int] | None = None,
+    ) -> None:
+        self.metrics, self.num_refused = metrics, num_refused
         self.values = [model_name, ENGINE]
 
     def collect(self) -> Iterator[Metric]:
@@ -55,16 +67,59 @@ class EngineCollector(Collector):
         for reason, count in self.metrics.finished.items():
             finished.add_metric([*self.values, reason], count)
         yield finished
-        for name, histogram in self.metrics.histograms.items():
-            family = HistogramMetricFamily(name, HISTOGRAMS[name][0], labels=LABELS)
+        shown = HISTOGRAMS
+        if self.num_refused is not None:
+            shown = HISTOGRAMS | MORE_HISTOGRAMS
+            yield from self._frontends(self.num_refused())
+        for name, (text, _) in shown.items():
+            histogram = self.metrics.histograms[name]
+            family = HistogramMetricFamily(name, text, labels=LABELS)
             bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
             counts = accumulate(histogram.counts)
             family.add_metric(self.values, list(zip(bounds, counts, strict=True)), histogram.sum)
             yield family
 
+    def _frontends(self, num_refused: int) -> Iterator[Metric]:
+        """What is known on this side of the engine, beyond `COUNTERS`."""
+        sources = self.metrics.prompt_sources
+        by_source = CounterMetricFamily(
+            "vllm:prompt_tokens_by_source",
+            "Prompt tokens that were computed, found here, or came from elsewhere.",
+            labels=[*LABELS, "source"],
+        )
+        for source, count in sources.items():
+            by_source.add_metric([*self.values, source], count)
+        cached = CounterMetricFamily(
+            "vllm:prompt_tokens_cached", "Prompt tokens that were not computed.", labels=LABELS
+        )
+        cached.add_metric(self.values, sum(sources.values()) - sources["local_compute"])
+        refused = CounterMetricFamily(
+            "vllm:admission_rejections",
+            "Completions that were refused for want of room.",
+            labels=["model_name", "reason"],
+        )
+        refused.add_metric([self.values[0], "max_num_queued_reqs"], num_refused)
+        yield from (by_source, cached, refused)
+
+    def _more_readings(self, stats: dict[str, Any]) -> Iterator[Metric]:
+        """What vLLM tells apart by a label of its own."""
+        for name, text, kind, label, numbers in labelled(stats):
+            family = kind(name, text, labels=[*LABELS, label])
+            for value, number in numbers.items():
+                family.add_metric([*self.values, value], number)
+            yield family
+        for name, (text, key) in TRANSFERS.items():
+            if key in stats:
+                counter = CounterMetricFamily(name, text, labels=LABELS)
+                counter.add_metric(self.values, stats[key])
+                yield counter
+
     def _readings(self) -> Iterator[Metric]:
         """What the engine's `stats()` says."""
         stats = self.metrics.stats()
+        if self.num_refused is not None:
+            stats = with_defaults(stats)
+            yield from self._more_readings(stats)
         for reading in READINGS:
             if reading.key in stats:
                 kinds = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
@@ -98,10 +153,58 @@ class EngineCollector(Collector):
         return family
 
 
-def make_registry(metrics: EngineMetrics, model_name: str) -> CollectorRegistry:
-    """A registry of its own for each app, beside which others may live in the process."""
+def with_defaults(stats: dict[str, Any]) -> dict[str, Any]:
+    """As vLLM counts: a request that waits for keys and values waits, what came from other workers
+    was found beyond the device, and what an engine does not have it has had none of."""
+    num_loading, num_fetched = stats.get("num_loading", 0), stats.get("num_kv_tokens", 0)
+    return stats | {
+        "num_waiting": stats["num_waiting"] + num_loading,
+        "num_external_queries": stats.get("num_external_queries", 0) + num_fetched,
+        "num_host_hits": stats.get("num_host_hits", 0) + num_fetched,
+        "waiting_by_reason": {"capacity": stats["num_waiting"], "deferred": num_loading},
+        "hits_by_source": {
+            "device": stats.get("num_prefix_cache_hits", 0),
+            "host": stats.get("num_host_hits", 0),  # also what it had on its disk
+            "p2p": num_fetched,
+        },
+    }
+
+
+def labelled(stats: dict[str, Any]) -> Iterator[tuple[str, str, Any, str, dict[str, float]]]:
+    """(name, what it measures, class of its family, label, number by the label's value)."""
+    yield (
+        "vllm:num_requests_waiting_by_reason",
+        "Requests that wait for room (capacity), or for keys and values (deferred).",
+        GaugeMetricFamily,
+        "reason",
+        stats["waiting_by_reason"],
+    )
+    yield (
+        "vllm:prompt_tokens_cached_by_source",
+        "Tokens that were found, by what held their keys and values.",
+        CounterMetricFamily,
+        "source",
+        stats["hits_by_source"],
+    )
+    if "num_accepted_at" in stats:
+        yield (
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Tokens of drafts that stayed, by their place in the draft.",
+            CounterMetricFamily,
+            "position",
+            {str(place): count for place, count in enumerate(stats["num_accepted_at"])},
+        )
+
+
+def make_registry(
+    metrics: EngineMetrics, model_name: str, num_refused: Callable[[], int] | None = None
+) -> CollectorRegistry:
+    """A registry of its own for each app, beside which others may live in the process.
+
+    num_refused: as `EngineCollector` has it.
+    """
     registry = CollectorRegistry()
-    registry.register(EngineCollector(metrics, model_name))
+    registry.register(EngineCollector(metrics, model_name, num_refused))
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
     return registry
@@ -110,5 +213,6 @@ def make_registry(metrics: EngineMetrics, model_name: str) -> CollectorRegistry:
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     """What the registry holds, and its content type: OpenMetrics for those who accept it."""
     if OPENMETRICS in accept:
-        return openmetrics.generate_latest(registry), openmetrics.CONTENT_TYPE_LATEST
+        content = openmetrics.generate_latest(registry, escaping=openmetrics.ALLOWUTF8)
+        return content, openmetrics.CONTENT_TYPE_LATEST
     return generate_latest(registry), TEXT

@@ -7,6 +7,7 @@ import json
 import operator
 import secrets
 import time
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,11 @@ class TextOffsets:
 
 @dataclass
 class Job:
-    """One HTTP request, checked: what to run, and how to answer."""
+    """One HTTP request, checked: what to run, and how to answer.
+
+    marks: name of a stage -> when it was reached, in seconds of `time.perf_counter`, as all times.
+    taken, detokenized: of each output of the engine, when work on it began and ended.
+    """
 
     chat: bool
     model: str
@@ -96,6 +101,10 @@ class Job:
     kv_ticket: Ticket | None = None  # where the prompt may be computed
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
+    request_ids: list[str] = field(default_factory=list)  # of what the engine was asked for
+    marks: dict[str, float] = field(default_factory=dict)
+    taken: array = field(default_factory=lambda: array("d"))
+    detokenized: array = field(default_factory=lambda: array("d"))
     _offsets: dict[int, "TextOffsets"] = field(default_factory=dict)  # of each choice streamed
 
     @property
@@ -106,6 +115,8 @@ class Job:
         """What an engine is asked for: a request for each choice, prompt by prompt."""
         prompts = [(prompt, self.params) for prompt in self.prompts]
         requests = fan_out(prompts, self.cache_salt, self.may_draft)
+        self.request_ids = [request.request_id for request in requests]
+        self.marks["submitted"] = time.perf_counter()
         if (ticket := self.kv_ticket) is None:
             return requests
         return [replace(r, kv_ticket=ticket.child(i)) for i, r in enumerate(requests)]
@@ -209,6 +220,7 @@ class Job:
         outputs: dict[int, OutputProcessor] = {}
         async with aclosing(stream):
             async for index, output, _ in stream:
+                self._note(output)
                 outputs[index] = output
         return self.response([outputs[index].completion(index) for index in sorted(outputs)])
 
@@ -220,6 +232,7 @@ class Job:
             for chunk in self.opening_chunks():
                 yield self._counted(chunk, outputs)
             async for index, output, delta in stream:
+                self._note(output)
                 outputs[index] = output
                 if delta.finish_reason == "error":
                     raise failure(delta.error)
@@ -238,6 +251,10 @@ class Job:
             total = {"total_tokens": prompt + completion}
             chunk["usage"] = {"prompt_tokens": prompt, "completion_tokens": completion} | total
         return chunk
+
+    def _note(self, output: OutputProcessor) -> None:
+        self.taken.append(output.began)
+        self.detokenized.append(time.perf_counter())
 
     def usage_chunk(self, completions: Sequence[Any]) -> dict[str, Any]:
         """The chunk before the end of a stream that asked for usage."""

@@ -5,6 +5,7 @@ route, these ask for the key where there is one.
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,13 +31,18 @@ class Sleeper(Protocol):
 
 
 def add_sleep_routes(
-    app: FastAPI, engine: Sleeper, call: Callable[[Callable[[], Any]], Awaitable[Any]]
+    app: FastAPI,
+    engine: Sleeper,
+    call: Callable[[Callable[[], Any]], Awaitable[Any]],
+    timed: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """call: what it is given runs in the engine's thread."""
+    """call: what it is given runs in the engine's thread. timed: a context around each operation,
+    `sleep` or `wake`."""
 
-    async def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    async def attempt(operation: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
-            told = await call(work)
+            with timed(operation):
+                told = await call(work)
         except SleepError as error:
             raise ApiError(500, str(error), code="sleep_failed") from None
         except RankError as error:
@@ -47,10 +53,10 @@ def add_sleep_routes(
         """Level 1 keeps the weights where they cost less; level 2 will read them anew."""
         if level not in map(str, LEVELS):
             raise ApiError(400, f"level must be 1 or 2, not {level!r:.40}", param="level")
-        return await attempt(partial(engine.sleep, int(level)))
+        return await attempt("sleep", partial(engine.sleep, int(level)))
 
     async def wake_up() -> dict[str, Any]:
-        return await attempt(engine.wake_up)
+        return await attempt("wake", engine.wake_up)
 
     async def is_sleeping() -> dict[str, bool]:
         return {"is_sleeping": engine.sleep_level > 0}

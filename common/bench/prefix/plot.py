@@ -9,12 +9,12 @@ from common.bench.core.rates_plot import caption, colors
 from common.bench.core.results import Result
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, flag: str = "--plot") -> None:
     """Raise ValueError where nothing can be drawn there: before all is measured, not after."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+        raise ValueError(f"{flag} needs matplotlib: pip install matplotlib")
     if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"--plot must name a .png or an .svg, not {path.name!r}")
+        raise ValueError(f"{flag} must name a .png or an .svg, not {path.name!r}")
 
 
 def plot_prefix(result: Result, path: Path) -> None:
