@@ -76,7 +76,7 @@ class InputBatch:
         self.is_special = np.zeros(rows, np.bool_)
         self.most_drafts = config.num_speculative_tokens or 0
         sampled = rows * (1 + self.most_drafts)
-        most_tokens = max(config.max_num_batched_tokens, sampled)
+        most_tokens = max(config.most_tokens(max_model_len), sampled)
         capacities = [BatchShape(n, rows, sampled, rows * width) for n in (sampled, most_tokens)]
         # A model that drafts reads a batch for each of a draft's tokens, while the host goes on.
         num_hosts = 2 + (self.most_drafts if config.speculative in ("draft", "self") else 0)
