@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from common.models.checkpoint import resolve
 from common.models.weight_slices import open_weights
+from common.sampling import SamplingParams
 from common.testing.compositions import (
     FOLDER,
     LLAMA,
@@ -43,6 +44,8 @@ PART = 15
 SMALL = {"block_size": 4, "num_blocks": 17, "max_num_seqs": 8, "max_num_batched_tokens": 20}
 SPACIOUS = {"block_size": 16, "num_blocks": 80, "max_num_seqs": 16, "kernels": "reference"}
 ROUNDING = ("quantization", "activations", "kv_cache_dtype")
+SCORING = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+NEAR = 0.3  # of a logit; two tokens that are not likely lie some 3 apart
 CHOICES = (6, 7)  # requests that are completed three times: one greedy, one seeded
 Techniques = Sequence[Technique]
 TOKENIZER: list[str] = []
@@ -75,13 +78,18 @@ def rounded_folder(model: str, format_name: str) -> str:
 
 
 @cache
+def reference(model: str, **rounding: str) -> Any:
+    """An engine without any technique."""
+    return make_engine(PART, model, threads=1, prefix_cache="off", **SPACIOUS, **rounding)
+
+
+@cache
 def expected(model: str, is_exact: bool, **rounding: str) -> list[Known]:
     """The known requests, and behind them three completions each of some."""
     source = (
         rounded_folder(model, rounding["quantization"]) if "quantization" in rounding else model
     )
-    known = known_requests(source if is_exact else model)
-    engine = make_engine(PART, model, threads=1, prefix_cache="off", **SPACIOUS, **rounding)
+    known, engine = known_requests(source if is_exact else model), reference(model, **rounding)
     prompts, params = [k.prompt for k in known], [k.params for k in known]
     outputs = [c.token_ids for c in engine.generate(prompts, params, progress=False)]
     if is_exact:
@@ -90,8 +98,6 @@ def expected(model: str, is_exact: bool, **rounding: str) -> list[Known]:
     for i in CHOICES:
         several = engine.generate([prompts[i]], replace(params[i], n=3), progress=False)
         found += [replace(known[i], output=c.token_ids, choice=c.index) for c in several]
-        assert several[0].token_ids == outputs[i]
-    engine.shutdown()
     return found
 
 
@@ -117,45 +123,42 @@ class Crowd(Drive):
 
         self.engine.runner.queue.aside(write)
 
-    def compare(self) -> float:
-        """The share of tokens that are right; those behind the first wrong one of a request are not."""
-        num_right = num_tokens = 0
-        for request_id, (tokens, _) in self.expected.items():
-            got = self.outputs[request_id]
-            pairs = list(zip(got, tokens, strict=False))
-            wrong = [i for i, (one, other) in enumerate(pairs) if one != other]
-            num_right += wrong[0] if wrong else len(pairs)
-            num_tokens += len(pairs)
-        return num_right / num_tokens
-
 
 class Nearly(Crowd):
-    """Nine tokens in ten must be right, and every request must end."""
+    """What is greedy must be near the largest logit of the reference operations at its place. A sum in
+    another order may round another way, and then another token is drawn."""
 
     def check(self) -> None:
         assert set(self.reasons) == set(self.expected), "requests without an end"
         assert self.engine.stats()["num_used_blocks"] == 0
-        assert self.compare() > 0.9, self.compare()
+        greedy = [name for name, known in self.requests.items() if known.params.temperature == 0]
+        texts = [self.requests[name].prompt + self.outputs[name] for name in greedy]
+        for name, scored in zip(
+            greedy, self.reference.generate(texts, SCORING, False), strict=True
+        ):
+            for place in scored.prompt_logprobs[len(self.requests[name].prompt) - 1 :]:
+                gap = place.top[0][1] - place.logprob
+                assert gap < NEAR, f"{name}: {place.token_id} lies {gap:.2f} below the first"
 
 
 def crowd(seed: str, has_choices: bool) -> list[Event]:
-    """Two long requests that begin alike and do not both fit, and others that come, stop and abort."""
-    generator, first = (
-        random.Random(seed),
-        [Event(10, 24, None, None, 2), Event(11, 24, None, None, 1)],
-    )
-    extra = [12, 13, 14, 15, 16, 17] if has_choices else []
-    numbers = [generator.randrange(12) for _ in range(6 - len(extra) // 2)] + extra
-    return first + [
+    """Three requests that all join and then outgrow the pool; others that come, stop and are aborted; and a
+    prompt that comes back when its blocks are gone."""
+    generator = random.Random(seed)
+    numbers = [10, *(generator.randrange(12) for _ in range(3)), 11, 10]
+    if has_choices:
+        numbers[1:1] = range(12, 18)
+    others = [
         Event(
             number,
             generator.randint(1, 16),
             generator.choice((None, None, generator.randrange(16))),
-            generator.choice((None, None, generator.randrange(i + 3))),
-            generator.randrange(5),
+            generator.choice((None, None, generator.randrange(3, i + 4))),
+            generator.randrange(6),
         )
         for i, number in enumerate(numbers)
     ]
+    return [Event(number, 24, None, None, 0) for number in (8, 7, 6)] + others
 
 
 # Engines.
@@ -209,7 +212,8 @@ def run(folder: Path, *techniques: Technique) -> dict[str, Any]:
     engine, end = engine_with(folder, techniques)
     decide(getattr(engine, "decode", engine))
     drive = (Crowd if is_exact else Nearly)(engine, "", known, more)
-    drive.run(crowd(" ".join(t.name for t in techniques), has_choices))
+    drive.reference = reference(model_of(techniques), **rounding)
+    drive.run(crowd(named(techniques), has_choices))
     counts = engine.stats() | getattr(engine, "counts", dict)()
     if hasattr(engine, "settle"):
         engine.settle()

@@ -44,15 +44,17 @@ TECHNIQUES = (
     Technique("hash prefix cache", {"prefix_cache": "hash"}, "num_prefix_cache_hits"),
     Technique("radix prefix cache", {"prefix_cache": "radix"}, "num_prefix_cache_hits"),
     Technique("no prefix cache", {"prefix_cache": "off"}),
-    Technique("n-gram drafts", {"speculative": "ngram"}, "num_draft_tokens"),
+    Technique(
+        "n-gram drafts", {"speculative": "ngram", "prompt_lookup_min": 1}, "num_draft_tokens"
+    ),
     Technique("draft model", {"speculative": "draft", "draft_model": LLAMA}, "num_accepted_tokens"),
     Technique("self-speculation", {"speculative": "self"}, "num_accepted_tokens"),
     Technique("swap", {"offload": "swap"}, "num_swapped_tokens"),
     Technique("prefixes on the host", {"offload": "prefix"}, "num_host_hits"),
     Technique(
         "prefixes on disk",
-        {"offload": "both", "disk_kv": FOLDER, "host_kv_memory": 100_000},
-        "num_disk_hits",
+        {"offload": "both", "disk_kv": FOLDER, "host_kv_memory": 37_000},
+        "num_written",
     ),
     Technique("int4 weights", {"quantization": "int4"}),
     Technique(

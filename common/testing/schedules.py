@@ -107,6 +107,7 @@ class Drive:
     model: str
     known: list[Known] | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    requests: dict[str, Known] = field(default_factory=dict)
     expected: dict[str, tuple[list[int], str]] = field(default_factory=dict)
     outputs: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -121,6 +122,7 @@ class Drive:
             params, *expected = one.cut(event.max_tokens, event.stop_at)
             request_id, params = f"r{number}", replace(params, **self.more)
             self.engine.add_request(Request(request_id, one.prompt, params, one.choice))
+            self.requests[request_id] = one
             self.expected[request_id] = (expected[0], expected[1])
             self.outputs[request_id] = []
             if event.abort is not None and event.abort <= number:
