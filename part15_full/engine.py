@@ -24,6 +24,7 @@ from common.requests import ParamsForPrompts, Prompts, Request, check_request, m
 from common.sampling import MAX_N
 from common.trace import Trace, phase
 
+from .compatibility import check_machine
 from .config import EngineConfig
 from .device_queue import Work
 from .disaggregation import make_connector
@@ -50,6 +51,7 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         """Load the model. Raises ValueError when it cannot be had."""
+        check_machine(config)
         folder = resolve(config.model)
         self.tokenizer = Tokenizer.load(folder)
         self.runner = load_runner(config, folder)
@@ -68,7 +70,8 @@ class LLMEngine:
         self.speculator = make_speculator(self.config, self.runner, self.trace)
         self.in_flight: deque[PendingStep] = deque()
         # steps that are launched before the first of them is read
-        self.num_in_flight = self.speculator.num_in_flight
+        is_async = self.config.async_scheduling
+        self.num_in_flight = self.speculator.num_in_flight if is_async else 1
         self.scheduled: SchedulerOutput | None = None  # what is being launched or read
         self.sleep_level = 0  # awake
 

@@ -81,7 +81,7 @@ class InputBatch:
         # The bucket of a batch in which sequences run so many tokens, all of them drawn after.
         self.find_bucket: Callable[[list[int]], Bucket | None] = lambda counts: None
         sampled = rows * (1 + self.most_drafts)
-        most_tokens = max(config.max_num_batched_tokens, sampled)
+        most_tokens = max(config.most_tokens(max_model_len), sampled)
         capacities = [BatchShape(n, rows, sampled, rows * width) for n in (sampled, most_tokens)]
         # A model that drafts reads a batch for each of a draft's tokens, while the host goes on.
         num_hosts = 2 + (self.most_drafts if config.speculative in ("draft", "self") else 0)

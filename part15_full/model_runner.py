@@ -182,7 +182,8 @@ class ModelRunner:
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
         """As many tokens as one step may run, in max_num_seqs sequences."""
-        most, drafts = self.config.max_num_batched_tokens, self.config.num_speculative_tokens or 0
+        most = self.config.most_tokens(max_model_len)
+        drafts = self.config.num_speculative_tokens or 0
         rows = min(self.config.max_num_seqs, most)
         counts = largest_counts(most, rows, max_model_len, min(1 + drafts, most // rows))
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
@@ -217,7 +218,7 @@ class ModelRunner:
             for num_seqs in {1, min(3, self.config.max_num_seqs)}:
                 self.launch(self.prepare(self.decoding(num_seqs, 1))).result()
         longest, decoded = self.max_model_len, 1 + (self.config.num_speculative_tokens or 0)
-        most = min(longest, self.config.max_num_batched_tokens)
+        most = min(longest, self.config.most_tokens(longest))
         for runs in filter(None, (self.target, self.drafter)):
             shape = runs.model.local
             group = shape.num_heads // shape.num_kv_heads
