@@ -361,7 +361,9 @@ class TokenMasks:
     """Which tokens may be drawn in some rows of a batch, on the logits' device."""
 
     rows: torch.Tensor  # [num_masked] int64
-    bits: torch.Tensor  # [num_masked, ceil(vocab / 32)] int32: bit i % 32 of word i // 32 for token i
+    bits: (
+        torch.Tensor
+    )  # [num_masked, ceil(vocab / 32)] int32: bit i % 32 of word i // 32 for token i
 
     def apply_to(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits, [batch, vocab], with -infinity where a token may not be drawn; `logits` stay as

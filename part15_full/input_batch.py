@@ -61,7 +61,9 @@ class Batch:
     rejecting: list[int] = field(default_factory=list)  # sequences whose drafts stay by rejection
     draft_probs: torch.Tensor | None = None  # [drafts of these, vocab]: what they were drawn from
     shape: BatchShape | None = None
-    constrained: list[Constrained] = field(default_factory=list)  # the sampled sequences with a grammar
+    constrained: list[Constrained] = field(
+        default_factory=list
+    )  # the sampled sequences with a grammar
     masks: Future[Masks] | None = None  # which tokens they may draw
     packed: torch.Tensor | None = None  # all tensors of this shape in one piece, for other ranks
 

@@ -24,7 +24,11 @@ class Matcher:
     def __init__(self, state: Any, eos_token_ids: Collection[int], ignore_eos: bool) -> None:
         """state: llguidance's, at the beginning. ignore_eos: the output ends only where the grammar
         admits nothing else."""
-        self.state, self.eos_token_ids, self.ignore_eos = state, frozenset(eos_token_ids), ignore_eos
+        self.state, self.eos_token_ids, self.ignore_eos = (
+            state,
+            frozenset(eos_token_ids),
+            ignore_eos,
+        )
         self.error: str | None = None
 
     def advance(self, token_ids: Sequence[int]) -> None:
