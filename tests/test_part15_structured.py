@@ -52,12 +52,12 @@ GRAMMARS = [
 ]
 PATTERNS = {1: r"[a-c]{3,9}(-[0-9]{2}){1,4}", 4: r"a[0-9]{1,3}(,[0-9]{1,3})*"}
 KINDS = [
-    SamplingParams(temperature=0.0, max_tokens=90),
-    SamplingParams(seed=5, temperature=1.0, max_tokens=90),
-    SamplingParams(seed=2**63, temperature=1.4, top_k=40, max_tokens=90, logprobs=2),
-    SamplingParams(seed=9, presence_penalty=0.5, frequency_penalty=0.4, max_tokens=90),
-    SamplingParams(seed=4, max_tokens=90, ignore_eos=True, min_p=0.01),
-    SamplingParams(seed=6, max_tokens=90, logit_bias={40: 3.0}, top_p=0.9),
+    SamplingParams(temperature=0.0, max_tokens=64),
+    SamplingParams(seed=5, temperature=1.0, max_tokens=64),
+    SamplingParams(seed=2**63, temperature=1.4, top_k=40, max_tokens=64, logprobs=2),
+    SamplingParams(seed=9, presence_penalty=0.5, frequency_penalty=0.4, max_tokens=64),
+    SamplingParams(seed=4, max_tokens=64, ignore_eos=True, min_p=0.01),
+    SamplingParams(seed=6, max_tokens=64, logit_bias={40: 3.0}, top_p=0.9),
 ]
 
 
@@ -187,7 +187,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_runs_beside_it_changes_no_output(
-    engine_with: Callable[..., Any], alone: list[Answer], drafter: str, name: str
+    engine_with: Callable[..., Any],
+    alone: list[Answer],
+    drafter: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With two steps in flight, preempted, swapped, speculated on: token for token what it is alone,
     and so are its neighbours without a grammar."""
@@ -195,8 +199,9 @@ def test_what_runs_beside_it_changes_no_output(
     if flags.get("speculative") == "draft":
         flags = flags | {"draft_model": drafter}
     other = engine_with(**flags)
-    for stagger in (0, 3):
-        assert run(other, mix(), stagger) == alone
+    if "speculative" in flags:  # always, and not only where it pays
+        monkeypatch.setattr(other.speculator.lengths, "choose", lambda _, limits, __: limits)
+    assert run(other, mix(), 2) == alone
     stats = other.stats()
     if "num_blocks" in flags:
         assert stats["num_preemptions"] > 0
@@ -204,11 +209,14 @@ def test_what_runs_beside_it_changes_no_output(
         assert 0 < stats["num_accepted_tokens"] < stats["num_draft_tokens"]
 
 
-def test_drafts_that_stay_by_rejection(engine_with: Callable[..., Any], drafter: str) -> None:
+def test_drafts_that_stay_by_rejection(
+    engine_with: Callable[..., Any], drafter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests without a seed: no two runs are alike, and each output follows its grammar."""
     engine = engine_with(speculative="draft", draft_model=drafter)
-    params = SamplingParams(temperature=1.0, max_tokens=90)
+    params = SamplingParams(temperature=1.0, max_tokens=64)
     requests = [request([i, 50], params, GRAMMARS[i % len(GRAMMARS)]) for i in range(24)]
+    monkeypatch.setattr(engine.speculator.lengths, "choose", lambda _, limits, __: limits)
     before = engine.stats()["num_accepted_tokens"]
     for each, answer in zip(requests, run(engine, requests), strict=True):
         check(engine, each.grammar, answer)
@@ -261,7 +269,7 @@ def grown(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.recursive(leaves, grown, max_leaves=5), st.integers(0, 3), st.booleans())
 def test_complete_outputs_are_valid(engine: Any, schema: Any, seed: int, ignore_eos: bool) -> None:
     params = SamplingParams(seed=seed, max_tokens=300, ignore_eos=ignore_eos)
@@ -275,7 +283,7 @@ def test_complete_outputs_are_valid(engine: Any, schema: Any, seed: int, ignore_
 
 
 def test_generate_with_choices_logprobs_and_stops(engine: Any) -> None:
-    params = SamplingParams(seed=1, n=3, max_tokens=90, logprobs=3)
+    params = SamplingParams(seed=1, n=3, max_tokens=300, logprobs=3)
     completions = engine.generate([[5, 6]], params, progress=False, grammar=GRAMMARS[0])
     texts = {completion.text for completion in completions}
     assert len(texts) == 3 and all(
@@ -351,7 +359,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_grammars(engine: Any, name: str) -> None:
     """An error that says what is wrong: of `generate` before any work, of a request at its end."""
-    with pytest.raises(ValueError, match="cannot be used: .") as caught:
+    with pytest.raises(ValueError, match=r"cannot be used: .") as caught:
         engine.generate([[5]], SamplingParams(max_tokens=5), progress=False, grammar=BAD[name])
     assert len(str(caught.value)) < 400
     [answer] = run(engine, [request([5], SamplingParams(max_tokens=5), BAD[name])])
@@ -414,7 +422,7 @@ def test_evil_grammars_do_not_stop_other_streams(engine: Any) -> None:
         engine.abort(gone.request_id)
         assert engine.stats()["num_waiting"] == 1
         release.set()
-        outputs = [output for output in engine.step()]
+        outputs = list(engine.step())
         while engine.has_unfinished():
             outputs += engine.step()
         reasons = {o.request_id: o.finish_reason for o in outputs if o.finished}
@@ -430,13 +438,13 @@ def test_what_is_kept_is_bounded(folder: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(compilers, "MAX_KEPT", 16)
 
     def compile_some(begin: int) -> int:
-        for i in range(begin, begin + 400):
+        for i in range(begin, begin + 200):
             schema = {"type": "object", "properties": {f"k{i}": {"type": "string"}}}
             compiler.compile(Grammar.of_schema(schema)).result()
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
 
-    sizes = [compile_some(begin) for begin in range(0, 2000, 400)]
+    sizes = [compile_some(begin) for begin in range(0, 1000, 200)]
     assert len(compiler._compiled) <= 17
     assert max(sizes[2:]) - sizes[1] < 4 << 20, sizes
     monkeypatch.setattr(compilers, "MAX_KEPT_CHARACTERS", 1000)

@@ -78,6 +78,11 @@ class GrammarCompiler:
             self._forget()
         return future
 
+    def prepare(self) -> None:
+        """Make now what the first grammar would wait for."""
+        if self.tokenizer is not None and self.eos_token_ids:
+            self._thread.submit(self._vocabulary_of)
+
     async def check(self, grammar: Grammar) -> None:
         """Return when a grammar is compiled. Raises ValueError that says why it cannot be, and
         GrammarsBusy."""
@@ -104,11 +109,9 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar) -> Any:
         from llguidance import LLMatcher, LLParserLimits
 
-        if self._vocabulary is None:
-            self._vocabulary = self._make_vocabulary()
         limits = LLParserLimits(**LIMITS)
         text = to_llguidance(grammar)
-        state = LLMatcher(self._vocabulary, text, log_level=0, limits=limits)
+        state = LLMatcher(self._vocabulary_of(), text, log_level=0, limits=limits)
         mask = np.zeros(num_words(self.vocab_size), np.int32)
         if not state.is_error():  # the first mask may take longest: not while others wait for it
             state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
@@ -118,17 +121,23 @@ class GrammarCompiler:
             raise ValueError(f"cannot be used: {NO_TOKEN_LEFT}")
         return state
 
+    def _vocabulary_of(self) -> Any:
+        if self._vocabulary is None:
+            self._vocabulary = self._make_vocabulary()
+        return self._vocabulary
+
     def _make_vocabulary(self) -> Any:
         """Each token's bytes, for llguidance."""
         from llguidance import LLTokenizer, TokenizerWrapper
 
         tokenizer, special = self.tokenizer, self.tokenizer.special_ids
+        special_ids = [id for id in special if id < self.vocab_size]
         token_bytes = [bytes(tokenizer.token_bytes(id)) for id in range(self.vocab_size)]
 
         class Vocabulary:
             eos_token_id, bos_token_id = self.eos_token_ids[0], None
             tokens = token_bytes
-            special_token_ids = [id for id in special if id < len(token_bytes)]
+            special_token_ids = special_ids
 
             def __call__(self, text: bytes) -> list[int]:
                 """A text that the grammar forces, as the model would write it. Special tokens are
@@ -152,13 +161,16 @@ def to_llguidance(grammar: Grammar) -> str:
 
     if grammar.kind == "json":
         options = {"whitespace_pattern": WHITESPACE}
-        return LLMatcher.grammar_from_json_schema(grammar.text, defaults=options)
+        try:
+            return LLMatcher.grammar_from_json_schema(grammar.text, defaults=options)
+        except ValueError as error:
+            raise ValueError(f"cannot be used: {error}") from None
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind == "choice":
         texts = " | ".join(lark_string(choice) for choice in json.loads(grammar.text))
         return LLMatcher.grammar_from_lark(f"start: {texts}")
-    if "::=" not in grammar.text:
+    if grammar.kind == "lark" or "::=" not in grammar.text:
         return LLMatcher.grammar_from_lark(grammar.text)
     try:
         return LLMatcher.grammar_from_lark(gbnf_to_lark(grammar.text))

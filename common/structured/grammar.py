@@ -9,7 +9,7 @@ MAX_GRAMMAR = 1 << 17  # characters; OpenAI's limit for a schema is about the sa
 MAX_EBNF = 1 << 13  # characters: it is translated, in time that grows with the square of them
 MAX_DEPTH = 64  # of a schema: far below what the parser's own recursion takes
 MAX_REPEATS = 10_000  # the largest count in a regular expression, as in `a{3,10}`
-KINDS = ("json", "regex", "choice", "grammar")
+KINDS = ("json", "regex", "choice", "grammar", "lark")
 
 # White space that JSON may have between two tokens: none, one space, or a new line with its
 # indentation. Without a bound a model may write white space for ever.
@@ -19,7 +19,7 @@ WHITESPACE = r"[ ]?|\n[ \t]{0,32}"
 @dataclass(frozen=True)
 class Grammar:
     """kind: `json` (text: a JSON schema), `regex` (a regular expression), `choice` (a JSON list of
-    strings) or `grammar` (Lark's form, or EBNF with `::=`).
+    strings), `lark` (a grammar in Lark's form) or `grammar` (in that form, or EBNF with `::=`).
 
     Raises ValueError for a text that is not looked into any further.
     """
