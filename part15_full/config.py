@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from common.device import DTYPES
+from common.http.tools.formats import PARSERS
 from common.kv_transfer.options import ASKING, ROLES, TELLING, TRANSPORTS, check_role
 from common.models.generation_config import USES
 from common.options import option, validate
@@ -131,6 +132,10 @@ class EngineConfig:
     )
     long_prefill_threshold: int | None = option(
         None, "most tokens of one sequence in a step (the step's budget)", 1
+    )
+    # structured output
+    tool_call_parser: str = option(
+        "auto", "how calls of tools are written; auto: as the chat template says", choices=PARSERS
     )
     # sleep
     sleep_requests: str = option(

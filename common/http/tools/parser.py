@@ -57,7 +57,7 @@ class CallReader:
                 self._where, self._value = "value", []
             case "comma", ",":
                 self._where = "key"
-            case ("key" | "comma"), "}":
+            case (("key" | "comma"), "}"):
                 self.is_done = True
             case _:
                 self.is_broken = True
@@ -133,8 +133,9 @@ class ToolParser:
         self.num_calls = 0
         self._mode: Callable[[str, int], int] = self._text if shape.is_marked else self._begin
         self._held = ""  # what may become a mark
-        self._raw: list[str] = []  # since the last call, what is content if no call comes
-        self._space = ""  # white space that is content if content comes after it
+        self._raw: list[str] = []  # what is content if no call comes
+        self._is_kept = True  # whether what stands around calls is; not after the first
+        self._space: list[str] = []  # white space that is content if content comes after it
         self._is_marked = shape.is_marked
         self._reader: CallReader | None = None
         self._is_open = False  # whether the reader's call was told
@@ -154,8 +155,8 @@ class ToolParser:
             self._raw += self._reader.raw
         self._content("".join(self._raw) + self._held)
         if self._space and not self.num_calls:
-            self._deltas.append({"content": self._space})
-        self._raw, self._held, self._space, self._reader = [], "", "", None
+            self._deltas.append({"content": "".join(self._space)})
+        self._raw, self._held, self._space, self._reader = [], "", [], None
         return self._take()
 
     def _take(self) -> list[dict[str, Any]]:
@@ -187,7 +188,8 @@ class ToolParser:
         found = text.find(mark, place)
         if found >= 0:
             self._content(text[place:found])
-            self._raw, self._mode, self._is_marked = [mark], self._between, True
+            self._raw, self._is_kept, self._is_marked = [mark], True, True
+            self._mode = self._between
             return found + len(mark)
         size = suffix_size(text[place:], mark)
         self._content(text[place : len(text) - size])
@@ -202,14 +204,14 @@ class ToolParser:
             return place
         if end and character == end[0]:
             rest = text[place : place + len(end)]
-            if rest == end and not self._raw:
+            if rest == end and not self._is_kept:
                 self._mode = self._text
                 return place + len(end)
             if rest != end and end.startswith(rest):
                 self._held = rest
                 return len(text)
         if character in WHITE or character in self.shape.between:
-            if self._raw:
+            if self._is_kept:
                 self._raw.append(character)
             return place + 1
         self._content("".join(self._raw))
@@ -232,9 +234,7 @@ class ToolParser:
             if self._is_open:
                 if not self._has_arguments and reader.is_done:
                     self._add_arguments("{}")
-                self._raw, self._mode = [], self._between
-                if not self.is_parallel:
-                    self._mode = self._nothing
+                self._mode = self._between if self.is_parallel else self._nothing
             else:
                 self._content("".join(self._raw) + "".join(reader.raw))
                 self._raw, self._mode = [], self._text
@@ -245,7 +245,8 @@ class ToolParser:
         return len(text)
 
     def _open(self, name: str | None) -> None:
-        self._is_open, self._has_arguments, self._space = True, False, ""
+        self._is_open, self._has_arguments, self._is_kept = True, False, False
+        self._raw, self._space = [], []
         function = {"name": name, "arguments": ""}
         call = {"index": self.num_calls, "id": self.shape.new_id(), "type": "function"}
         self._deltas.append({"tool_calls": [call | {"function": function}]})
@@ -257,11 +258,12 @@ class ToolParser:
         self._deltas.append({"tool_calls": [call]})
 
     def _content(self, text: str) -> None:
-        text = self._space + text
         shown = text.rstrip(WHITE)
-        self._space = text[len(shown) :]
         if shown:
-            self._deltas.append({"content": shown})
+            self._deltas.append({"content": "".join([*self._space, shown])})
+            self._space = []
+        if len(shown) < len(text):
+            self._space.append(text[len(shown) :])
 
 
 def suffix_size(text: str, mark: str) -> int:

@@ -79,7 +79,9 @@ class ToolUse:
         more = f" ({lark_string(comma)} {call}){{0,{most - 1}}}" if most > 1 else ""
         parts = [lark_string(begin) if begin else "", call + more, lark_string(end) if end else ""]
         start = " ".join(filter(None, parts))
-        return Grammar("lark", "\n".join([f"start: {start}", f"call: {' | '.join(starts)}", *rules]))
+        return Grammar(
+            "lark", "\n".join([f"start: {start}", f"call: {' | '.join(starts)}", *rules])
+        )
 
 
 def told(messages: list[dict[str, Any]], use: ToolUse | None) -> list[dict[str, Any]]:
@@ -95,7 +97,10 @@ def told(messages: list[dict[str, Any]], use: ToolUse | None) -> list[dict[str, 
             else:
                 plain.append({"role": "user", "content": given, "gives": True})
             continue
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+        calls = [
+            json.dumps(call["function"], ensure_ascii=False)
+            for call in message.get("tool_calls", ())
+        ]
         shown = [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
         plain.append({"role": message["role"], "content": "\n".join(filter(None, [text, *shown]))})
     plain = [{"role": message["role"], "content": message["content"]} for message in plain]
