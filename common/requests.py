@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.sampling import SamplingParams, shown
+from common.structured.grammar import Grammar
 
 if TYPE_CHECKING:
     from common.kv_transfer.ticket import Ticket
@@ -28,6 +29,7 @@ class Request:
     may_draft: whether its tokens may be speculated on. That changes nothing but speed and, for a
         request without a seed, which of the equally right draws is made.
     kv_ticket: where its prompt's keys and values may be computed.
+    grammar: what its output must be like.
     """
 
     request_id: str
@@ -37,6 +39,7 @@ class Request:
     cache_salt: str | None = None
     may_draft: bool = True
     kv_ticket: "Ticket | None" = None
+    grammar: Grammar | None = None
 
     def limit(self, max_model_len: int) -> int:
         """Tokens that it may have, prompt and output together."""
@@ -51,6 +54,7 @@ def fan_out(
     prompts: Sequence[tuple[list[int], SamplingParams]],
     cache_salt: str | None = None,
     may_draft: bool = True,
+    grammar: Grammar | None = None,
 ) -> list[Request]:
     """A request for each of the `n` completions of each prompt, under ids of their own."""
     return [
@@ -61,6 +65,7 @@ def fan_out(
             choice,
             cache_salt,
             may_draft,
+            grammar=grammar,
         )
         for token_ids, params in prompts
         for choice in range(params.n)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from common.device import DTYPES, resolve_device
+from common.http.tools.formats import PARSERS
 from common.kernels import select_ops
 from common.kv_transfer.options import ASKING, ROLES, TELLING, TRANSPORTS
 from common.models.generation_config import USES
@@ -151,6 +152,10 @@ class EngineConfig:
     )
     long_prefill_threshold: int | None = option(
         None, "most tokens of one sequence in a step (the step's budget)", 1, needs=SLICES
+    )
+    # structured output
+    tool_call_parser: str = option(
+        "auto", "how calls of tools are written; auto: as the chat template says", choices=PARSERS
     )
     # sleep
     sleep_requests: str = option(

@@ -22,6 +22,7 @@ from common.models.tokenizer import Tokenizer
 from common.prompt_logprobs import add_prompt_logprobs
 from common.requests import ParamsForPrompts, Prompts, Request, check_request, make_requests
 from common.sampling import MAX_N
+from common.structured.grammar import Grammar
 from common.trace import Trace, phase
 
 from .compatibility import check_machine
@@ -33,6 +34,7 @@ from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence, Status
 from .speculative import make_speculator
+from .structured_output import Grammars
 
 WAIT_SECONDS = 0.001  # for a copy, before new requests are looked for
 
@@ -73,6 +75,7 @@ class LLMEngine:
         is_async = self.config.async_scheduling
         self.num_in_flight = self.speculator.num_in_flight if is_async else 1
         self.scheduled: SchedulerOutput | None = None  # what is being launched or read
+        self.grammars = Grammars(self)
         self.sleep_level = 0  # awake
 
     def generate(
@@ -82,11 +85,13 @@ class LLMEngine:
         progress: bool = True,
         cache_salt: str | None = None,
         may_draft: bool = True,
+        grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Complete each prompt, text or token ids, `n` times. Raises ValueError before any work."""
         if self.sleep_level:
             raise ValueError("the engine sleeps: wake_up comes first")
-        options = {"cache_salt": cache_salt, "may_draft": may_draft}
+        self.grammars.check(grammar)
+        options = {"cache_salt": cache_salt, "may_draft": may_draft, "grammar": grammar}
         requests = make_requests(
             self, prompts, sampling_params, MAX_N, prompt_logprobs=True, **options
         )
@@ -101,11 +106,11 @@ class LLMEngine:
         sequence = Sequence(
             request,
             seed=self.seeds.getrandbits(64) if seed is None else seed,
-            ending_token_ids=request.params.ending_token_ids(self.eos_token_ids),
+            ending_token_ids=self.grammars.ending_token_ids(request),
             limit=request.limit(self.max_model_len),
         )
+        self.grammars.add(sequence)
         self.sequences[request.request_id] = sequence
-        self.scheduler.add(sequence)
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """End a request; the next step returns its last output. Unknown ids are finished ones."""
@@ -146,6 +151,7 @@ class LLMEngine:
     def schedule(self) -> SchedulerOutput:
         """The sequences to run, each with its number of new tokens."""
         self.scheduler.update_connector_output(self.runner.connector.get_finished())
+        self.grammars.admit()
         if self.sleep_level:  # nothing begins but copies
             return SchedulerOutput(
                 connector_meta=self.connector.build_connector_meta(SchedulerOutput())
@@ -189,7 +195,8 @@ class LLMEngine:
                 if reason is not None:
                     self.finish(sequence)
                 del scored[len(new) :]
-                self.emit(sequence, new, scored, reason)
+                error = self.grammars.error_of(sequence) if reason == "error" else None
+                self.emit(sequence, new, scored, reason, error)
 
     def emit(
         self,
@@ -197,17 +204,19 @@ class LLMEngine:
         token_ids: list[int],
         logprobs: list[TokenLogprobs | None],
         finish_reason: str | None,
+        error: str | None = None,
     ) -> None:
         """Put what is new of a sequence into the outbox."""
         output = RequestOutput(sequence.request_id, token_ids, logprobs, finish_reason)
         output.prompt_logprobs = sequence.prompt_logprobs
         output.num_cached_tokens = sequence.num_cached_tokens or 0
-        output.draft_counts = sequence.draft_counts
+        output.draft_counts, output.error = sequence.draft_counts, error
         self.outbox.append(output)
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds is free."""
-        self.scheduler.finish(sequence)
+        if not self.grammars.forget(sequence):
+            self.scheduler.finish(sequence)
         self.speculator.forget(sequence)
         del self.sequences[sequence.request_id]
 
@@ -242,7 +251,7 @@ class LLMEngine:
         """Counts, and what is held in memory, in bytes."""
         return {
             "num_running": len(self.scheduler.running) + len(self.scheduler.ending),
-            "num_waiting": len(self.scheduler.waiting),
+            "num_waiting": len(self.scheduler.waiting) + len(self.grammars.waiting),
             "num_loading": len(self.scheduler.loading),
             "num_preemptions": self.scheduler.num_preemptions,
             "num_recomputed_tokens": self.scheduler.num_recomputed_tokens,
@@ -267,6 +276,7 @@ class LLMEngine:
         """Assert what must hold between steps."""
         scheduler = self.scheduler
         known = [*scheduler.running, *scheduler.waiting, *scheduler.loading, *scheduler.ending]
+        known += self.grammars.waiting
         assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
         for sequence in known:
             assert self.sequences.get(sequence.request_id) is sequence, sequence.request_id
@@ -299,5 +309,6 @@ class LLMEngine:
         """Drop every request, and end the other ranks. The engine is not to be used after."""
         self.drop_requests()
         self.runner.queue.close()
+        self.runner.masks.close()
         self.runner.connector.shutdown()
         self.runner.ranks.close()

@@ -9,6 +9,7 @@ still reads the batch.
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from .device_queue import Work
 from .input_buffers import FORMATS, PENALTIES, SAMPLING_FIELDS, BatchShape, InputBuffers
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
+from .structured_output import Constrained, Masks
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Batch:
     rejecting: list[int] = field(default_factory=list)  # sequences whose drafts stay by rejection
     draft_probs: torch.Tensor | None = None  # [drafts of these, vocab]: what they were drawn from
     shape: BatchShape | None = None
+    constrained: list[Constrained] = field(
+        default_factory=list
+    )  # the sampled sequences with a grammar
+    masks: Future[Masks] | None = None  # which tokens they may draw
     packed: torch.Tensor | None = None  # all tensors of this shape in one piece, for other ranks
     bucket: Bucket | None = None  # that it fills, where the forward may be launched as a graph
 
@@ -104,8 +110,8 @@ class InputBatch:
         """Write the table of a sequence, and what does not change while it runs."""
         self.tables.write(sequence.row, 0, sequence.block_table)
         params = sequence.params
-        wishes = (params.logprobs, params.prompt_logprobs)
-        self.is_special[sequence.row] = params.has_biases or wishes != (None, None)
+        wishes = (params.logprobs, params.prompt_logprobs, sequence.matcher)
+        self.is_special[sequence.row] = params.has_biases or wishes != (None, None, None)
         values = {"seeds": as_int64(sequence.seed), "choices": sequence.request.choice}
         for name, value in (values | params.numbers(self.vocab_size)).items():
             self.sampling[name][sequence.row] = value
@@ -119,15 +125,17 @@ class InputBatch:
         batch = self.lay_out(sequences, starts, counts)
         counted = [s for s in scheduled.admitted if s.params.has_penalties]
         rows, outputs = [s.row for s in counted], [s.output_token_ids for s in counted]
-        pieces = []
+        pieces, constrained = [], []
         if self.is_special[[sequence.row for sequence in sequences]].any():
             pieces = prompt_pieces(sequences, starts, counts)
+            constrained = Constrained.of(scheduled.sampled)
         sampled = scheduled.sampled
         probs = [s.draft_probs[: len(s.draft_token_ids)] for s in sampled if s.rejects]
         return replace(
             batch,
             joining=JoiningOutputs.build(rows, outputs, self.vocab_size, self.device),
             prompts=pieces,
+            constrained=constrained,
             rejecting=[i for i, sequence in enumerate(sampled) if sequence.rejects],
             draft_probs=torch.cat(probs) if probs else None,
         )

@@ -46,6 +46,7 @@ from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
+from .structured_output import MaskThread
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class ModelRunner:
             self.num_weight_bytes += smaller.num_bytes
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
         self.inputs.find_bucket = self.graphs.bucket
+        self.masks = MaskThread(shape.vocab_size)
         queue, num_engines = device_queue(self.device), config.data_parallel_size
         self.queue = Lockstep(queue, leaders, num_engines, self.run_idle, ranks.health)
         # What follows belongs to the device: only work in the queue touches it.
@@ -246,8 +248,10 @@ class ModelRunner:
         """Give the device the batch; its tokens can be read from what this returns. counts: each
         engine's tokens, where rank 0 has said so."""
         is_draft = what is not None and what is self.drafter
+        batch = self.masks.begin(batch)
         run = partial(self.run, batch, what)
         work = self.queue.submit(run, batch.shape.num_tokens, int(is_draft), counts)
+        self.masks.follow(batch, work)
         self.inputs.launched(work)
         return work
 
@@ -330,7 +334,7 @@ class ModelRunner:
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> Sampled:
         """The next tokens of each sampled sequence, and log probabilities if asked for."""
-        sampling = batch.sampling
+        sampling = self.masks.join(batch, self.device)
         if batch.has_penalties:
             sampling = replace(sampling, output_counts=self.counts[batch.rows])
         token_ids = sample(self.ops, logits, sampling)

@@ -36,6 +36,8 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
         prompt_logprobs=True,
         cache_salt=True,
         speculative=engine.config.speculative != "off",
+        grammars=engine.grammars.compiler,
+        tool_call_parser=engine.config.tool_call_parser,
         health=async_engine.problem,
         lifespan=async_engine.lifespan,
     )
