@@ -81,6 +81,8 @@ COUNTERS = {
     "vllm:generation_tokens": "Tokens generated.",
 }
 
+Counts = dict[str, list[float]]  # all that an EngineMetrics has counted, by name
+
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
@@ -304,6 +306,7 @@ class EngineMetrics:
         }
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
+        self.others: Counts = {}  # what other processes have counted for the same engine
         self._requests: dict[str, _Request] = {}
         self._unscheduled: dict[str, _Request] = {}
         self._last_step = -1
@@ -328,7 +331,11 @@ class EngineMetrics:
         if record.scheduled:
             num_tokens = sum(record.scheduled.values())
             self._observe("vllm:iteration_tokens_total", num_tokens)
-        if self._unscheduled:
+        self.on_scheduled(record)
+
+    def on_scheduled(self, record: StepRecord | None) -> None:
+        """Of `on_step` what concerns the requests of this process: another counts the steps."""
+        if record is not None and self._unscheduled:
             for request_id in record.scheduled:
                 if request := self._unscheduled.pop(request_id, None):
                     request.scheduled = record.begin
@@ -360,6 +367,28 @@ class EngineMetrics:
         if request_id in self._requests:
             self._forget(request_id)
             self.finished["abort"] += 1
+
+    def counts(self) -> Counts:
+        """All that was counted until now."""
+        histograms = {name: [*one.counts, one.sum] for name, one in self.histograms.items()}
+        counters = {name: [value] for name, value in self.counters.items()}
+        return {**histograms, **counters, "finished": list(self.finished.values())}
+
+    def total(self) -> "EngineMetrics":
+        """With what the others have counted."""
+        if not self.others:
+            return self
+        both = EngineMetrics(self.stats, self.max_model_len)
+        sums = {
+            name: [own + other for own, other in zip(values, self.others[name], strict=True)]
+            for name, values in self.counts().items()
+        }
+        for name, histogram in both.histograms.items():
+            *counts, histogram.sum = sums[name]
+            histogram.counts = [int(count) for count in counts]
+        both.counters = {name: sums[name][0] for name in self.counters}
+        both.finished = dict(zip(self.finished, sums["finished"], strict=True))
+        return both
 
     def _forget(self, request_id: str) -> None:
         del self._requests[request_id]

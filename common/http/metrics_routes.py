@@ -42,20 +42,21 @@ class EngineCollector(Collector):
         self.values = [model_name, ENGINE]
 
     def collect(self) -> Iterator[Metric]:
+        metrics = self.metrics.total()
         yield from self._readings()
         for name, text in COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=LABELS)
-            counter.add_metric(self.values, self.metrics.counters[name])
+            counter.add_metric(self.values, metrics.counters[name])
             yield counter
         finished = CounterMetricFamily(
             "vllm:request_success",
             "Requests that ended, by how.",
             labels=[*LABELS, "finished_reason"],
         )
-        for reason, count in self.metrics.finished.items():
+        for reason, count in metrics.finished.items():
             finished.add_metric([*self.values, reason], count)
         yield finished
-        for name, histogram in self.metrics.histograms.items():
+        for name, histogram in metrics.histograms.items():
             family = HistogramMetricFamily(name, HISTOGRAMS[name][0], labels=LABELS)
             bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
             counts = accumulate(histogram.counts)
@@ -98,10 +99,17 @@ class EngineCollector(Collector):
         return family
 
 
-def make_registry(metrics: EngineMetrics, model_name: str) -> CollectorRegistry:
-    """A registry of its own for each app, beside which others may live in the process."""
+def make_registry(
+    metrics: EngineMetrics, model_name: str, own_process: bool = True
+) -> CollectorRegistry:
+    """A registry of its own for each app, beside which others may live in the process.
+
+    own_process: with what this process uses. It is one of several where the next scrape may meet another.
+    """
     registry = CollectorRegistry()
     registry.register(EngineCollector(metrics, model_name))
+    if not own_process:
+        return registry
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
     return registry
