@@ -139,21 +139,25 @@ class EngineCore:
             return []
 
 
-def serve(parent: "Parent", settings: dict[str, Any]) -> None:
-    """Run an engine for HTTP processes until the parent ends. Raises ValueError and RankError."""
-    from common.engine_core.serving import CoreServer
-
-    engine = LLMEngine(EngineConfig(**settings))
-    core = EngineCore(engine)
-    about = {
+def describe(engine: LLMEngine) -> dict[str, Any]:
+    """What HTTP processes must know of an engine."""
+    return {
         "config": asdict(engine.config),
         "max_model_len": engine.max_model_len,
         "vocab_size": engine.vocab_size,
         "sampling_defaults": engine.sampling_defaults,
         "connector": engine.connector.describe(),
     }
-    timeout = engine.config.rank_timeout
-    server = CoreServer(parent, engine, about, timeout, core.put, core.abort, core.stop)
+
+
+def serve(parent: "Parent", settings: dict[str, Any]) -> None:
+    """Run an engine for HTTP processes until the parent ends. Raises ValueError and RankError."""
+    from common.engine_core.serving import CoreServer
+
+    engine = LLMEngine(EngineConfig(**settings))
+    core, timeout = EngineCore(engine), engine.config.rank_timeout
+    callbacks = core.put, core.abort, core.stop
+    server = CoreServer(parent, engine, describe(engine), timeout, *callbacks)
     sys.setswitchinterval(SWITCH_INTERVAL)  # beside the thread that reads messages
     try:
         server.run(core.run)

@@ -83,6 +83,8 @@ class Child:
 class Parent:
     """The process that has started this one, which ends with it."""
 
+    descriptor = 0  # standard input, where orders come
+
     def __init__(self) -> None:
         """Reads the job. Ends this process where nobody gives it one."""
         sys.stdout.flush()
@@ -104,7 +106,7 @@ class Parent:
 
     def orders(self) -> list[Line]:
         """Wait for what is on standard input: what came of it, at times nothing. Raises EOFError."""
-        received = os.read(0, 1 << 16)
+        received = os.read(self.descriptor, 1 << 16)
         if not received:
             raise EOFError
         *lines, self._rest = (self._rest + received).split(b"\n")

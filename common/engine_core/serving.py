@@ -36,7 +36,7 @@ from common.engine_core.messages import (
     step,
 )
 from common.http.calls import Call
-from common.metrics import EngineMetrics
+from common.metrics import Counts, EngineMetrics
 from common.requests import Request
 from common.trace import StepRecord
 
@@ -68,7 +68,7 @@ class CoreServer:
         self.context = zmq.Context()
         self.connections: dict[str, Connection] = {}  # by folder
         self.owners: dict[str, Connection] = {}  # of requests under way
-        self.gone = [{}]  # what processes that have left had counted
+        self.gone: Counts = {}  # what processes that have left had counted
         self.metrics = EngineMetrics(engine.stats, engine.max_model_len)  # of steps
         self.poller = zmq.Poller()
         self.closing = False
@@ -146,12 +146,12 @@ class CoreServer:
     # In the thread for messages.
 
     def _serve(self) -> None:
-        self.poller.register(0, zmq.POLLIN)
+        self.poller.register(self.parent.descriptor, zmq.POLLIN)
         next_look = time.monotonic()
         self._obey(self.parent.early_orders())
         while not self.closing:
             ready = dict(self.poller.poll(LOOKS * 1000))
-            if 0 in ready and not self._read_orders():
+            if self.parent.descriptor in ready and not self._read_orders():
                 return
             for connection in list(self.connections.values()):
                 if connection.requests in ready:
@@ -181,7 +181,7 @@ class CoreServer:
             elif connection := self.connections.pop(order.get("disconnect"), None):
                 self.poller.unregister(connection.requests)
                 connection.requests.close()
-                self.gone = [add_counts([*self.gone, connection.counts])]
+                self.gone = add_counts([self.gone, connection.counts])
                 self.put(Call(partial(self._leave, connection)))
 
     def _read(self, connection: Connection) -> None:
@@ -223,7 +223,7 @@ class CoreServer:
         others = [
             other.counts for other in list(self.connections.values()) if other is not connection
         ]
-        counts = add_counts([*self.gone, self.metrics.counts(), *others])
+        counts = add_counts([self.gone, self.metrics.counts(), *others])
         return Status(number, self.engine.stats(), counts)
 
     def _look(self) -> None:
