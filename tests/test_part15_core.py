@@ -388,7 +388,8 @@ def test_one_that_does_not_read_costs_others_nothing_and_is_given_up(
 ):
     """As a stopped process does not. It has requests of its own under way. When it reads again they have
     ended with an error, and new ones are run."""
-    monkeypatch.setattr(serving, "MOST_UNREAD", 20_000)
+    monkeypatch.setattr(serving, "MOST_UNREAD", 100_000)
+    monkeypatch.setattr(link, "MOST_READ", 5_000)
     with core_in_thread(15, new_engine()) as core, served(core) as client:
         idler = core.remote()
         long = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)

@@ -137,7 +137,7 @@ class RemoteEngine:
 
     def _beat(self, number: int) -> None:
         counts: Counts = self.metrics.counts() if self.metrics is not None else {}
-        self.link.send(self.messages.Beat(number, self.link.num_received, counts))
+        self.link.send(self.messages.Beat(number, self.link.num_read(), counts))
 
     def _handle(self, message: Any, emit: Emit) -> None:
         match message:

@@ -15,6 +15,7 @@ from common.distributed.health import Health
 from common.engine_core.messages import Message, encoder, from_core
 
 LOOKS = 0.5  # seconds between two signs of life
+MOST_READ = 1 << 20  # bytes, after which the core is told at once that they are read
 MOST_REQUESTS = 10_000  # messages that the core may not have taken yet
 LONGEST_PATH = 100  # bytes: what a socket's address has room for
 
@@ -30,14 +31,15 @@ class Link:
         """connect: let the core connect to a folder's sockets. health: the core's. timeout: seconds of
         silence after which it is taken to be lost. Raises RankError when it is."""
         self.health, self.most_silent = health, timeout / LOOKS
-        self.context = zmq.Context()
+        self.closing = False
         self.lock = threading.Lock()  # of `requests`
-        self.num_received = self.num_silent = 0
+        self.num_received = self.num_told = self.num_silent = 0
         self.next_look = 0.0
         self.on_look: Callable[[], None] = lambda: None
         with private_folder() as folder:
             self.folder = folder
-            self.requests, self.outputs = map(self.context.socket, (zmq.PUSH, zmq.PULL))
+            context = zmq.Context.instance()
+            self.requests, self.outputs = context.socket(zmq.PUSH), context.socket(zmq.PULL)
             self.requests.setsockopt(zmq.SNDHWM, MOST_REQUESTS)
             for name in ("requests", "outputs"):
                 getattr(self, name).setsockopt(zmq.LINGER, 0)
@@ -61,7 +63,7 @@ class Link:
         """What the core says, until this side is closed. What is no message is dropped. Raises RankError
         when the core is lost. Between messages `on_look` is called again and again."""
         try:
-            while True:
+            while not self.closing:
                 self.health.check()
                 if self.outputs.poll(LOOKS * 1000):
                     data = b"".join(self.outputs.recv_multipart())
@@ -71,8 +73,8 @@ class Link:
                 if time.monotonic() >= self.next_look:
                     self.next_look = time.monotonic() + LOOKS
                     self._look()
-        except zmq.ContextTerminated:
-            pass  # `close`
+                elif self.num_received - self.num_told > MOST_READ:
+                    self.on_look()
         finally:
             self.outputs.close()
 
@@ -86,11 +88,16 @@ class Link:
             )
         self.on_look()
 
+    def num_read(self) -> int:
+        """Bytes of all messages until now, to be told."""
+        self.num_told = self.num_received
+        return self.num_told
+
     def close(self) -> None:
-        """End `receive`, and return when it has. What was not sent is dropped."""
+        """End `receive`, soon. What was not sent is dropped."""
+        self.closing = True
         with self.lock:
             self.requests.close()
-        self.context.term()
 
 
 @contextlib.contextmanager

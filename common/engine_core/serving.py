@@ -65,7 +65,7 @@ class CoreServer:
         self.parent, self.engine, self.about = parent, engine, about
         self.put, self.abort, self.stop = put, abort, stop
         self.most_silent = timeout / LOOKS
-        self.context = zmq.Context()
+        self.context = zmq.Context.instance()
         self.connections: dict[str, Connection] = {}  # by folder
         self.owners: dict[str, Connection] = {}  # of requests under way
         self.gone: Counts = {}  # what processes that have left had counted
