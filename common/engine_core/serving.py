@@ -121,6 +121,10 @@ class CoreServer:
             logger.warning("an HTTP process %s: its requests are aborted", why)
             self.parent.say(lost=connection.folder)
 
+    def _lose_silent(self, connection: Connection) -> None:
+        if connection.num_silent > self.most_silent:
+            self._lose(connection, f"has said nothing for {connection.num_silent * LOOKS:g} s")
+
     def _leave(self, connection: Connection) -> None:
         self._drop_requests(connection)
         connection.close()
@@ -129,7 +133,7 @@ class CoreServer:
         ids = [id for id, owner in list(self.owners.items()) if owner is connection]
         for request_id in ids:
             self.owners.pop(request_id, None)
-            self.engine.abort(request_id)
+            self.abort(request_id)  # behind the request itself, which may not have been taken yet
         return ids
 
     def _answer(self, connection: Connection, number: int, done: Future[Any]) -> None:
@@ -230,6 +234,4 @@ class CoreServer:
         for connection in list(self.connections.values()):
             connection.num_silent += 1
             if connection.num_silent > self.most_silent and connection.state is State.OPEN:
-                seconds = connection.num_silent * LOOKS
-                why = f"has said nothing for {seconds:g} s"
-                self.put(Call(partial(self._lose, connection, why)))
+                self.put(Call(partial(self._lose_silent, connection)))
