@@ -7,13 +7,11 @@ passes it on unopened, so a new option is one field here and one use there.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from common.kv_transfer.ticket import Ticket
 from common.sampling import SamplingParams, shown
 from common.structured.grammar import Grammar
-
-if TYPE_CHECKING:
-    from common.kv_transfer.ticket import Ticket
 
 Prompt = str | list[int]
 Prompts = Prompt | Sequence[Prompt]
@@ -38,7 +36,7 @@ class Request:
     choice: int = 0
     cache_salt: str | None = None
     may_draft: bool = True
-    kv_ticket: "Ticket | None" = None
+    kv_ticket: Ticket | None = None
     grammar: Grammar | None = None
 
     def limit(self, max_model_len: int) -> int:
@@ -48,6 +46,12 @@ class Request:
 
 
 _numbers = itertools.count()
+_names = ["request"]  # what the ids of this process begin with
+
+
+def name_requests(name: str) -> None:
+    """Let the ids of requests begin with this, where several processes make requests for one engine."""
+    _names[0] = name
 
 
 def fan_out(
@@ -59,7 +63,7 @@ def fan_out(
     """A request for each of the `n` completions of each prompt, under ids of their own."""
     return [
         Request(
-            f"request-{next(_numbers)}",
+            f"{_names[0]}-{next(_numbers)}",
             token_ids,
             params.for_choice(choice),
             choice,

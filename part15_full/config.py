@@ -16,6 +16,8 @@ from .compatibility import check_composition
 from .presets import PRESETS
 from .quantization import FORMATS
 
+ENGINE_CORES = ("auto", "thread", "process")
+PROCESS = ("engine_core", ("auto", "process"))
 EP = ("enable_expert_parallel", (True,))
 FORMATS_OR_OFF = ("off", *FORMATS)
 ACTIVATIONS, KV_FORMATS = ("off", "int8", "fp8"), ("auto", "int8", "fp8")
@@ -45,6 +47,15 @@ class EngineConfig:
     dtype: str = option("auto", "auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)
     kernels: str = option("auto", "auto, reference, cpu, triton or flash")
     threads: int | None = option(None, "CPU threads (all usable cores)", 1, 1024)
+    # processes
+    engine_core: str = option(
+        "auto",
+        "where a server's engine runs: in a thread of the HTTP process, or in a process of its own",
+        choices=ENGINE_CORES,
+    )
+    api_server_count: int = option(
+        1, "HTTP processes in front of one engine core", 1, 256, needs=PROCESS
+    )
     # quantization
     quantization: str = option(
         "off", "format that linear layers' weights are rounded to", choices=FORMATS_OR_OFF
@@ -224,6 +235,11 @@ class EngineConfig:
         ops = select_ops(self.kernels, device, self.threads or 1)
         found = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
         return replace(self, kernels=ops.name, **found).resolved(device, ops.default_block_size)
+
+    @property
+    def has_core_process(self) -> bool:
+        """Whether a server's engine runs in a process of its own."""
+        return self.engine_core == "process" or self.api_server_count > 1
 
     def resolved(self, device: torch.device, default_block_size: int) -> "EngineConfig":
         """This configuration with the defaults that depend on device and kernels."""

@@ -85,6 +85,7 @@ def meet_engines(ranks: Ranks, config: EngineConfig) -> tuple[Group, Group]:
         return ranks.group, OneRank()
     settings = asdict(config)
     own = {"model", "draft_model", "device", "threads", "data_parallel_rank"}
+    own |= {"engine_core", "api_server_count"}
     prints = {name: str(settings[name]) for name in settings.keys() - own} | fingerprint(settings)
     address, timeout = config.data_parallel_address, config.rank_timeout
     return join_engines(ranks, address, number, size, timeout=timeout, fingerprint=prints)

@@ -7,7 +7,7 @@ import os
 import reprlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableSequence, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -57,11 +57,34 @@ def installed_version() -> str:
         return "unknown"
 
 
+@dataclasses.dataclass(frozen=True)
+class Seat:
+    """Which of several HTTP processes this is. places: what each has admitted, in memory that they share;
+    None: there is one process."""
+
+    own: int = 0
+    places: MutableSequence[int] | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        return self.places is None
+
+
+ALONE = Seat()
+
+
 class Admission:
     """Counts the completions under way and refuses beyond a limit."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.count, self.num_refused = limit, 0, 0
+    def __init__(self, limit: int, seat: Seat = ALONE) -> None:
+        self.limit, self.own = limit, seat.own
+        self.places = [0] if seat.places is None else seat.places
+        self.on_refused: Callable[[int], None] = lambda count: None
+
+    @property
+    def count(self) -> int:
+        """Of all processes."""
+        return sum(self.places)
 
     def check(self, count: int) -> None:
         """Raises ApiError 503 with Retry-After unless `count` places are free; 400 when there are
@@ -74,23 +97,28 @@ class Admission:
                 param="n",
             )
         if self.count + count > self.limit:
-            self.num_refused += count
-            raise ApiError(
-                503,
-                f"the server is full: {self.count} completions are running or waiting",
-                code="overloaded",
-                headers={"Retry-After": "1"},
-            )
+            raise self._full(count)
+
+    def _full(self, count: int) -> ApiError:
+        self.on_refused(count)
+        return ApiError(
+            503,
+            f"the server is full: {self.count} completions are running or waiting",
+            code="overloaded",
+            headers={"Retry-After": "1"},
+        )
 
     @contextlib.contextmanager
     def admit(self, count: int) -> Iterator[None]:
         """Hold `count` places. Raises ApiError as `check` does."""
         self.check(count)
-        self.count += count
+        self.places[self.own] += count
         try:
+            if self.count > self.limit:  # another process has admitted at the same moment
+                raise self._full(count)
             yield
         finally:
-            self.count -= count
+            self.places[self.own] -= count
 
 
 async def unless_disconnected(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -259,18 +287,28 @@ class Frontend:
         `/trace.perfetto.json`. experts: which of them were chosen how often, where there are any."""
         add_trace_routes(self.app, trace, experts)
 
-    def add_metrics(self, metrics: EngineMetrics, admission: Admission | None = None) -> None:
+    def add_metrics(
+        self,
+        metrics: EngineMetrics,
+        admission: Admission | None = None,
+        refresh: Callable[[], Awaitable[None]] | None = None,
+        own_process: bool = True,
+    ) -> None:
         """Add `GET /metrics`: the engine's numbers and this process's, for Prometheus to read.
 
         admission: with it, all of vLLM's metrics that there are (`common/vllm_metrics.py`), those of
         HTTP requests among them, and `GET /trace.requests.jsonl`.
+        refresh: awaited before each answer, to have the numbers of an engine in another process.
+        own_process: as `make_registry` takes it.
         """
-        num_refused = None if admission is None else lambda: admission.num_refused
-        registry = make_registry(metrics, self.model, num_refused)
+        registry = make_registry(metrics, self.model, admission is not None, own_process)
         if admission is not None:
-            self.timed = add_request_log(self.app, registry).timed
+            admission.on_refused = metrics.on_refused
+            self.timed = add_request_log(self.app, registry if own_process else None).timed
 
         async def scrape(request: Request) -> Response:
+            if refresh is not None:
+                await refresh()
             content, kind = render(registry, ", ".join(request.headers.getlist("accept")))
             return Response(content, headers={"Content-Type": kind})
 
