@@ -62,6 +62,9 @@ class EngineConfig:
         1024,
         aliases=("--tp",),
     )
+    pipeline_parallel_size: int = option(
+        1, "stages of layers, each of tensor_parallel_size ranks", 1, 1024, aliases=("--pp",)
+    )
     rank_timeout: float = option(
         30.0, "seconds within which a rank that has died or hangs is noticed", 1.0, 3600.0
     )
@@ -174,9 +177,12 @@ class EngineConfig:
         check_role(self)
         if self.offload in KEEPING[1] and self.prefix_cache == "off":
             raise ValueError(f"offload is {self.offload}: prefix_cache must not be off")
-        if self.disk_kv is not None and self.tensor_parallel_size > 1:
-            number = self.tensor_parallel_size
-            raise ValueError(f"tensor_parallel_size is {number}: disk_kv is for one rank")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if self.disk_kv is not None and (number := getattr(self, name)) > 1:
+                raise ValueError(f"{name} is {number}: disk_kv is for one rank")
+        if self.speculative in ("draft", "self") and (number := self.pipeline_parallel_size) > 1:
+            drafts = f"speculative {self.speculative} runs all layers on each rank"
+            raise ValueError(f"pipeline_parallel_size is {number}: {drafts}")
         if self.disk_kv is None and self.disk_kv_memory is not None:
             raise ValueError("disk_kv_memory has no effect without disk_kv")
         low, high = self.prompt_lookup_min or 2, self.prompt_lookup_max or 4

@@ -101,7 +101,9 @@ class Progress:
     def compile_all(self) -> None:
         """In processes; whatever they could not, here and now."""
         num_processes = min(usable_cores(), len(self.names))
-        say(f"compiling {len(self.names)} in {num_processes} processes, once (one or two minutes) …")
+        say(
+            f"compiling {len(self.names)} in {num_processes} processes, once (one or two minutes) …"
+        )
         children: list[subprocess.Popen] = []
         try:
             with ThreadPoolExecutor(num_processes) as pool:
