@@ -5,6 +5,7 @@ other on a stream. Copies to pinned memory are part of that order, and an event 
 before it is done. On a CPU a thread plays the device.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -117,15 +118,15 @@ class GpuQueue:
     """The current stream of a GPU, or one of its own."""
 
     def __init__(self, device: torch.device, has_stream: bool = False) -> None:
-        self.device, self.stream = device, None
+        self.device, self.context = device, contextlib.nullcontext()
         with torch.cuda.device(device):
             self.clock = GpuClock()
             if has_stream:
-                self.stream = torch.cuda.Stream()
+                self.context = torch.cuda.stream(torch.cuda.Stream())
 
     def submit(self, run: Callable[[], Sampled], after: GpuWork | None = None) -> GpuWork:
         # The device is the calling thread's, and may be another.
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with torch.cuda.device(self.device), self.context:
             try:
                 return GpuWork(self, run, after)
             except Exception:

@@ -10,6 +10,7 @@ steps ahead of another does not wait in a collective of all ranks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -42,7 +43,7 @@ def members_of(num_stages: int, size: int) -> dict[str, list[int]]:
         return {}
     stages = [list(range(stage * width, (stage + 1) * width)) for stage in range(num_stages)]
     found = {f"stage {i}": ranks for i, ranks in enumerate(stages) if width > 1}
-    for stage, (ours, theirs) in enumerate(zip(stages, stages[1:], strict=False)):
+    for stage, (ours, theirs) in enumerate(pairwise(stages)):
         for sender, receiver in zip(ours, theirs, strict=True):
             found[f"pipe {stage} {sender}"] = [sender, receiver]
     return found | {"back": [stages[-1][0], 0]}
