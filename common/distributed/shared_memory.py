@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -80,6 +81,7 @@ class SharedMemoryGroup(Group):
         self._map = mmap.mmap(descriptor, memory_bytes(size), offset=offset)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._round = 0
+        self._sender: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()  # nobody closes the memory while a kernel is in it
         self._memory: int | None = self._bytes.data_ptr()
         # the awaited rank may need this very core
@@ -129,6 +131,14 @@ class SharedMemoryGroup(Group):
                     self._wait("broadcast", self._round, root)
                     self._check_headers("broadcast", len(ours), root)
                     part.copy_(self._slot(root, len(part)))
+
+    def send(self, x: Tensor) -> None:
+        """Returns at once: a thread waits until there is room, which is for two chunks. What goes wrong
+        in it is reported to all who wait."""
+        self._health.check()
+        if self._sender is None:
+            self._sender = ThreadPoolExecutor(1, thread_name_prefix="pipe")
+        self._sender.submit(self.broadcast, x, self.rank)
 
     def gather(self, x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor] | None:
         """Every rank but 0 writes its x once."""
@@ -202,6 +212,8 @@ class SharedMemoryGroup(Group):
 
     def close(self) -> None:
         """Waits for a thread that is inside; it has to be told by `health` before."""
+        if self._sender is not None:
+            self._sender.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             if self._memory is None:
                 return
