@@ -78,13 +78,9 @@ class InputBuffers:
         self.hosts = [PackedFields(*sizes, host, pin_memory=on_gpu) for _ in range(num_hosts)]
         num_devices = (num_hosts if overlaps else 1) if on_gpu else 0
         self.devices = [PackedFields(*sizes, device) for _ in range(num_devices)]
+        self.device = self.devices[0] if on_gpu else None
         self.readers: list[Work | None] = [None] * num_hosts  # the last steps that read them
         self.turn = 0
-
-    @property
-    def device(self) -> PackedFields | None:
-        """The buffer on the GPU whose turn it is."""
-        return self.devices[self.turn % len(self.devices)] if self.devices else None
 
     @property
     def num_bytes(self) -> int:
@@ -97,6 +93,8 @@ class InputBuffers:
         Waits for the step that reads the buffer. Raises ValueError where there is no room.
         """
         self.turn = (self.turn + 1) % len(self.hosts)
+        if len(self.devices) > 1:
+            self.device = self.devices[self.turn]
         if (reader := self.readers[self.turn]) is not None:
             reader.wait()
         host, lengths = self.hosts[self.turn], shape.lengths()

@@ -274,12 +274,16 @@ class ModelRunner:
             logits, scores = self.read(
                 batch, batch.token_ids, lambda rows: self.pipeline.fetch(len(rows), vocab_size)
             )
+        if batch.joining is not None:  # its rows may have been those of a step before
+            batch.joining.write_to(self.counts)
         return replace(self.sample(batch, logits), prompts=scores)
 
     def fill_in(self, batch: Batch, what: Runnable | None = None) -> None:
         """Put what the device keeps from step to step into the batch: block tables, and the tokens
-        that were not known to the host."""
+        that were not known to the host. And count what the sequences that join have generated."""
         if self.ranks.rank == 0:
+            if batch.joining is not None and self.tail is None:
+                batch.joining.write_to(self.counts)
             drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
             batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
         with together(self.ranks, self.everyone):
@@ -343,10 +347,7 @@ class ModelRunner:
         return Sampled(self.last_token_ids[:0], SampledLogprobs([]))
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> Sampled:
-        """The next tokens of each sampled sequence, and log probabilities if asked for. Counted first:
-        what the sequences that join have generated."""
-        if batch.joining is not None:
-            batch.joining.write_to(self.counts)
+        """The next tokens of each sampled sequence, and log probabilities if asked for."""
         sampling = batch.sampling
         if batch.has_penalties:
             sampling = replace(sampling, output_counts=self.counts[batch.rows])
