@@ -367,15 +367,27 @@ class Trace:
         return to_perfetto(self.records())
 
 
+CLOCK_ERROR = 1e-5  # seconds by which a GPU's clock may be off
+
+
 def perfetto_events(records: Iterable[StepRecord]) -> Iterator[dict[str, Any]]:
-    """Chrome trace events: tracks of steps, of phases, and of a device's work; in microseconds."""
+    """Chrome trace events: tracks of steps, of phases, and of a device's work; in microseconds. Steps
+    that overlap on the device, as a pipeline's do, have tracks of their own."""
+    ends = [0.0]  # of the device's tracks
     for tid, name in ((1, "steps"), (2, "phases"), (3, "device")):
         yield {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": name}}
     for record in records:
         arguments = {"scheduled": record.scheduled, "finished": record.finished}
         spans = [(1, f"step {record.step}", record.begin, record.end, arguments)]
         spans += [(2, name, begin, end, {}) for name, begin, end in record.phases]
-        spans += [(3, f"step {step}", begin, end, {}) for step, begin, end in record.device]
+        for step, begin, end in record.device:
+            free = (i for i, last in enumerate(ends) if last <= begin + CLOCK_ERROR)
+            if (track := next(free, len(ends))) == len(ends):
+                ends.append(end)
+                name = {"name": f"device, step in flight {track + 1}"}
+                yield {"ph": "M", "pid": 1, "tid": 3 + track, "name": "thread_name", "args": name}
+            ends[track] = end
+            spans.append((3 + track, f"step {step}", begin, end, {}))
         for tid, name, begin, end, args in spans:
             times = {"ts": begin * 1e6, "dur": (end - begin) * 1e6}
             yield {"ph": "X", "pid": 1, "tid": tid, "name": name, "args": args, **times}

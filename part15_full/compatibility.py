@@ -34,6 +34,26 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.disk_kv is not None and c.tensor_parallel_size > 1,
         "tensor_parallel_size is {tensor_parallel_size}: disk_kv is for one rank",
     ),
+    (
+        lambda c: c.disk_kv is not None and c.pipeline_parallel_size > 1,
+        "pipeline_parallel_size is {pipeline_parallel_size}: disk_kv is for one rank",
+    ),
+    (
+        lambda c: c.speculative in ("draft", "self") and c.pipeline_parallel_size > 1,
+        "pipeline_parallel_size is {pipeline_parallel_size}: speculative {speculative} runs all layers"
+        " on each rank",
+    ),
+    (
+        lambda c: (
+            c.async_scheduling is False and c.speculative == "off" and c.pipeline_parallel_size > 1
+        ),
+        "async_scheduling is off: with pipeline_parallel_size {pipeline_parallel_size} as many steps are"
+        " in flight",
+    ),
+    (
+        lambda c: c.compile == "layers" and c.pipeline_parallel_size > 1,
+        "pipeline_parallel_size is {pipeline_parallel_size}: compile layers is for one rank",
+    ),
 )
 
 
@@ -48,9 +68,9 @@ def check_composition(config: "EngineConfig") -> None:
 def check_machine(config: "EngineConfig") -> None:
     """Raises ValueError where there are fewer GPUs than ranks, before a model is downloaded for them."""
     device, _ = resolve_device(config.device, config.dtype)
-    size, first = config.tensor_parallel_size, device.index or 0
+    tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
+    first = device.index or 0
     number = torch.cuda.device_count() - first
-    if device.type == "cuda" and size > number and not by_torchrun():
-        raise ValueError(
-            f"tensor_parallel_size is {size}: torch sees {number} GPUs from cuda:{first} on"
-        )
+    if device.type == "cuda" and tp * pp > number and not by_torchrun():
+        sizes = f"tensor_parallel_size is {tp}" + f", pipeline_parallel_size {pp}" * (pp > 1)
+        raise ValueError(f"{sizes}: torch sees {number} GPUs from cuda:{first} on")

@@ -81,6 +81,9 @@ class EngineConfig:
         1024,
         aliases=("--tp",),
     )
+    pipeline_parallel_size: int = option(
+        1, "stages of layers, each of tensor_parallel_size ranks", 1, 1024, aliases=("--pp",)
+    )
     rank_timeout: float = option(
         30.0, "seconds within which a rank that has died or hangs is noticed", 1.0, 3600.0
     )

@@ -94,6 +94,8 @@ class Graphs:
             return "enforce_eager is on"
         if config.enable_expert_parallel:
             return "experts are spread over ranks"
+        if (number := config.pipeline_parallel_size) > 1:
+            return f"pipeline_parallel_size is {number}: stages wait for each other in a forward"
         if config.role in TELLING:
             return f"role is {config.role}: keys and values are told layer by layer"
         if not self.on_gpu and config.compile != "off":

@@ -72,8 +72,8 @@ class LLMEngine:
         self.speculator = make_speculator(self.config, self.runner, self.trace)
         self.in_flight: deque[PendingStep] = deque()
         # steps that are launched before the first of them is read
-        is_async = self.config.async_scheduling
-        self.num_in_flight = self.speculator.num_in_flight if is_async else 1
+        num_in_flight = self.speculator.num_in_flight if self.config.async_scheduling else 1
+        self.num_in_flight = max(num_in_flight, self.config.pipeline_parallel_size)
         self.scheduled: SchedulerOutput | None = None  # what is being launched or read
         self.grammars = Grammars(self)
         self.sleep_level = 0  # awake
@@ -260,7 +260,7 @@ class LLMEngine:
             "kv_cache_bytes": self.kv.num_bytes,
             "buffer_bytes": self.runner.num_buffer_bytes,
             "rank_bytes": [held.tolist() for held in self.runner.rank_bytes],
-            "num_bytes_sent": self.runner.ranks.group.num_bytes_sent,
+            "num_bytes_sent": self.runner.ranks.stages.num_bytes_sent,
             "block_size": self.kv.block_size,
             "num_blocks": self.kv.num_blocks,
             "num_used_blocks": self.kv.num_blocks - self.scheduler.cache.num_free,

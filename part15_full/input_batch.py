@@ -90,8 +90,9 @@ class InputBatch:
         most_tokens = max(config.most_tokens(max_model_len), sampled)
         capacities = [BatchShape(n, rows, sampled, rows * width) for n in (sampled, most_tokens)]
         # A model that drafts reads a batch for each of a draft's tokens, while the host goes on.
-        num_hosts = 2 + (self.most_drafts if config.speculative in ("draft", "self") else 0)
-        self.buffers = InputBuffers(capacities, device, num_hosts)
+        num_hosts = max(2, num_stages := config.pipeline_parallel_size)
+        num_hosts += self.most_drafts if config.speculative in ("draft", "self") else 0
+        self.buffers = InputBuffers(capacities, device, num_hosts, overlaps=num_stages > 1)
 
     @property
     def num_bytes(self) -> int:

@@ -7,6 +7,7 @@ The device is ahead of the host: a token that the host has not read yet is put i
 device, from what its row has drawn last.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
 from .model import CausalLM
+from .pipeline_parallel import Pipeline, Stage
 from .quantized_layers import QuantizedSource, Recipe, copy_that_drafts, kv_dtype
 from .ranks import COPIES, header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
@@ -75,6 +77,7 @@ class ModelRunner:
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
         self.graphs = Graphs(config, self.device, self.ops)
         self.everyone, leaders = meet_engines(ranks, config)
+        self.pipeline = Pipeline(ranks.stages, self.dtype, self.device)
         max_model_len = context_length(load_config(folder, quantized=True), config.max_model_len)
         self.kv_dtype = kv_dtype(config.kv_cache_dtype, self.dtype)
         # What each model was loaded from.
@@ -104,6 +107,9 @@ class ModelRunner:
         self.masks = MaskThread(shape.vocab_size)
         queue, num_engines = device_queue(self.device), config.data_parallel_size
         self.queue = Lockstep(queue, leaders, num_engines, self.run_idle, ranks.health)
+        self.tail = None  # where rank 0 samples what comes back from the last stage
+        if ranks.rank == 0 and ranks.stages.size > 1:
+            self.tail = device_queue(self.device, has_stream=True)
         # What follows belongs to the device: only work in the queue touches it.
         rows, vocab = config.max_num_seqs if ranks.rank == 0 else 0, shape.vocab_size
         # A row more than sequences: a batch's padding has the last one.
@@ -114,11 +120,11 @@ class ModelRunner:
         num_blocks = choose_num_blocks(
             config, shape, self.kv_dtype, self.device, reserved, draft_shape, ranks.size
         )
-        num_blocks = self.everyone.minimum(num_blocks)  # the same on all ranks of all engines
+        num_blocks = self.minimum(num_blocks)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.kv_dtype, self.device, draft_shape)
-        self.connector = make_workers_side(config, self.kv, self.everyone.minimum, ranks.size)
+        self.connector = make_workers_side(config, self.kv, self.minimum, ranks.size)
         self.model.on_saved = self.connector.save_kv_layer
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:
@@ -147,8 +153,10 @@ class ModelRunner:
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.kv_dtype)
         source = open_weights(folder, self.device, quantized=True)
         weights = QuantizedSource(source, folder, recipe)
-        group, experts = self.graphs.group(self.ranks.group), self.expert_parallel(shape)
-        model = CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
+        stages, experts = self.ranks.stages, self.expert_parallel(shape)
+        group = self.graphs.group(stages.group)
+        more = group, experts, Stage.of(shape, stages.number, stages.size)
+        model = CausalLM(shape, self.ops, weights, self.dtype, self.device, *more)
         if self.config.compile == "layers":
             compile_layers(model)
         if self.ranks.rank == 0 and not self.is_ready:
@@ -170,8 +178,12 @@ class ModelRunner:
         numbers = shape.num_layers, shape.num_experts, config.num_redundant_experts, size
         placement = ExpertPlacement(*numbers, self.device, config.data_parallel_rank)
         interval = config.eplb_interval if config.eplb else None
-        group, backend = self.ranks.group, config.ep_backend
+        group, backend = self.ranks.stages.group, config.ep_backend
         return ExpertParallel(self.everyone, group, placement, backend, self.ops, interval)
+
+    def minimum(self, number: int) -> int:
+        """Of all ranks of all engines."""
+        return self.ranks.group.minimum(self.everyone.minimum(number))
 
     def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
@@ -251,6 +263,8 @@ class ModelRunner:
         batch = self.masks.begin(batch)
         run = partial(self.run, batch, what)
         work = self.queue.submit(run, batch.shape.num_tokens, int(is_draft), counts)
+        if self.tail is not None:
+            work = self.tail.submit(partial(self.finish, batch), after=work)
         self.masks.follow(batch, work)
         self.inputs.launched(work)
         return work
@@ -275,11 +289,23 @@ class ModelRunner:
             return self.nothing()
         return replace(self.sample(batch, logits), prompts=scores)
 
+    @torch.inference_mode()
+    def finish(self, batch: Batch) -> Sampled:
+        """Sample from what the last stage gives back."""
+        vocab_size = self.model.config.vocab_size
+        with together(self.ranks, self.everyone):
+            logits, scores = self.read(
+                batch, batch.token_ids, lambda rows: self.pipeline.fetch(len(rows), vocab_size)
+            )
+        if batch.joining is not None:  # its rows may have been those of a step before
+            batch.joining.write_to(self.counts)
+        return replace(self.sample(batch, logits), prompts=scores)
+
     def fill_in(self, batch: Batch, what: Runnable | None = None) -> None:
         """Put what the device keeps from step to step into the batch: block tables, and the tokens
         that were not known to the host. And count what the sequences that join have generated."""
         if self.ranks.rank == 0:
-            if batch.joining is not None:
+            if batch.joining is not None and self.tail is None:
                 batch.joining.write_to(self.counts)
             drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
             batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
@@ -294,27 +320,40 @@ class ModelRunner:
                 is_draft = what is not None and what is self.drafter
                 header = header_of(batch, is_draft, self.connector.num_copied)
                 self.ranks.control.send([*self.queue.counts, *header])
-            self.ranks.group.broadcast(batch.packed)
+            self.pipeline.share(batch.packed)
 
     def forward(
         self, batch: Batch, what: Runnable | None = None
     ) -> tuple[torch.Tensor | None, list[PromptScores]]:
         """Logits after each sampled sequence's last token and its drafts, [num_sampled, vocab], on
-        rank 0; and the scores of prompts that ask for them. what: the model unless given."""
-        runs, scores = what or self.target, []
+        rank 0; and the scores of prompts that ask for them. Behind the first stage these come later,
+        and here is None. what: the model unless given."""
+        runs, pipeline = what or self.target, self.pipeline
         with together(self.ranks, self.everyone):
             runs.model.start_step(self.queue.counts)
             if batch.bucket is not None and not batch.prompts:
-                return self.graphs.run(batch, runs), scores
-            hidden = runs.model.forward(
-                batch.token_ids, batch.positions, runs.kv_data, batch.metadata, runs.layers
+                return self.graphs.run(batch, runs), []
+            hidden = pipeline.take(len(batch.token_ids), runs.model.config.hidden_size)
+            numbers = batch.token_ids, batch.positions, runs.kv_data, batch.metadata
+            hidden = runs.model.forward(*numbers, runs.layers, hidden)
+            if not pipeline.is_last:
+                pipeline.give(hidden)
+                return None, []
+            return self.read(
+                batch, hidden, lambda rows: pipeline.give_back(runs.model.logits(rows))
             )
-            for piece in batch.prompts:
-                if self.ranks.rank == 0:
-                    scores.append(piece.score(hidden, runs.model.logits))
-                else:
-                    piece.bring(hidden, runs.model.logits)
-            return runs.model.logits(hidden[batch.logits_indices]), scores
+
+    def read(
+        self, batch: Batch, hidden: torch.Tensor, logits_of: Callable[[torch.Tensor], Any]
+    ) -> tuple[torch.Tensor | None, list[PromptScores]]:
+        """What `forward` returns, from the logits of rows of `hidden`, [num_tokens, …]."""
+        scores = []
+        for piece in batch.prompts:
+            if self.ranks.rank == 0:
+                scores.append(piece.score(hidden, logits_of))
+            else:
+                piece.bring(hidden, logits_of)
+        return logits_of(hidden[batch.logits_indices]), scores
 
     @torch.inference_mode()
     def run_idle(self, kind: int) -> Sampled:

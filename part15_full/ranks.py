@@ -41,6 +41,7 @@ from common.prompt_logprobs import PromptPiece
 from .config import EngineConfig
 from .input_batch import Batch, InputBatch
 from .input_buffers import BatchShape
+from .pipeline_parallel import Stage
 from .quantized_layers import copy_that_drafts
 from .tensor_parallel import Shard
 
@@ -53,16 +54,18 @@ COPIES = 2  # in a header, in the place of what runs
 
 def start_ranks(config: EngineConfig, folder: Path) -> Ranks:
     """This process as rank 0, and the other ranks, connected. Raises ValueError."""
-    size, loaded = config.tensor_parallel_size, load_config(folder, quantized=True)
+    size, num_stages = config.tensor_parallel_size, config.pipeline_parallel_size
+    loaded = load_config(folder, quantized=True)
     max_model_len = context_length(loaded, config.max_model_len)
     shape = ModelConfig.from_transformers(loaded, max_model_len, moe=True)
     Shard.of(shape, 0, size)  # an error now, and not in every rank
+    Stage.of(shape, 0, num_stages)
     check_experts(config, shape)
     device, _ = resolve_device(config.device, config.dtype)
-    values = asdict(config)
+    values, size = asdict(config), size * num_stages
     prints = fingerprint(values) if size > 1 else {}
-    timeout = config.rank_timeout
-    return connect(__package__, values, device, size=size, timeout=timeout, fingerprint=prints)
+    more = {"timeout": config.rank_timeout, "fingerprint": prints, "num_stages": num_stages}
+    return connect(__package__, values, device, size=size, **more)
 
 
 def check_experts(config: EngineConfig, shape: ModelConfig) -> None:
@@ -79,10 +82,11 @@ def check_experts(config: EngineConfig, shape: ModelConfig) -> None:
 
 
 def meet_engines(ranks: Ranks, config: EngineConfig) -> tuple[Group, Group]:
-    """All ranks that share experts, and the first ones of their engines. Raises ValueError."""
+    """All ranks that share experts, which are of one stage, and the first ones of their engines.
+    Raises ValueError."""
     number, size = config.data_parallel_rank, config.data_parallel_size
     if size == 1:
-        return ranks.group, OneRank()
+        return ranks.stages.group, OneRank()
     settings = asdict(config)
     own = {"model", "draft_model", "device", "threads", "data_parallel_rank"}
     own |= {"engine_core", "api_server_count"}
@@ -145,7 +149,7 @@ def together(ranks: Ranks, everyone: Group) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if everyone.size == 1:
+        if max(ranks.size, everyone.size) == 1:
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         if ranks.rank > 0:
@@ -153,5 +157,5 @@ def together(ranks: Ranks, everyone: Group) -> Iterator[None]:
             os._exit(1)
         if isinstance(error, (RankError, torch.AcceleratorError)):
             raise
-        where = f"rank {everyone.rank} of {everyone.size}"
+        where = f"rank {everyone.rank} of {everyone.size * ranks.stages.size}"
         raise RankError(f"a forward failed on {where}: {reason}") from error

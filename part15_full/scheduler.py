@@ -23,6 +23,9 @@ The scheduler does not wait for tokens. It counts those that are launched and no
 (placeholders), knows how many tokens each sequence may have, and so knows the next step before the
 last one has ended. The device runs steps in the order in which they were scheduled: blocks that a
 sequence gives up can be given to the next at once, though a step in flight still writes to them.
+
+A pipeline's steps in flight draw for different sequences: one whose token is not read waits, and a
+step takes of those that decode as many as there would be in each of the steps.
 """
 
 import sys
@@ -71,6 +74,7 @@ class Scheduler:
         self.slices_prompts = config.enable_chunked_prefill
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.long_prefill_threshold = config.long_prefill_threshold or sys.maxsize
+        self.num_stages = config.pipeline_parallel_size
         self.kv, self.trace = kv, trace
         self.connector, self.kind_of_cache = connector, config.prefix_cache
         self.forget_cache()
@@ -140,11 +144,13 @@ class Scheduler:
 
         Returns whether blocks have lasted.
         """
-        was_room = True
+        was_room, share = True, -(-len(self.running) // self.num_stages)
         for sequence in list(sequences):
             left = sequence.num_total_tokens - sequence.num_computed_tokens
             if not self.has_budget(left, output):
                 break
+            if not self.can_run(sequence) or (left == 1 and len(output.sampled) >= share):
+                continue
             room = len(sequence.block_table) * self.kv.block_size
             wanted = sequence.num_total_tokens + len(sequence.draft_token_ids) + self.num_lookahead
             if wanted <= room or self.make_room(sequence, output):
@@ -159,13 +165,19 @@ class Scheduler:
         budget = self.max_num_batched_tokens - output.num_tokens
         return budget > 0 if self.slices_prompts else count <= budget or not output.num_tokens
 
+    def can_run(self, sequence: Sequence) -> bool:
+        """Whether the next tokens of a running sequence can be launched. With one stage the device
+        knows them; with more, the stage that begins with them is ahead of the one that draws."""
+        return self.num_stages == 1 or not sequence.num_placeholders
+
     def make_room(self, sequence: Sequence, output: SchedulerOutput) -> bool:
         """Give a running sequence blocks for all of its tokens, if need be by preempting the sequences
         that joined last; False when it does not run in this step."""
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
-            if self.ending or self.connector.will_free:
-                return False  # blocks come free when last tokens are read, or copies are done
-            self.preempt(next(reversed(self.running)))
+            last = next(reversed(self.running))
+            if self.ending or self.connector.will_free or not self.can_run(last):
+                return False  # blocks come free when tokens are read, or copies are done
+            self.preempt(last)
         return sequence.status is Status.RUNNING
 
     def admit(self, output: SchedulerOutput) -> None:
@@ -267,7 +279,8 @@ class Scheduler:
 
     def num_tokens_ahead(self) -> int:
         """About how many tokens the next step runs, without drafts."""
-        ahead = [s.num_total_tokens - s.num_computed_tokens for s in self.running]
+        ready = filter(self.can_run, self.running)
+        ahead = [s.num_total_tokens - s.num_computed_tokens for s in ready]
         if self.waiting and self.free_rows:
             num_tokens = self.waiting[0].num_total_tokens
             if self.kv.blocks_for(num_tokens) <= self.cache.num_free:
@@ -377,7 +390,8 @@ class Scheduler:
         assert sorted(rows) == list(range(self.num_rows)), f"rows lost or given twice: {rows}"
         for sequence in self.running:
             assert sequence.status is Status.RUNNING, f"{sequence.request_id}: {sequence.status}"
-            computed, total = sequence.num_computed_tokens, sequence.num_total_tokens
+            drafts = len(sequence.draft_token_ids) if sequence.num_placeholders else 0
+            computed, total = sequence.num_computed_tokens - drafts, sequence.num_total_tokens
             assert computed < total, f"{sequence.request_id}: {computed} of {total} tokens"
             longest = min(total + 2 * self.most_drafts, sequence.limit)
             room, most = len(sequence.block_table), self.kv.blocks_for(longest)
