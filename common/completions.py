@@ -66,6 +66,7 @@ class RequestOutput:
     prompt_logprobs: where asked for, of all tokens of the prompt but the first.
     num_cached_tokens: how many of its prompt's tokens were not computed but found.
     draft_counts: what became of its drafts so far. Of new tokens the drafts come first.
+    error: what went wrong, where the engine knows.
     """
 
     request_id: str
@@ -75,6 +76,7 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
     draft_counts: DraftCounts = NO_DRAFTS
+    error: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -170,6 +172,7 @@ class OutputProcessor:
                 token_ids, finish_reason = [NO_TOKEN], "error"
         if token_ids[-1:] == [NO_TOKEN]:
             token_ids, self.error = token_ids[:-1], NOT_FINITE
+        self.error = new.error or self.error
         self.num_cached_tokens = new.num_cached_tokens
         self.num_drafts, self.num_draft_tokens, num_accepted_tokens = new.draft_counts
         text = ""

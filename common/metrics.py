@@ -95,6 +95,8 @@ COUNTERS = {
     "vllm:generation_tokens": "Tokens generated.",
 }
 
+Counts = dict[str, list[float]]  # all that an EngineMetrics has counted, by name
+
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
@@ -331,6 +333,8 @@ class EngineMetrics:
         self.prompt_sources = dict.fromkeys(SOURCES, 0)
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
+        self.num_refused = 0  # completions, for want of room
+        self.others: Counts = {}  # what other processes have counted for the same engine
         self._requests: dict[str, _Request] = {}
         self._unscheduled: dict[str, _Request] = {}
         self._last_step = -1
@@ -355,6 +359,12 @@ class EngineMetrics:
         if record.scheduled:
             num_tokens = sum(record.scheduled.values())
             self._observe("vllm:iteration_tokens_total", num_tokens)
+        self.on_scheduled(record)
+
+    def on_scheduled(self, record: StepRecord | None) -> None:
+        """Of `on_step` what concerns the requests of this process: another counts the steps."""
+        if record is None:
+            return
         if self._unscheduled:
             for request_id in record.scheduled:
                 if request := self._unscheduled.pop(request_id, None):
@@ -368,6 +378,10 @@ class EngineMetrics:
         for request_id in record.preempted:
             if request := self._requests.get(request_id):
                 request.num_preemptions += 1
+
+    def on_refused(self, count: int) -> None:
+        """So many completions were refused for want of room."""
+        self.num_refused += count
 
     def on_output(self, request_id: str, delta: Delta) -> None:
         """New tokens of a request leave for its client; with a finish reason they are its last."""
@@ -396,6 +410,35 @@ class EngineMetrics:
         if request_id in self._requests:
             self._forget(request_id)
             self.finished["abort"] += 1
+
+    def counts(self) -> Counts:
+        """All that was counted until now."""
+        histograms = {name: [*one.counts, one.sum] for name, one in self.histograms.items()}
+        counters = {name: [value] for name, value in self.counters.items()}
+        more = {
+            "finished": list(self.finished.values()),
+            "sources": list(self.prompt_sources.values()),
+            "refused": [self.num_refused],
+        }
+        return {**histograms, **counters, **more}
+
+    def total(self) -> "EngineMetrics":
+        """With what the others have counted."""
+        if not self.others:
+            return self
+        both = EngineMetrics(self.stats, self.max_model_len)
+        sums = {
+            name: [own + other for own, other in zip(values, self.others[name], strict=True)]
+            for name, values in self.counts().items()
+        }
+        for name, histogram in both.histograms.items():
+            *counts, histogram.sum = sums[name]
+            histogram.counts = [int(count) for count in counts]
+        both.counters = {name: sums[name][0] for name in self.counters}
+        both.finished = dict(zip(self.finished, sums["finished"], strict=True))
+        both.prompt_sources = dict(zip(self.prompt_sources, sums["sources"], strict=True))
+        [both.num_refused] = sums["refused"]
+        return both
 
     def _forget(self, request_id: str) -> None:
         del self._requests[request_id]

@@ -7,12 +7,13 @@ A field made with `option(default, help, ...)` becomes a flag of the same name (
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 import types
 import typing
-from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
 
 Config = TypeVar("Config")
 
@@ -117,7 +118,8 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
             keywords["help"] += f" (default: {field.default})"
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
-            keywords["help"] += f" (default: {'on' if field.default else 'off'})"
+            if field.default is not None:
+                keywords["help"] += f" (default: {'on' if field.default else 'off'})"
         elif kind is tuple:
             keywords |= {"action": "append", "default": [], "metavar": field.name.upper()}
         else:
@@ -127,6 +129,65 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
                 keywords["choices"] = field.metadata["choices"]
                 keywords.pop("metavar")
         group.add_argument(*flags, **keywords)
+
+
+class Preset(Protocol):
+    """Values for flags that are not given."""
+
+    about: str
+
+    def values(self, device: str) -> Mapping[str, Any]:
+        """By field; those for a device by its name. Raises ValueError."""
+
+
+def add_preset_flags(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
+    """`--preset`, whose names and meanings `--help` lists, and `--print-config`."""
+    group = parser.add_argument_group(
+        "presets", "; ".join(f"{name}: {preset.about}" for name, preset in presets.items())
+    )
+    group.add_argument("--preset", choices=presets, help="values for flags that are not given")
+    group.add_argument(
+        "--print-config", action="store_true", help="print all settings as JSON, and end"
+    )
+
+
+def preset_of(presets: Mapping[str, Preset], words: Sequence[str]) -> Mapping[str, Any]:
+    """The values of the preset that a command line asks for; none where it asks for none, or wrongly."""
+    try:
+        preset = presets.get(peek("preset", words) or "")
+        return preset.values(peek("device", words) or "auto") if preset else {}
+    except ValueError:  # of a device: whoever asks for it again, with all else, says so
+        return {}
+
+
+def fill_in(
+    values: dict[str, Any], preset: Mapping[str, Any], config_classes: Sequence[type]
+) -> None:
+    """Give the fields that are NOT_GIVEN the preset's values, but for those that mean nothing beside what
+    is given: `--offload off` also sends away the size of what it turns off."""
+    fields = {f.name: f for c in reversed(config_classes) for f in dataclasses.fields(c)}
+    missing = [name for name, value in values.items() if value is NOT_GIVEN]
+    values |= {name: preset[name] for name in missing}
+    for name in missing:
+        other, allowed = fields[name].metadata["needs"] or (None, ())
+        if other is not None and values[other] not in allowed:
+            values[name] = fields[name].default
+
+
+def print_configs(configs: Sequence[Any]) -> None:
+    """All settings that are flags, in one JSON object. Keys are shown as `***`."""
+    shown = {}
+    for config in configs:
+        config = config.here() if hasattr(config, "here") else config
+        for field in dataclasses.fields(config):
+            if "help" in field.metadata:
+                value = getattr(config, field.name)
+                is_secret = field.name.endswith("api_key") and value is not None
+                shown.setdefault(field.name, "***" if is_secret else value)
+    print(json.dumps(shown, indent=2))
+
+
+NOT_GIVEN = object()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -163,6 +224,10 @@ def parse(
     """Parse `argv` into one instance of each class. A field that several of them have is the first
     one's, and has its default in the others.
 
+    A class may have `presets`, by name: then `--preset` fills in what is not given, and
+    `--print-config` prints what comes of it, where the class has a method `here` with what that
+    resolves on this machine, and ends the process.
+
     A wrong flag or value ends the process with one line on standard error and exit status 2.
     """
     if prog is None:
@@ -171,15 +236,25 @@ def parse(
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     for config_class in config_classes:
         add_flags(parser, config_class)
-    words = sys.argv[1:] if argv is None else argv
-    values = vars(parser.parse_args([_with_dashes(word) for word in words]))
-    configs = []
+    presets = next((c.presets for c in config_classes if hasattr(c, "presets")), {})
+    if presets:
+        add_preset_flags(parser, presets)
+    words = [_with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
+    flags = {action.dest for action in parser._actions}
+    preset = {n: value for n, value in preset_of(presets, words).items() if n in flags}
+    blank = argparse.Namespace(**dict.fromkeys(preset, NOT_GIVEN))  # argparse lets it be
+    values = vars(parser.parse_args(words, blank))
     values = {n: tuple(value) if type(value) is list else value for n, value in values.items()}
-    for config_class in config_classes:
-        names = [field.name for field in dataclasses.fields(config_class)]
-        try:
+    fill_in(values, preset, config_classes)
+    configs = []
+    try:
+        for config_class in config_classes:
+            names = [field.name for field in dataclasses.fields(config_class)]
             configs.append(config_class(**{n: values.pop(n) for n in names if n in values}))
-        except ValueError as error:
-            name, _, rest = str(error).partition(" ")
-            parser.exit(2, f"{parser.prog}: error: --{name.replace('_', '-')} {rest}\n")
+        if values.get("print_config"):
+            print_configs(configs)
+            parser.exit(0)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        parser.exit(2, f"{parser.prog}: error: --{name.replace('_', '-')} {rest}\n")
     return configs

@@ -7,12 +7,11 @@ passes it on unopened, so a new option is one field here and one use there.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from common.kv_transfer.ticket import Ticket
 from common.sampling import SamplingParams, shown
-
-if TYPE_CHECKING:
-    from common.kv_transfer.ticket import Ticket
+from common.structured.grammar import Grammar
 
 Prompt = str | list[int]
 Prompts = Prompt | Sequence[Prompt]
@@ -28,6 +27,7 @@ class Request:
     may_draft: whether its tokens may be speculated on. That changes nothing but speed and, for a
         request without a seed, which of the equally right draws is made.
     kv_ticket: where its prompt's keys and values may be computed.
+    grammar: what its output must be like.
     """
 
     request_id: str
@@ -36,7 +36,8 @@ class Request:
     choice: int = 0
     cache_salt: str | None = None
     may_draft: bool = True
-    kv_ticket: "Ticket | None" = None
+    kv_ticket: Ticket | None = None
+    grammar: Grammar | None = None
 
     def limit(self, max_model_len: int) -> int:
         """Tokens that it may have, prompt and output together."""
@@ -45,22 +46,30 @@ class Request:
 
 
 _numbers = itertools.count()
+_names = ["request"]  # what the ids of this process begin with
+
+
+def name_requests(name: str) -> None:
+    """Let the ids of requests begin with this, where several processes make requests for one engine."""
+    _names[0] = name
 
 
 def fan_out(
     prompts: Sequence[tuple[list[int], SamplingParams]],
     cache_salt: str | None = None,
     may_draft: bool = True,
+    grammar: Grammar | None = None,
 ) -> list[Request]:
     """A request for each of the `n` completions of each prompt, under ids of their own."""
     return [
         Request(
-            f"request-{next(_numbers)}",
+            f"{_names[0]}-{next(_numbers)}",
             token_ids,
             params.for_choice(choice),
             choice,
             cache_salt,
             may_draft,
+            grammar=grammar,
         )
         for token_ids, params in prompts
         for choice in range(params.n)

@@ -356,6 +356,24 @@ class LogitBiases:
         return sums
 
 
+@dataclass(frozen=True)
+class TokenMasks:
+    """Which tokens may be drawn in some rows of a batch, on the logits' device."""
+
+    rows: torch.Tensor  # [num_masked] int64
+    bits: (
+        torch.Tensor
+    )  # [num_masked, ceil(vocab / 32)] int32: bit i % 32 of word i // 32 for token i
+
+    def apply_to(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits, [batch, vocab], with -infinity where a token may not be drawn; `logits` stay as
+        they are."""
+        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+        may = (self.bits.unsqueeze(2) >> shifts).bitwise_and_(1).flatten(1)[:, : logits.shape[1]]
+        masked = logits[self.rows].masked_fill_(may == 0, -math.inf)
+        return logits.index_copy(0, self.rows, masked)
+
+
 def not_drawn(token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """`token_ids`, [batch], with NO_TOKEN in the rows of logits, [batch, vocab], that have NaN or
     +infinity, or only -infinity: what was drawn there means nothing."""
@@ -378,6 +396,7 @@ class SamplingBatch:
     num_logprobs: list[int | None]  # a plain list: it decides what is computed
     choices: torch.Tensor | None = None  # int64: which of n completions a row is; None: all 0
     biases: LogitBiases | None = None
+    masks: TokenMasks | None = None
 
     def columns(self) -> dict[str, torch.Tensor]:
         """What `ops.sample` takes beside the logits, [batch] each."""
@@ -391,8 +410,10 @@ class SamplingBatch:
         return {name: getattr(self, name)[rows, 0] for name in names}
 
     def biased(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits, [batch, vocab], with what is added to single ones of them."""
-        return logits if self.biases is None else self.biases.add_to(logits)
+        """Logits, [batch, vocab], with what is added to single ones of them; -infinity where a token
+        may not be drawn."""
+        logits = logits if self.biases is None else self.biases.add_to(logits)
+        return logits if self.masks is None else self.masks.apply_to(logits)
 
     @classmethod
     def build(

@@ -150,7 +150,14 @@ class Trace:
     asks for it: without readers a step costs its record, and later that of the step which leaves.
     """
 
-    def __init__(self, capacity: int = CAPACITY, num_blocks: int = 0, block_size: int = 0) -> None:
+    def __init__(
+        self,
+        capacity: int = CAPACITY,
+        num_blocks: int = 0,
+        block_size: int = 0,
+        state: EngineState | None = None,
+    ) -> None:
+        """state: of an engine elsewhere, whose later records are given to `keep`."""
         self.capacity = capacity
         self._records: deque[StepRecord] = deque()
         self._next = StepRecord(0, 0.0)
@@ -158,8 +165,15 @@ class Trace:
         self._lock = threading.Lock()  # the engine waits for it
         self._looking = threading.Lock()  # taken first where both are; readers wait for it
         self._followers: list[deque[StepRecord]] = []
-        self._first = EngineState(num_blocks, block_size)  # before the oldest record
-        self._last = EngineState(num_blocks, block_size)  # as it was when a reader last asked
+        state = state or EngineState(num_blocks, block_size)
+        self._first = state  # before the oldest record
+        self._last = state.copy()  # as it was when a reader last asked
+
+    def restart(self, state: EngineState) -> None:
+        """Go on from another state, without the steps until now: some after them are not known."""
+        with self._looking, self._lock:
+            self._records.clear()
+            self._first, self._last = state, state.copy()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[StepRecord]:
@@ -174,15 +188,16 @@ class Trace:
             if self._may_skip and not record.has_news:
                 record.phases.clear()  # the next step is recorded in its place
             else:
-                self._keep(record)
+                self._next = StepRecord(record.step + 1, 0.0)
+                self.keep(record)
 
     def skip(self) -> None:
         """Do not keep the record of the step under way if nothing has happened in it: an engine that
         waits for a copy looks again and again."""
         self._may_skip = True
 
-    def _keep(self, record: StepRecord) -> None:
-        self._next = StepRecord(record.step + 1, 0.0)
+    def keep(self, record: StepRecord) -> None:
+        """Put a step into the ring."""
         with self._lock:
             self._records.append(record)
             while len(self._records) > self.capacity:
@@ -352,15 +367,27 @@ class Trace:
         return to_perfetto(self.records())
 
 
+CLOCK_ERROR = 1e-5  # seconds by which a GPU's clock may be off
+
+
 def perfetto_events(records: Iterable[StepRecord]) -> Iterator[dict[str, Any]]:
-    """Chrome trace events: tracks of steps, of phases, and of a device's work; in microseconds."""
+    """Chrome trace events: tracks of steps, of phases, and of a device's work; in microseconds. Steps
+    that overlap on the device, as a pipeline's do, have tracks of their own."""
+    ends = [0.0]  # of the device's tracks
     for tid, name in ((1, "steps"), (2, "phases"), (3, "device")):
         yield {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": name}}
     for record in records:
         arguments = {"scheduled": record.scheduled, "finished": record.finished}
         spans = [(1, f"step {record.step}", record.begin, record.end, arguments)]
         spans += [(2, name, begin, end, {}) for name, begin, end in record.phases]
-        spans += [(3, f"step {step}", begin, end, {}) for step, begin, end in record.device]
+        for step, begin, end in record.device:
+            free = (i for i, last in enumerate(ends) if last <= begin + CLOCK_ERROR)
+            if (track := next(free, len(ends))) == len(ends):
+                ends.append(end)
+                name = {"name": f"device, step in flight {track + 1}"}
+                yield {"ph": "M", "pid": 1, "tid": 3 + track, "name": "thread_name", "args": name}
+            ends[track] = end
+            spans.append((3 + track, f"step {step}", begin, end, {}))
         for tid, name, begin, end, args in spans:
             times = {"ts": begin * 1e6, "dur": (end - begin) * 1e6}
             yield {"ph": "X", "pid": 1, "tid": tid, "name": name, "args": args, **times}

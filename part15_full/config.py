@@ -1,16 +1,23 @@
 """Every setting of the engine in one frozen place; each field is also a command-line flag."""
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 
-from common.device import DTYPES
-from common.kv_transfer.options import ASKING, ROLES, TELLING, TRANSPORTS, check_role
+from common.device import DTYPES, resolve_device
+from common.http.tools.formats import PARSERS
+from common.kernels import select_ops
+from common.kv_transfer.options import ASKING, ROLES, TELLING, TRANSPORTS
 from common.models.generation_config import USES
 from common.options import option, validate
 
+from .compatibility import check_composition
+from .presets import PRESETS
 from .quantization import FORMATS
 
+ENGINE_CORES = ("auto", "thread", "process")
+PROCESS = ("engine_core", ("auto", "process"))
 EP = ("enable_expert_parallel", (True,))
 FORMATS_OR_OFF = ("off", *FORMATS)
 ACTIVATIONS, KV_FORMATS = ("off", "int8", "fp8"), ("auto", "int8", "fp8")
@@ -18,6 +25,7 @@ BACKENDS = ("allgather_reducescatter", "all_to_all")
 PREFIX_CACHES = ("hash", "radix", "off")
 OFFLOADS = ("off", "swap", "prefix", "both")
 OFFLOADING, KEEPING = ("offload", OFFLOADS[1:]), ("offload", ("prefix", "both"))
+SLICES = ("enable_chunked_prefill", (True,))
 SLEEP_REQUESTS = ("wait", "refuse")
 PROPOSERS = ("off", "ngram", "draft", "self")
 DRAFTING, NGRAM = ("speculative", PROPOSERS[1:]), ("speculative", ("ngram",))
@@ -27,6 +35,8 @@ DRAFT, SELF = ("speculative", ("draft",)), ("speculative", ("self",))
 
 @dataclass(frozen=True)
 class EngineConfig:
+    presets: ClassVar = PRESETS
+
     # model
     model: str = option("smollm2-135m", "built-in name, folder, hub name or random:<preset>")
     max_model_len: int | None = option(None, "tokens a sequence may have (model's own)", 2)
@@ -37,6 +47,15 @@ class EngineConfig:
     dtype: str = option("auto", "auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)
     kernels: str = option("auto", "auto, reference, cpu, triton or flash")
     threads: int | None = option(None, "CPU threads (all usable cores)", 1, 1024)
+    # processes
+    engine_core: str = option(
+        "auto",
+        "where a server's engine runs: in a thread of the HTTP process, or in a process of its own",
+        choices=ENGINE_CORES,
+    )
+    api_server_count: int = option(
+        1, "HTTP processes in front of one engine core", 1, 256, needs=PROCESS
+    )
     # quantization
     quantization: str = option(
         "off", "format that linear layers' weights are rounded to", choices=FORMATS_OR_OFF
@@ -61,6 +80,9 @@ class EngineConfig:
         1,
         1024,
         aliases=("--tp",),
+    )
+    pipeline_parallel_size: int = option(
+        1, "stages of layers, each of tensor_parallel_size ranks", 1, 1024, aliases=("--pp",)
     )
     rank_timeout: float = option(
         30.0, "seconds within which a rank that has died or hangs is noticed", 1.0, 3600.0
@@ -123,20 +145,47 @@ class EngineConfig:
     disk_kv: str | None = option(None, "folder for prefixes that outlive a restart", needs=KEEPING)
     disk_kv_memory: int | None = option(None, "bytes that the folder may have (4 GiB)", 1)
     # scheduling
+    async_scheduling: bool | None = option(
+        None, "launch a step before the last one is read (on, except with speculative)"
+    )
+    continuous_batching: bool = option(
+        True, "sequences join a batch that runs; off: when all of it have ended"
+    )
+    enable_chunked_prefill: bool = option(
+        True,
+        "cut prompts into slices beside sequences that decode; off: whole, in steps of their own",
+    )
     max_num_seqs: int | None = option(
         None, "sequences in one batch (32 on a CPU, 256 on a GPU)", 1, 4096
     )
     max_num_batched_tokens: int | None = option(
-        None, "tokens that one step may run (256 on a CPU, 8192 on a GPU)", 1, 1 << 20
+        None,
+        "tokens that one step may run (256 on a CPU, 8192 on a GPU; of whole prompts 2048 on a CPU)",
+        1,
+        1 << 20,
     )
     long_prefill_threshold: int | None = option(
-        None, "most tokens of one sequence in a step (the step's budget)", 1
+        None, "most tokens of one sequence in a step (the step's budget)", 1, needs=SLICES
+    )
+    # structured output
+    tool_call_parser: str = option(
+        "auto", "how calls of tools are written; auto: as the chat template says", choices=PARSERS
     )
     # sleep
     sleep_requests: str = option(
         "wait",
         "requests that come while the engine sleeps wait, or get a 503",
         choices=SLEEP_REQUESTS,
+    )
+    # graphs
+    enforce_eager: bool = option(
+        False,
+        "launch every kernel of every step from Python: no CUDA graphs, nor a CPU's recordings",
+    )
+    compile: str = option(
+        "off",
+        "what torch.compile compiles: norms and activation (ops), or whole layers",
+        choices=("off", "ops", "layers"),
     )
     # speculation
     speculative: str = option(
@@ -171,26 +220,40 @@ class EngineConfig:
             raise ValueError(f"data_parallel_rank is {number}: data_parallel_size is {size}")
         if size > 1 and self.data_parallel_address is None:
             raise ValueError(f"data_parallel_size is {size}: data_parallel_address must be given")
-        check_role(self)
-        if self.offload in KEEPING[1] and self.prefix_cache == "off":
-            raise ValueError(f"offload is {self.offload}: prefix_cache must not be off")
-        if self.disk_kv is not None and self.tensor_parallel_size > 1:
-            number = self.tensor_parallel_size
-            raise ValueError(f"tensor_parallel_size is {number}: disk_kv is for one rank")
         if self.disk_kv is None and self.disk_kv_memory is not None:
             raise ValueError("disk_kv_memory has no effect without disk_kv")
         low, high = self.prompt_lookup_min or 2, self.prompt_lookup_max or 4
         if low > high:
             raise ValueError(f"prompt_lookup_min is {low}, above prompt_lookup_max, {high}")
+        check_composition(self)
+
+    def most_tokens(self, max_model_len: int) -> int:
+        """Tokens of the largest step: a prompt that is not sliced may be longer than the budget."""
+        longest = 0 if self.enable_chunked_prefill else max_model_len
+        return max(self.max_num_batched_tokens, longest)
+
+    def here(self) -> "EngineConfig":
+        """With the device, kernels and defaults that it has on this machine. Raises ValueError."""
+        device, dtype = resolve_device(self.device, self.dtype)
+        ops = select_ops(self.kernels, device, self.threads or 1)
+        found = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        return replace(self, kernels=ops.name, **found).resolved(device, ops.default_block_size)
+
+    @property
+    def has_core_process(self) -> bool:
+        """Whether a server's engine runs in a process of its own."""
+        return self.engine_core == "process" or self.api_server_count > 1
 
     def resolved(self, device: torch.device, default_block_size: int) -> "EngineConfig":
         """This configuration with the defaults that depend on device and kernels."""
+        is_async = self.async_scheduling
         return replace(
             self,
+            async_scheduling=self.speculative == "off" if is_async is None else is_async,
             block_size=self.block_size or default_block_size,
             max_num_seqs=self.max_num_seqs or (256 if device.type == "cuda" else 32),
             max_num_batched_tokens=self.max_num_batched_tokens
-            or (8192 if device.type == "cuda" else 256),
+            or (8192 if device.type == "cuda" else 256 if self.enable_chunked_prefill else 2048),
             num_speculative_tokens=self.num_speculative_tokens
             or {"off": None, "ngram": 12}.get(self.speculative, 4),
         )

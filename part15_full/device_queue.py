@@ -5,6 +5,7 @@ other on a stream. Copies to pinned memory are part of that order, and an event 
 before it is done. On a CPU a thread plays the device.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -29,8 +30,9 @@ class Work(Protocol):
 
 
 class DeviceQueue(Protocol):
-    def submit(self, run: Callable[[], Sampled]) -> Work:
-        """Give the device what `run` does, after all that it was given before."""
+    def submit(self, run: Callable[[], Sampled], after: Work | None = None) -> Work:
+        """Give the device what `run` does, after all that it was given before. after: the first half
+        of it, which another queue has."""
 
 
 class CpuWork:
@@ -53,19 +55,30 @@ class CpuQueue:
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="device")
 
-    def submit(self, run: Callable[[], Sampled]) -> CpuWork:
-        return CpuWork(self.thread.submit(self.timed, run))
+    def submit(self, run: Callable[[], Sampled], after: CpuWork | None = None) -> CpuWork:
+        return CpuWork(self.thread.submit(self.timed, run, after))
 
-    def timed(self, run: Callable[[], Sampled]) -> tuple[Sampled, float, float]:
+    def timed(
+        self, run: Callable[[], Sampled], after: CpuWork | None
+    ) -> tuple[Sampled, float, float]:
         begin = time.perf_counter()
+        if after is not None:
+            after.result()
+            begin, _ = after.times()
         return run(), begin, time.perf_counter()
 
 
 class GpuWork:
-    def __init__(self, queue: "GpuQueue", run: Callable[[], Sampled]) -> None:
+    def __init__(
+        self, queue: "GpuQueue", run: Callable[[], Sampled], after: "GpuWork | None" = None
+    ) -> None:
         self.clock = queue.clock
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.begin.record()
+        if after is None:
+            self.begin.record()
+        else:
+            self.begin = after.begin
+            after.end.wait()
         # Copies go to pinned memory, which they do not leave before the event.
         self.sampled = run().to(torch.device("cpu"), non_blocking=True)
         self.end.record()
@@ -102,21 +115,25 @@ class GpuClock:
 
 
 class GpuQueue:
-    """The current stream of a GPU."""
+    """The current stream of a GPU, or one of its own."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, has_stream: bool = False) -> None:
+        self.device, self.context = device, contextlib.nullcontext()
         with torch.cuda.device(device):
             self.clock = GpuClock()
+            if has_stream:
+                self.context = torch.cuda.stream(torch.cuda.Stream())
 
-    def submit(self, run: Callable[[], Sampled]) -> GpuWork:
-        with torch.cuda.device(self.device):  # which is the calling thread's, and may be another
+    def submit(self, run: Callable[[], Sampled], after: GpuWork | None = None) -> GpuWork:
+        # The device is the calling thread's, and may be another.
+        with torch.cuda.device(self.device), self.context:
             try:
-                return GpuWork(self, run)
+                return GpuWork(self, run, after)
             except Exception:
                 torch.cuda.synchronize()  # what was launched before may read the step's input yet
                 raise
 
 
-def device_queue(device: torch.device) -> DeviceQueue:
-    return GpuQueue(device) if device.type == "cuda" else CpuQueue()
+def device_queue(device: torch.device, has_stream: bool = False) -> DeviceQueue:
+    """has_stream: it is one more queue, beside the first."""
+    return GpuQueue(device, has_stream) if device.type == "cuda" else CpuQueue()

@@ -22,8 +22,10 @@ from common.models.tokenizer import Tokenizer
 from common.prompt_logprobs import add_prompt_logprobs
 from common.requests import ParamsForPrompts, Prompts, Request, check_request, make_requests
 from common.sampling import MAX_N
+from common.structured.grammar import Grammar
 from common.trace import Trace, phase
 
+from .compatibility import check_machine
 from .config import EngineConfig
 from .device_queue import Work
 from .disaggregation import make_connector
@@ -32,6 +34,7 @@ from .sampler import Sampled
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence, Status
 from .speculative import make_speculator
+from .structured_output import Grammars
 
 WAIT_SECONDS = 0.001  # for a copy, before new requests are looked for
 
@@ -50,6 +53,7 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         """Load the model. Raises ValueError when it cannot be had."""
+        check_machine(config)
         folder = resolve(config.model)
         self.tokenizer = Tokenizer.load(folder)
         self.runner = load_runner(config, folder)
@@ -68,8 +72,10 @@ class LLMEngine:
         self.speculator = make_speculator(self.config, self.runner, self.trace)
         self.in_flight: deque[PendingStep] = deque()
         # steps that are launched before the first of them is read
-        self.num_in_flight = self.speculator.num_in_flight
+        num_in_flight = self.speculator.num_in_flight if self.config.async_scheduling else 1
+        self.num_in_flight = max(num_in_flight, self.config.pipeline_parallel_size)
         self.scheduled: SchedulerOutput | None = None  # what is being launched or read
+        self.grammars = Grammars(self)
         self.sleep_level = 0  # awake
 
     def generate(
@@ -79,11 +85,13 @@ class LLMEngine:
         progress: bool = True,
         cache_salt: str | None = None,
         may_draft: bool = True,
+        grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Complete each prompt, text or token ids, `n` times. Raises ValueError before any work."""
         if self.sleep_level:
             raise ValueError("the engine sleeps: wake_up comes first")
-        options = {"cache_salt": cache_salt, "may_draft": may_draft}
+        self.grammars.check(grammar)
+        options = {"cache_salt": cache_salt, "may_draft": may_draft, "grammar": grammar}
         requests = make_requests(
             self, prompts, sampling_params, MAX_N, prompt_logprobs=True, **options
         )
@@ -98,11 +106,11 @@ class LLMEngine:
         sequence = Sequence(
             request,
             seed=self.seeds.getrandbits(64) if seed is None else seed,
-            ending_token_ids=request.params.ending_token_ids(self.eos_token_ids),
+            ending_token_ids=self.grammars.ending_token_ids(request),
             limit=request.limit(self.max_model_len),
         )
+        self.grammars.add(sequence)
         self.sequences[request.request_id] = sequence
-        self.scheduler.add(sequence)
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """End a request; the next step returns its last output. Unknown ids are finished ones."""
@@ -143,6 +151,7 @@ class LLMEngine:
     def schedule(self) -> SchedulerOutput:
         """The sequences to run, each with its number of new tokens."""
         self.scheduler.update_connector_output(self.runner.connector.get_finished())
+        self.grammars.admit()
         if self.sleep_level:  # nothing begins but copies
             return SchedulerOutput(
                 connector_meta=self.connector.build_connector_meta(SchedulerOutput())
@@ -186,7 +195,8 @@ class LLMEngine:
                 if reason is not None:
                     self.finish(sequence)
                 del scored[len(new) :]
-                self.emit(sequence, new, scored, reason)
+                error = self.grammars.error_of(sequence) if reason == "error" else None
+                self.emit(sequence, new, scored, reason, error)
 
     def emit(
         self,
@@ -194,17 +204,19 @@ class LLMEngine:
         token_ids: list[int],
         logprobs: list[TokenLogprobs | None],
         finish_reason: str | None,
+        error: str | None = None,
     ) -> None:
         """Put what is new of a sequence into the outbox."""
         output = RequestOutput(sequence.request_id, token_ids, logprobs, finish_reason)
         output.prompt_logprobs = sequence.prompt_logprobs
         output.num_cached_tokens = sequence.num_cached_tokens or 0
-        output.draft_counts = sequence.draft_counts
+        output.draft_counts, output.error = sequence.draft_counts, error
         self.outbox.append(output)
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence; what it holds is free."""
-        self.scheduler.finish(sequence)
+        if not self.grammars.forget(sequence):
+            self.scheduler.finish(sequence)
         self.speculator.forget(sequence)
         del self.sequences[sequence.request_id]
 
@@ -239,7 +251,7 @@ class LLMEngine:
         """Counts, and what is held in memory, in bytes."""
         return {
             "num_running": len(self.scheduler.running) + len(self.scheduler.ending),
-            "num_waiting": len(self.scheduler.waiting),
+            "num_waiting": len(self.scheduler.waiting) + len(self.grammars.waiting),
             "num_loading": len(self.scheduler.loading),
             "num_preemptions": self.scheduler.num_preemptions,
             "num_recomputed_tokens": self.scheduler.num_recomputed_tokens,
@@ -248,7 +260,7 @@ class LLMEngine:
             "kv_cache_bytes": self.kv.num_bytes,
             "buffer_bytes": self.runner.num_buffer_bytes,
             "rank_bytes": [held.tolist() for held in self.runner.rank_bytes],
-            "num_bytes_sent": self.runner.ranks.group.num_bytes_sent,
+            "num_bytes_sent": self.runner.ranks.stages.num_bytes_sent,
             "block_size": self.kv.block_size,
             "num_blocks": self.kv.num_blocks,
             "num_used_blocks": self.kv.num_blocks - self.scheduler.cache.num_free,
@@ -256,6 +268,7 @@ class LLMEngine:
             "num_prefix_cache_hits": self.scheduler.num_cache_hits,
             **self.connector.stats(),
             **self.speculator.stats(),
+            **self.runner.graphs.stats(),
             **self.runner.expert_stats(),
         }
 
@@ -263,6 +276,7 @@ class LLMEngine:
         """Assert what must hold between steps."""
         scheduler = self.scheduler
         known = [*scheduler.running, *scheduler.waiting, *scheduler.loading, *scheduler.ending]
+        known += self.grammars.waiting
         assert len(known) == len(self.sequences), f"{len(known)} of {len(self.sequences)} queued"
         for sequence in known:
             assert self.sequences.get(sequence.request_id) is sequence, sequence.request_id
@@ -295,5 +309,6 @@ class LLMEngine:
         """Drop every request, and end the other ranks. The engine is not to be used after."""
         self.drop_requests()
         self.runner.queue.close()
+        self.runner.masks.close()
         self.runner.connector.shutdown()
         self.runner.ranks.close()

@@ -8,6 +8,8 @@ A batch holds tensors and plain numbers, no sequence: the host changes sequences
 still reads the batch.
 """
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,6 +27,7 @@ from .device_queue import Work
 from .input_buffers import FORMATS, PENALTIES, SAMPLING_FIELDS, BatchShape, InputBuffers
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
+from .structured_output import Constrained, Masks
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Bucket:
 
     num_seqs: int
     max_seq_len: int  # no sequence is longer
+    num_tokens_each: int = 1  # that a sequence runs: its last one, and drafts
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,12 @@ class Batch:
     rejecting: list[int] = field(default_factory=list)  # sequences whose drafts stay by rejection
     draft_probs: torch.Tensor | None = None  # [drafts of these, vocab]: what they were drawn from
     shape: BatchShape | None = None
+    constrained: list[Constrained] = field(
+        default_factory=list
+    )  # the sampled sequences with a grammar
+    masks: Future[Masks] | None = None  # which tokens they may draw
     packed: torch.Tensor | None = None  # all tensors of this shape in one piece, for other ranks
+    bucket: Bucket | None = None  # that it fills, where the forward may be launched as a graph
 
 
 class InputBatch:
@@ -75,12 +84,15 @@ class InputBatch:
         # What few sequences ask for is looked for only in batches that have one of these.
         self.is_special = np.zeros(rows, np.bool_)
         self.most_drafts = config.num_speculative_tokens or 0
+        # The bucket of a batch in which sequences run so many tokens, all of them drawn after.
+        self.find_bucket: Callable[[list[int]], Bucket | None] = lambda counts: None
         sampled = rows * (1 + self.most_drafts)
-        most_tokens = max(config.max_num_batched_tokens, sampled)
+        most_tokens = max(config.most_tokens(max_model_len), sampled)
         capacities = [BatchShape(n, rows, sampled, rows * width) for n in (sampled, most_tokens)]
         # A model that drafts reads a batch for each of a draft's tokens, while the host goes on.
-        num_hosts = 2 + (self.most_drafts if config.speculative in ("draft", "self") else 0)
-        self.buffers = InputBuffers(capacities, device, num_hosts)
+        num_hosts = max(2, num_stages := config.pipeline_parallel_size)
+        num_hosts += self.most_drafts if config.speculative in ("draft", "self") else 0
+        self.buffers = InputBuffers(capacities, device, num_hosts, overlaps=num_stages > 1)
 
     @property
     def num_bytes(self) -> int:
@@ -99,52 +111,52 @@ class InputBatch:
         """Write the table of a sequence, and what does not change while it runs."""
         self.tables.write(sequence.row, 0, sequence.block_table)
         params = sequence.params
-        wishes = (params.logprobs, params.prompt_logprobs)
-        self.is_special[sequence.row] = params.has_biases or wishes != (None, None)
+        wishes = (params.logprobs, params.prompt_logprobs, sequence.matcher)
+        self.is_special[sequence.row] = params.has_biases or wishes != (None, None, None)
         values = {"seeds": as_int64(sequence.seed), "choices": sequence.request.choice}
         for name, value in (values | params.numbers(self.vocab_size)).items():
             self.sampling[name][sequence.row] = value
 
-    def prepare(self, scheduled: SchedulerOutput, bucket: Bucket | None = None) -> Batch:
+    def prepare(self, scheduled: SchedulerOutput) -> Batch:
         """Tensors for the next tokens of each sequence."""
         self.update(scheduled)
         sequences = list(scheduled.num_new_tokens)
         counts = list(scheduled.num_new_tokens.values())
         starts = [sequence.num_computed_tokens for sequence in sequences]
-        batch = self.lay_out(sequences, starts, counts, bucket)
+        batch = self.lay_out(sequences, starts, counts)
         counted = [s for s in scheduled.admitted if s.params.has_penalties]
         rows, outputs = [s.row for s in counted], [s.output_token_ids for s in counted]
-        pieces = []
+        pieces, constrained = [], []
         if self.is_special[[sequence.row for sequence in sequences]].any():
             pieces = prompt_pieces(sequences, starts, counts)
+            constrained = Constrained.of(scheduled.sampled)
         sampled = scheduled.sampled
         probs = [s.draft_probs[: len(s.draft_token_ids)] for s in sampled if s.rejects]
         return replace(
             batch,
             joining=JoiningOutputs.build(rows, outputs, self.vocab_size, self.device),
             prompts=pieces,
+            constrained=constrained,
             rejecting=[i for i, sequence in enumerate(sampled) if sequence.rejects],
             draft_probs=torch.cat(probs) if probs else None,
         )
 
-    def lay_out(
-        self,
-        sequences: list[Sequence],
-        begins: list[int],
-        counts: list[int],
-        bucket: Bucket | None = None,
-    ) -> Batch:
+    def lay_out(self, sequences: list[Sequence], begins: list[int], counts: list[int]) -> Batch:
         """Tensors for `counts` tokens of each sequence, from `begins` on. A token is drawn after a
         sequence's last one, and after each draft behind it.
 
-        Padding, up to a bucket's size, lies behind the sequences: one token each, in the row of the
-        tables that no sequence has. What is computed for it is not kept.
+        Padding, up to a bucket's size, lies behind the sequences: as many tokens each, in the row of
+        the tables that no sequence has. What is computed for it is not kept.
         """
+        bucket = None
+        if all(b + 1 >= s.num_total_tokens for s, b in zip(sequences, begins, strict=True)):
+            bucket = self.find_bucket(counts)
         padding = 0 if bucket is None else bucket.num_seqs - len(sequences)
+        each = 1 if bucket is None else bucket.num_tokens_each
         rows = np.array([s.row for s in sequences] + [self.tables.padding_row] * padding)
-        starts, new = np.array(begins + [0] * padding), np.array(counts + [1] * padding)
+        starts, new = np.array(begins + [0] * padding), np.array(counts + [each] * padding)
         lengths, ends = starts + new, new.cumsum()
-        first_drawn = np.array([s.num_total_tokens for s in sequences] + [2] * padding)
+        first_drawn = np.array([s.num_total_tokens for s in sequences] + [each + 1] * padding)
         num_drawn = np.clip(lengths - first_drawn + 1, 0, new)  # 1 + number of drafts, or none
         draft_lengths = num_drawn[num_drawn > 0] - 1
         sampled = np.repeat(np.arange(len(rows)), num_drawn)
@@ -178,12 +190,14 @@ class InputBatch:
             num_draft_tokens=tensors["num_draft_tokens"][: len(draft_lengths)],
             shape=shape,
             packed=self.buffers.packed(shape),
+            bucket=bucket,
         )
 
-    def received(self, shape: BatchShape, bounds: list[int]) -> Batch:
+    def received(self, shape: BatchShape, bounds: list[int], each: int) -> Batch:
         """A batch that another rank has laid out; its numbers come when the device gets there.
 
-        bounds: the numbers of its metadata. Of its sampling nothing is known.
+        bounds: the numbers of its metadata; each: the tokens of a sequence, 0 unless it fills a bucket.
+        Of its sampling nothing is known.
         """
         _, tensors = self.buffers.next(shape)
         names = "cu_seqlens_q", "seq_lens", "slot_mapping"
@@ -201,6 +215,7 @@ class InputBatch:
             has_penalties=False,
             shape=shape,
             packed=self.buffers.packed(shape),
+            bucket=Bucket(shape.num_seqs, bounds[1], each) if each else None,
         )
 
     def write_tokens(

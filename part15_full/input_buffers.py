@@ -65,20 +65,27 @@ class InputBuffers:
     GPU, where one step runs after the other. On a CPU the host's are the device's."""
 
     def __init__(
-        self, capacities: list[BatchShape], device: torch.device, num_hosts: int = 2
+        self,
+        capacities: list[BatchShape],
+        device: torch.device,
+        num_hosts: int = 2,
+        overlaps: bool = False,
     ) -> None:
-        """capacities: from small to large, so that small steps do not copy the room of large ones."""
+        """capacities: from small to large, so that small steps do not copy the room of large ones.
+        overlaps: a step may begin on the GPU before another has ended; each has a buffer then."""
         on_gpu, host = device.type == "cuda", torch.device("cpu")
-        sizes = FORMATS, [capacity.lengths() for capacity in capacities]
+        self.sizes = sizes = FORMATS, [capacity.lengths() for capacity in capacities]
         self.hosts = [PackedFields(*sizes, host, pin_memory=on_gpu) for _ in range(num_hosts)]
-        self.device = PackedFields(*sizes, device) if on_gpu else None
+        num_devices = (num_hosts if overlaps else 1) if on_gpu else 0
+        self.devices = [PackedFields(*sizes, device) for _ in range(num_devices)]
+        self.device = self.devices[0] if on_gpu else None
         self.readers: list[Work | None] = [None] * num_hosts  # the last steps that read them
         self.turn = 0
 
     @property
     def num_bytes(self) -> int:
         """On the host and on the device."""
-        return sum(fields.words.nbytes for fields in (*self.hosts, self.device) if fields)
+        return sum(fields.words.nbytes for fields in (*self.hosts, *self.devices))
 
     def next(self, shape: BatchShape) -> tuple[Arrays, Tensors]:
         """Where the host writes the next batch, and what the device reads, by name.
@@ -86,6 +93,8 @@ class InputBuffers:
         Waits for the step that reads the buffer. Raises ValueError where there is no room.
         """
         self.turn = (self.turn + 1) % len(self.hosts)
+        if len(self.devices) > 1:
+            self.device = self.devices[self.turn]
         if (reader := self.readers[self.turn]) is not None:
             reader.wait()
         host, lengths = self.hosts[self.turn], shape.lengths()

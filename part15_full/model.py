@@ -6,7 +6,7 @@ operations are `common.kernels`'; weights are objects that only `ops.linear` loo
 
 Every rank runs this code on its part of the weights; `tensor_parallel.py` says which. Ranks meet in
 one sum after attention and one after the MLP, in one for the embedding, and where rank 0 gathers the
-logits.
+logits. A stage of a pipeline has some of the layers (`pipeline_parallel.py`).
 """
 
 import math
@@ -23,6 +23,7 @@ from common.models.architecture import ModelConfig
 from common.models.weights import report_unused
 
 from .expert_parallel import ExpertParallel
+from .pipeline_parallel import Stage
 from .quantized_layers import QuantizedSource, format_of, side_by_side
 from .tensor_parallel import Features, Shard, elements
 
@@ -58,9 +59,10 @@ class Weights:
         shard: Shard,
         group: Group,
         experts: ExpertParallel | None,
+        stage: Stage,
     ) -> None:
         self.source, self.dtype, self.shard, self.group = source, dtype, shard, group
-        self.experts = experts
+        self.experts, self.stage = experts, stage
         self.unused = source.names
         self.num_bytes = 0  # of those taken
 
@@ -131,7 +133,8 @@ class Context(NamedTuple):
 
 class Attention:
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, weights: Weights) -> None:
-        self.ops, self.layer, self.group = ops, layer, weights.group
+        self.ops, self.group = ops, weights.group
+        self.layer = layer - weights.stage.layers.start  # in this rank's KV cache
         prefix = f"model.layers.{layer}.self_attn."
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size = elements(weights.shard.heads, head_dim, config.num_heads)
@@ -148,7 +151,11 @@ class Attention:
 
     def __call__(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """x: [num_tokens, hidden]."""
-        qkv = self.ops.linear(x, self.qkv)
+        out = self.attend(self.ops.linear(x, self.qkv), context)
+        return self.group.all_reduce(self.ops.linear(out, self.out))
+
+    def attend(self, qkv: torch.Tensor, context: Context) -> torch.Tensor:
+        """What lies between the two products."""
         cache, metadata = context.kv_cache, context.metadata
         query = self.ops.rotary_and_store(
             qkv,
@@ -160,8 +167,7 @@ class Attention:
             **self.norms,
         )
         context.on_saved(self.layer)
-        out = self.ops.attention(query, cache, self.layer, metadata, self.scale, self.window)
-        return self.group.all_reduce(self.ops.linear(out, self.out))
+        return self.ops.attention(query, cache, self.layer, metadata, self.scale, self.window)
 
 
 class MLP:
@@ -296,28 +302,33 @@ class CausalLM:
         device: torch.device,
         group: Group | None = None,
         experts: ExpertParallel | None = None,
+        stage: Stage | None = None,
     ) -> None:
         """Take the weights of a checkpoint. Raises ModelError when they are not this model's, and
         ValueError when they cannot be divided among so many ranks."""
         self.config, self.ops, self.group = config, ops, group or OneRank()
         self.dtype = dtype
         self.shard = Shard.of(config, self.group.rank, self.group.size)
-        self.local = self.shard.local(config)  # as the KV cache and the kernels see it
-        weights = Weights(source, dtype, self.shard, self.group, experts)
+        self.stage = stage = stage or Stage.of(config)
+        # as the KV cache and the kernels see it
+        self.local = stage.local(self.shard.local(config))
+        weights = Weights(source, dtype, self.shard, self.group, experts, stage)
         self.experts = experts
         vocab = Features(config.vocab_size, self.shard.vocabulary)
         hidden = config.hidden_size
-        self.embedding = weights.linear(ops, "model.", hidden, embed_tokens=vocab)
-        self.norm = weights.take("model.norm.weight", hidden)
-        if config.tie_word_embeddings and "lm_head.weight" not in source.names:
-            self.lm_head = self.embedding
-        else:
-            self.lm_head = weights.linear(ops, "", hidden, lm_head=vocab)
-        layers = range(config.num_layers)
-        self.layers = [DecoderLayer(config, ops, layer, weights) for layer in layers]
+        is_tied = config.tie_word_embeddings and "lm_head.weight" not in source.names
+        if stage.is_first or (stage.is_last and is_tied):
+            self.embedding = weights.linear(ops, "model.", hidden, embed_tokens=vocab)
+        if stage.is_last:
+            self.norm = weights.take("model.norm.weight", hidden)
+            if is_tied:
+                self.lm_head = self.embedding
+            else:
+                self.lm_head = weights.linear(ops, "", hidden, lm_head=vocab)
+        self.layers = [DecoderLayer(config, ops, layer, weights) for layer in stage.layers]
         self.num_bytes = weights.num_bytes
         self.on_saved: Callable[[int], None] = lambda layer: None
-        report_unused(weights.unused)
+        report_unused({name for name in weights.unused if not stage.is_elsewhere(name)})
         self.rotary = rotary_table(config, device)
 
     def forward(
@@ -327,22 +338,26 @@ class CausalLM:
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
         layers: Iterable[int] | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states of every token, [num_tokens, hidden].
 
-        layers: which to run, all by default; the others are stepped over.
+        layers: which to run, all by default; the others are stepped over. hidden: what the stage
+        before has made of the tokens; it is written to.
         """
-        residual = self.embed(token_ids)
+        residual = self.embed(token_ids) if hidden is None else hidden
         x = torch.zeros_like(residual)
         context = Context(positions, self.rotary, kv_cache, metadata, self.on_saved)
         for layer in self.layers if layers is None else [self.layers[i] for i in layers]:
             x = layer(x, residual, context)
+        if not self.stage.is_last:
+            return residual.add_(x)
         return self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
 
     def check_experts(self, group: Group) -> None:
         """Any expert of a layer can take another's place, on all ranks of `group`, which call this
         together. Raises ValueError."""
-        for number, layer in enumerate(self.layers):
+        for number, layer in zip(self.stage.layers, self.layers, strict=True):
             if not isinstance(layer.mlp, MoE):
                 continue
             formats = [layer.mlp.experts.formats[side] for side in ("gate_up", "down")]

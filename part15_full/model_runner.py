@@ -7,6 +7,7 @@ The device is ahead of the host: a token that the host has not read yet is put i
 device, from what its row has drawn last.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,19 +32,23 @@ from common.prompt_logprobs import PromptScores
 from common.requests import Request
 from common.sampling import NO_TOKEN, SamplingParams
 
+from .compiled import check_compiler, compile_layers, compile_operations
 from .config import EngineConfig
+from .cuda_graphs import Graphs
 from .device_queue import Work, device_queue
 from .disaggregation import make_workers_side
 from .expert_parallel import ExpertParallel
 from .input_batch import Batch, InputBatch
 from .kv_cache import KVCache
 from .model import CausalLM
+from .pipeline_parallel import Pipeline, Stage
 from .quantized_layers import QuantizedSource, Recipe, copy_that_drafts, kv_dtype
 from .ranks import COPIES, header_of, meet_engines, start_ranks, together
 from .rejection_sampler import RejectionRows, target_probs, verify
 from .sampler import Sampled, sample
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
+from .structured_output import MaskThread
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,13 @@ class ModelRunner:
         threads = config.threads or ranks.threads
         torch.set_num_threads(threads)
         self.ops = select_ops(config.kernels, self.device, threads)
+        check_compiler(config, self.device)
+        if config.compile == "ops":
+            compile_operations(self.ops)
         self.config = config = config.resolved(self.device, self.ops.default_block_size)
+        self.graphs = Graphs(config, self.device, self.ops)
         self.everyone, leaders = meet_engines(ranks, config)
+        self.pipeline = Pipeline(ranks.stages, self.dtype, self.device)
         max_model_len = context_length(load_config(folder, quantized=True), config.max_model_len)
         self.kv_dtype = kv_dtype(config.kv_cache_dtype, self.dtype)
         # What each model was loaded from.
@@ -93,8 +103,13 @@ class ModelRunner:
             draft_shape = smaller.local
             self.num_weight_bytes += smaller.num_bytes
         self.inputs = InputBatch(config, max_model_len, shape.vocab_size, self.device)
+        self.inputs.find_bucket = self.graphs.bucket
+        self.masks = MaskThread(shape.vocab_size)
         queue, num_engines = device_queue(self.device), config.data_parallel_size
         self.queue = Lockstep(queue, leaders, num_engines, self.run_idle, ranks.health)
+        self.tail = None  # where rank 0 samples what comes back from the last stage
+        if ranks.rank == 0 and ranks.stages.size > 1:
+            self.tail = device_queue(self.device, has_stream=True)
         # What follows belongs to the device: only work in the queue touches it.
         rows, vocab = config.max_num_seqs if ranks.rank == 0 else 0, shape.vocab_size
         # A row more than sequences: a batch's padding has the last one.
@@ -105,11 +120,11 @@ class ModelRunner:
         num_blocks = choose_num_blocks(
             config, shape, self.kv_dtype, self.device, reserved, draft_shape, ranks.size
         )
-        num_blocks = self.everyone.minimum(num_blocks)  # the same on all ranks of all engines
+        num_blocks = self.minimum(num_blocks)
         self.max_model_len = longest_sequence(config, shape, num_blocks)
         block_size = config.block_size
         self.kv = KVCache(num_blocks, block_size, shape, self.kv_dtype, self.device, draft_shape)
-        self.connector = make_workers_side(config, self.kv, self.everyone.minimum, ranks.size)
+        self.connector = make_workers_side(config, self.kv, self.minimum, ranks.size)
         self.model.on_saved = self.connector.save_kv_layer
         self.target, self.drafter = Runnable(self.model, self.kv.data), None
         if smaller is not None:
@@ -118,6 +133,7 @@ class ModelRunner:
             layers = layers_that_draft(config.draft_layers, shape.num_layers)
             self.drafter = Runnable(self.model, self.kv.data, layers)
         self.warm_up()
+        self.graphs.prepare(self)
         for model in filter(None, (self.model, smaller)):
             if model.experts is not None:
                 model.experts.forget()
@@ -137,8 +153,12 @@ class ModelRunner:
         self.ops.check_kv_cache(self.config.block_size, shape.head_dim, self.kv_dtype)
         source = open_weights(folder, self.device, quantized=True)
         weights = QuantizedSource(source, folder, recipe)
-        group, experts = self.ranks.group, self.expert_parallel(shape)
-        model = CausalLM(shape, self.ops, weights, self.dtype, self.device, group, experts)
+        stages, experts = self.ranks.stages, self.expert_parallel(shape)
+        group = self.graphs.group(stages.group)
+        more = group, experts, Stage.of(shape, stages.number, stages.size)
+        model = CausalLM(shape, self.ops, weights, self.dtype, self.device, *more)
+        if self.config.compile == "layers":
+            compile_layers(model)
         if self.ranks.rank == 0 and not self.is_ready:
             weights.report(self.device)
         self.sources[model] = folder, max_model_len, recipe
@@ -158,8 +178,12 @@ class ModelRunner:
         numbers = shape.num_layers, shape.num_experts, config.num_redundant_experts, size
         placement = ExpertPlacement(*numbers, self.device, config.data_parallel_rank)
         interval = config.eplb_interval if config.eplb else None
-        group, backend = self.ranks.group, config.ep_backend
+        group, backend = self.ranks.stages.group, config.ep_backend
         return ExpertParallel(self.everyone, group, placement, backend, self.ops, interval)
+
+    def minimum(self, number: int) -> int:
+        """Of all ranks of all engines."""
+        return self.ranks.group.minimum(self.everyone.minimum(number))
 
     def profile(self, shape: ModelConfig) -> int:
         """Bytes that the largest step takes on a GPU beside weights and cache. Raises ValueError."""
@@ -172,7 +196,8 @@ class ModelRunner:
 
     def largest_step(self, max_model_len: int) -> SchedulerOutput:
         """As many tokens as one step may run, in max_num_seqs sequences."""
-        most, drafts = self.config.max_num_batched_tokens, self.config.num_speculative_tokens or 0
+        most = self.config.most_tokens(max_model_len)
+        drafts = self.config.num_speculative_tokens or 0
         rows = min(self.config.max_num_seqs, most)
         counts = largest_counts(most, rows, max_model_len, min(1 + drafts, most // rows))
         params = SamplingParams(presence_penalty=1.0, top_p=0.9, prompt_logprobs=0)  # takes most
@@ -196,11 +221,18 @@ class ModelRunner:
             step.run(sequence, num_new)
         return step
 
+    def decoding(self, num_seqs: int, each: int) -> SchedulerOutput:
+        """A step in which so many made-up sequences run so many tokens, and draw after each."""
+        return self.made_up([(each, each + 1)] * num_seqs, SamplingParams(temperature=0.0))
+
     def warm_up(self) -> None:
         """Compile what steps will launch, where that is done at a kernel's first launch: a request
         would wait for it, and all that run beside it."""
+        if self.config.compile != "off":
+            for num_seqs in {1, min(3, self.config.max_num_seqs)}:
+                self.launch(self.prepare(self.decoding(num_seqs, 1))).result()
         longest, decoded = self.max_model_len, 1 + (self.config.num_speculative_tokens or 0)
-        most = min(longest, self.config.max_num_batched_tokens)
+        most = min(longest, self.config.most_tokens(longest))
         for runs in filter(None, (self.target, self.drafter)):
             shape = runs.model.local
             group = shape.num_heads // shape.num_kv_heads
@@ -228,8 +260,12 @@ class ModelRunner:
         """Give the device the batch; its tokens can be read from what this returns. counts: each
         engine's tokens, where rank 0 has said so."""
         is_draft = what is not None and what is self.drafter
+        batch = self.masks.begin(batch)
         run = partial(self.run, batch, what)
         work = self.queue.submit(run, batch.shape.num_tokens, int(is_draft), counts)
+        if self.tail is not None:
+            work = self.tail.submit(partial(self.finish, batch), after=work)
+        self.masks.follow(batch, work)
         self.inputs.launched(work)
         return work
 
@@ -253,11 +289,23 @@ class ModelRunner:
             return self.nothing()
         return replace(self.sample(batch, logits), prompts=scores)
 
+    @torch.inference_mode()
+    def finish(self, batch: Batch) -> Sampled:
+        """Sample from what the last stage gives back."""
+        vocab_size = self.model.config.vocab_size
+        with together(self.ranks, self.everyone):
+            logits, scores = self.read(
+                batch, batch.token_ids, lambda rows: self.pipeline.fetch(len(rows), vocab_size)
+            )
+        if batch.joining is not None:  # its rows may have been those of a step before
+            batch.joining.write_to(self.counts)
+        return replace(self.sample(batch, logits), prompts=scores)
+
     def fill_in(self, batch: Batch, what: Runnable | None = None) -> None:
         """Put what the device keeps from step to step into the batch: block tables, and the tokens
         that were not known to the host. And count what the sequences that join have generated."""
         if self.ranks.rank == 0:
-            if batch.joining is not None:
+            if batch.joining is not None and self.tail is None:
                 batch.joining.write_to(self.counts)
             drawn = self.last_token_ids[(-1 - batch.token_ids).clamp(min=0)]
             batch.token_ids.copy_(torch.where(batch.token_ids < 0, drawn, batch.token_ids))
@@ -272,25 +320,40 @@ class ModelRunner:
                 is_draft = what is not None and what is self.drafter
                 header = header_of(batch, is_draft, self.connector.num_copied)
                 self.ranks.control.send([*self.queue.counts, *header])
-            self.ranks.group.broadcast(batch.packed)
+            self.pipeline.share(batch.packed)
 
     def forward(
         self, batch: Batch, what: Runnable | None = None
     ) -> tuple[torch.Tensor | None, list[PromptScores]]:
         """Logits after each sampled sequence's last token and its drafts, [num_sampled, vocab], on
-        rank 0; and the scores of prompts that ask for them. what: the model unless given."""
-        runs, scores = what or self.target, []
+        rank 0; and the scores of prompts that ask for them. Behind the first stage these come later,
+        and here is None. what: the model unless given."""
+        runs, pipeline = what or self.target, self.pipeline
         with together(self.ranks, self.everyone):
             runs.model.start_step(self.queue.counts)
-            hidden = runs.model.forward(
-                batch.token_ids, batch.positions, runs.kv_data, batch.metadata, runs.layers
+            if batch.bucket is not None and not batch.prompts:
+                return self.graphs.run(batch, runs), []
+            hidden = pipeline.take(len(batch.token_ids), runs.model.config.hidden_size)
+            numbers = batch.token_ids, batch.positions, runs.kv_data, batch.metadata
+            hidden = runs.model.forward(*numbers, runs.layers, hidden)
+            if not pipeline.is_last:
+                pipeline.give(hidden)
+                return None, []
+            return self.read(
+                batch, hidden, lambda rows: pipeline.give_back(runs.model.logits(rows))
             )
-            for piece in batch.prompts:
-                if self.ranks.rank == 0:
-                    scores.append(piece.score(hidden, runs.model.logits))
-                else:
-                    piece.bring(hidden, runs.model.logits)
-            return runs.model.logits(hidden[batch.logits_indices]), scores
+
+    def read(
+        self, batch: Batch, hidden: torch.Tensor, logits_of: Callable[[torch.Tensor], Any]
+    ) -> tuple[torch.Tensor | None, list[PromptScores]]:
+        """What `forward` returns, from the logits of rows of `hidden`, [num_tokens, …]."""
+        scores = []
+        for piece in batch.prompts:
+            if self.ranks.rank == 0:
+                scores.append(piece.score(hidden, logits_of))
+            else:
+                piece.bring(hidden, logits_of)
+        return logits_of(hidden[batch.logits_indices]), scores
 
     @torch.inference_mode()
     def run_idle(self, kind: int) -> Sampled:
@@ -310,7 +373,7 @@ class ModelRunner:
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> Sampled:
         """The next tokens of each sampled sequence, and log probabilities if asked for."""
-        sampling = batch.sampling
+        sampling = self.masks.join(batch, self.device)
         if batch.has_penalties:
             sampling = replace(sampling, output_counts=self.counts[batch.rows])
         token_ids = sample(self.ops, logits, sampling)

@@ -41,6 +41,7 @@ from common.prompt_logprobs import PromptPiece
 from .config import EngineConfig
 from .input_batch import Batch, InputBatch
 from .input_buffers import BatchShape
+from .pipeline_parallel import Stage
 from .quantized_layers import copy_that_drafts
 from .tensor_parallel import Shard
 
@@ -53,16 +54,18 @@ COPIES = 2  # in a header, in the place of what runs
 
 def start_ranks(config: EngineConfig, folder: Path) -> Ranks:
     """This process as rank 0, and the other ranks, connected. Raises ValueError."""
-    size, loaded = config.tensor_parallel_size, load_config(folder, quantized=True)
+    size, num_stages = config.tensor_parallel_size, config.pipeline_parallel_size
+    loaded = load_config(folder, quantized=True)
     max_model_len = context_length(loaded, config.max_model_len)
     shape = ModelConfig.from_transformers(loaded, max_model_len, moe=True)
     Shard.of(shape, 0, size)  # an error now, and not in every rank
+    Stage.of(shape, 0, num_stages)
     check_experts(config, shape)
     device, _ = resolve_device(config.device, config.dtype)
-    values = asdict(config)
+    values, size = asdict(config), size * num_stages
     prints = fingerprint(values) if size > 1 else {}
-    timeout = config.rank_timeout
-    return connect(__package__, values, device, size=size, timeout=timeout, fingerprint=prints)
+    more = {"timeout": config.rank_timeout, "fingerprint": prints, "num_stages": num_stages}
+    return connect(__package__, values, device, size=size, **more)
 
 
 def check_experts(config: EngineConfig, shape: ModelConfig) -> None:
@@ -79,12 +82,14 @@ def check_experts(config: EngineConfig, shape: ModelConfig) -> None:
 
 
 def meet_engines(ranks: Ranks, config: EngineConfig) -> tuple[Group, Group]:
-    """All ranks that share experts, and the first ones of their engines. Raises ValueError."""
+    """All ranks that share experts, which are of one stage, and the first ones of their engines.
+    Raises ValueError."""
     number, size = config.data_parallel_rank, config.data_parallel_size
     if size == 1:
-        return ranks.group, OneRank()
+        return ranks.stages.group, OneRank()
     settings = asdict(config)
     own = {"model", "draft_model", "device", "threads", "data_parallel_rank"}
+    own |= {"engine_core", "api_server_count"}
     prints = {name: str(settings[name]) for name in settings.keys() - own} | fingerprint(settings)
     address, timeout = config.data_parallel_address, config.rank_timeout
     return join_engines(ranks, address, number, size, timeout=timeout, fingerprint=prints)
@@ -108,13 +113,14 @@ def header_of(batch: Batch, what: int, num_copied: int) -> list[int]:
     bounds = metadata.max_query_len, metadata.max_seq_len, metadata.max_decode_query_len
     scored = [number for piece in batch.prompts for number in (piece.place, len(piece.token_ids))]
     sizes = shape.num_tokens, shape.num_seqs, shape.num_sampled, shape.num_changes
-    return [what, num_copied, *sizes, *bounds, metadata.num_leading_decodes, *scored]
+    each = 0 if batch.bucket is None else batch.bucket.num_tokens_each
+    return [what, num_copied, *sizes, *bounds, metadata.num_leading_decodes, each, *scored]
 
 
 def batch_of(header: list[int], inputs: InputBatch) -> Batch:
     """A batch whose numbers will come into the buffers. Of its sampling nothing is known."""
-    batch = inputs.received(BatchShape(*header[2:6]), header[6:10])
-    places = zip(header[10::2], header[11::2], strict=True)
+    batch = inputs.received(BatchShape(*header[2:6]), header[6:10], header[10])
+    places = zip(header[11::2], header[12::2], strict=True)
     batch.prompts.extend(PromptPiece(0, place, 0, [0] * count, 0) for place, count in places)
     return batch
 
@@ -143,7 +149,7 @@ def together(ranks: Ranks, everyone: Group) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if everyone.size == 1:
+        if max(ranks.size, everyone.size) == 1:
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         if ranks.rank > 0:
@@ -151,5 +157,5 @@ def together(ranks: Ranks, everyone: Group) -> Iterator[None]:
             os._exit(1)
         if isinstance(error, (RankError, torch.AcceleratorError)):
             raise
-        where = f"rank {everyone.rank} of {everyone.size}"
+        where = f"rank {everyone.rank} of {everyone.size * ranks.stages.size}"
         raise RankError(f"a forward failed on {where}: {reason}") from error

@@ -173,7 +173,6 @@ class ReplicaSet(Members[Replica]):
 
 if __name__ == "__main__":  # the router needs no engine of its own
     from .config import EngineConfig
-    from .engine import LLMEngine
-    from .server import create_app
+    from .server import connect_engine, create_app
 
-    serve_job(lambda engine, server: create_app(LLMEngine(EngineConfig(**engine)), server))
+    serve_job(lambda engine, server: create_app(connect_engine(EngineConfig(**engine)), server))

@@ -39,16 +39,27 @@ class Sampled:
         logprobs = self.logprobs.to(device, non_blocking)
         return Sampled(token_ids, logprobs, prompts, stays, self.draft_lengths)
 
+    def runs(self) -> list[list[int]]:
+        """The tokens of each sequence."""
+        token_ids = self.token_ids.tolist()
+        return [token_ids[run] for run in self.slices()]
+
+    def slices(self) -> list[slice]:
+        """The rows of each sequence: those of the drafts that stay, and one more."""
+        if self.num_accepted is None:
+            return [slice(row, row + 1) for row in range(len(self.token_ids))]
+        begins = itertools.accumulate((1 + length for length in self.draft_lengths), initial=0)
+        counts = zip(begins, self.num_accepted.tolist(), strict=False)
+        return [slice(begin, begin + 1 + count) for begin, count in counts]
+
     def lists(self) -> tuple[list[list[int]], list[list[TokenLogprobs | None]]]:
         """The tokens of each sequence, and their log probabilities where it asked."""
         token_ids = self.token_ids.tolist()
         logprobs = self.logprobs.lists(token_ids)
         if self.num_accepted is None:
             return [[token_id] for token_id in token_ids], [[logprob] for logprob in logprobs]
-        begins = itertools.accumulate((1 + length for length in self.draft_lengths), initial=0)
-        counts = zip(begins, self.num_accepted.tolist(), strict=False)
-        runs = [slice(begin, begin + 1 + count) for begin, count in counts]
-        return [token_ids[run] for run in runs], [logprobs[run] for run in runs]
+        slices = self.slices()
+        return [token_ids[run] for run in slices], [logprobs[run] for run in slices]
 
 
 def sample(ops: Ops, logits: Tensor, batch: SamplingBatch) -> Tensor:

@@ -23,6 +23,9 @@ The scheduler does not wait for tokens. It counts those that are launched and no
 (placeholders), knows how many tokens each sequence may have, and so knows the next step before the
 last one has ended. The device runs steps in the order in which they were scheduled: blocks that a
 sequence gives up can be given to the next at once, though a step in flight still writes to them.
+
+A pipeline's steps in flight draw for different sequences: one whose token is not read waits, and a
+step takes of those that decode as many as there would be in each of the steps.
 """
 
 import sys
@@ -67,8 +70,11 @@ class Scheduler:
     def __init__(
         self, config: EngineConfig, kv: KVCache, trace: Trace, connector: KVConnector
     ) -> None:
+        self.is_continuous, self.num_joining = config.continuous_batching, 0
+        self.slices_prompts = config.enable_chunked_prefill
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.long_prefill_threshold = config.long_prefill_threshold or sys.maxsize
+        self.num_stages = config.pipeline_parallel_size
         self.kv, self.trace = kv, trace
         self.connector, self.kind_of_cache = connector, config.prefix_cache
         self.forget_cache()
@@ -112,27 +118,39 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """The next step's work; empty when there is none."""
         output = SchedulerOutput()
-        was_room = self.run_running(output)
+        begins = self.running if self.slices_prompts else self.unsliced_prompts()
+        was_room = self.run_running(begins, output)
         for sequence in self.resumed:
             if sequence.status is Status.RUNNING:
                 self.join(sequence, output)
         self.resumed = []
         if was_room:
             self.admit(output)
+        if not (self.slices_prompts or output.num_tokens):
+            self.run_running(self.running, output)
         output.connector_meta = self.connector.build_connector_meta(output)
         counts = output.num_new_tokens.items()
         self.trace.scheduled_all({sequence.request_id: count for sequence, count in counts})
         return output
 
-    def run_running(self, output: SchedulerOutput) -> bool:
-        """More tokens of the running sequences, the oldest first, while budget and blocks last.
+    def unsliced_prompts(self) -> list[Sequence]:
+        """Running sequences that have waited for keys and values, and run the rest of their prompts
+        now."""
+        left = {s: s.num_total_tokens - s.num_computed_tokens for s in self.running}
+        return [s for s, count in left.items() if count > 1 or s in self.resumed]
+
+    def run_running(self, sequences: Iterable[Sequence], output: SchedulerOutput) -> bool:
+        """More tokens of running sequences, the oldest first, while budget and blocks last.
 
         Returns whether blocks have lasted.
         """
-        was_room = True
-        for sequence in list(self.running):
-            if output.num_tokens == self.max_num_batched_tokens:
+        was_room, share = True, -(-len(self.running) // self.num_stages)
+        for sequence in list(sequences):
+            left = sequence.num_total_tokens - sequence.num_computed_tokens
+            if not self.has_budget(left, output):
                 break
+            if not self.can_run(sequence) or (left == 1 and len(output.sampled) >= share):
+                continue
             room = len(sequence.block_table) * self.kv.block_size
             wanted = sequence.num_total_tokens + len(sequence.draft_token_ids) + self.num_lookahead
             if wanted <= room or self.make_room(sequence, output):
@@ -141,13 +159,25 @@ class Scheduler:
                 was_room = False
         return was_room
 
+    def has_budget(self, count: int, output: SchedulerOutput) -> bool:
+        """Whether the step has room for some of a sequence's next `count` tokens, or for all of them
+        where prompts are not sliced. A step's first prompt may be longer, or it would never run."""
+        budget = self.max_num_batched_tokens - output.num_tokens
+        return budget > 0 if self.slices_prompts else count <= budget or not output.num_tokens
+
+    def can_run(self, sequence: Sequence) -> bool:
+        """Whether the next tokens of a running sequence can be launched. With one stage the device
+        knows them; with more, the stage that begins with them is ahead of the one that draws."""
+        return self.num_stages == 1 or not sequence.num_placeholders
+
     def make_room(self, sequence: Sequence, output: SchedulerOutput) -> bool:
         """Give a running sequence blocks for all of its tokens, if need be by preempting the sequences
         that joined last; False when it does not run in this step."""
         while sequence.status is Status.RUNNING and not self.grow(sequence, output):
-            if self.ending or self.connector.will_free:
-                return False  # blocks come free when last tokens are read, or copies are done
-            self.preempt(next(reversed(self.running)))
+            last = next(reversed(self.running))
+            if self.ending or self.connector.will_free or not self.can_run(last):
+                return False  # blocks come free when tokens are read, or copies are done
+            self.preempt(last)
         return sequence.status is Status.RUNNING
 
     def admit(self, output: SchedulerOutput) -> None:
@@ -157,20 +187,29 @@ class Scheduler:
         only the first slice: prompts that are half computed and wait for each other's blocks would
         end in preemptions. Each running sequence is left a block to grow into. A sequence that was
         preempted with a token in flight joins when that is read.
+
+        Without continuous batching the next batch is of those that wait when all of the last one have
+        ended, as many as there are rows and blocks for.
         """
-        while self.waiting and self.free_rows and output.num_tokens < self.max_num_batched_tokens:
+        if self.is_continuous or not (self.running or self.ending or self.loading):
+            self.num_joining = min(len(self.waiting), len(self.free_rows))
+        while self.waiting and self.num_joining and self.has_budget(1, output):
             sequence = self.waiting[0]
             if sequence.num_placeholders:
                 break
             found = self.cache.match(sequence)
             num_found = len(found.blocks) * self.kv.block_size
+            if not self.has_budget(sequence.num_total_tokens - num_found, output):
+                break
             num_external, _ = self.connector.get_num_new_matched_tokens(sequence, num_found)
             if num_external is None:
                 break
             needed = self.kv.blocks_for(sequence.num_total_tokens) - len(found.blocks)
             others = len(self.running) + len(self.loading)
             if needed + others > self.cache.num_free - found.num_free:
+                self.num_joining = 0
                 break
+            self.num_joining -= 1
             self.start(sequence, Status.LOADING if num_external else Status.RUNNING)
             self.take(sequence, found)
             self.grow(sequence, output)
@@ -208,6 +247,8 @@ class Scheduler:
         num_drafts = len(sequence.draft_token_ids)
         left = sequence.num_total_tokens + num_drafts - sequence.num_computed_tokens
         budget = self.max_num_batched_tokens - output.num_tokens
+        if not self.slices_prompts:
+            budget = max(budget, left - num_drafts)
         count = min(left, budget, self.long_prefill_threshold)
         if count < left:
             del sequence.draft_token_ids[max(num_drafts - (left - count), 0) :]
@@ -238,7 +279,8 @@ class Scheduler:
 
     def num_tokens_ahead(self) -> int:
         """About how many tokens the next step runs, without drafts."""
-        ahead = [s.num_total_tokens - s.num_computed_tokens for s in self.running]
+        ready = filter(self.can_run, self.running)
+        ahead = [s.num_total_tokens - s.num_computed_tokens for s in ready]
         if self.waiting and self.free_rows:
             num_tokens = self.waiting[0].num_total_tokens
             if self.kv.blocks_for(num_tokens) <= self.cache.num_free:
@@ -348,7 +390,8 @@ class Scheduler:
         assert sorted(rows) == list(range(self.num_rows)), f"rows lost or given twice: {rows}"
         for sequence in self.running:
             assert sequence.status is Status.RUNNING, f"{sequence.request_id}: {sequence.status}"
-            computed, total = sequence.num_computed_tokens, sequence.num_total_tokens
+            drafts = len(sequence.draft_token_ids) if sequence.num_placeholders else 0
+            computed, total = sequence.num_computed_tokens - drafts, sequence.num_total_tokens
             assert computed < total, f"{sequence.request_id}: {computed} of {total} tokens"
             longest = min(total + 2 * self.most_drafts, sequence.limit)
             room, most = len(sequence.block_table), self.kv.blocks_for(longest)

@@ -8,6 +8,7 @@ from torch import Tensor
 from common.completions import NO_DRAFTS, DraftCounts, TokenLogprobs
 from common.requests import Request
 from common.sampling import NO_TOKEN
+from common.structured.matcher import Matcher
 
 
 class Status(Enum):
@@ -42,6 +43,7 @@ class Sequence:
     # set by the engine, step by step
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None  # of its prompt, so far, if it asks
+    matcher: Matcher | None = None  # where its output stands in its grammar, if it has one
 
     # set by the scheduler
     status: Status = Status.WAITING

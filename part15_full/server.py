@@ -4,14 +4,16 @@ A client that goes away, streaming or not, has its request aborted.
 """
 
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request
 from sse_starlette import EventSourceResponse
 
 from common.distributed import launched_rank
+from common.engine_core.client import RemoteEngine
 from common.http import page
-from common.http.app import Admission, Frontend, unless_disconnected
+from common.http.app import ALONE, Admission, Frontend, Seat, unless_disconnected
 from common.http.errors import ApiError
 from common.http.responses import Job, to_json
 from common.http.run import ServerConfig, serve
@@ -26,7 +28,10 @@ from .config import EngineConfig
 from .engine import LLMEngine
 
 
-def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
+def create_app(
+    engine: LLMEngine | RemoteEngine, config: ServerConfig, seat: Seat = ALONE
+) -> FastAPI:
+    """seat: which of several HTTP processes in front of one engine this is."""
     async_engine = AsyncEngine(engine)
     frontend = Frontend(
         engine,
@@ -36,10 +41,12 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
         prompt_logprobs=True,
         cache_salt=True,
         speculative=engine.config.speculative != "off",
+        grammars=engine.grammars.compiler,
+        tool_call_parser=engine.config.tool_call_parser,
         health=async_engine.problem,
         lifespan=async_engine.lifespan,
     )
-    admission = Admission(config.max_waiting + engine.config.max_num_seqs)
+    admission = Admission(config.max_waiting + engine.config.max_num_seqs, seat)
 
     async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
         check_awake(engine, engine.config.sleep_requests)
@@ -64,11 +71,24 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
 
     frontend.route(answer)
     frontend.add_trace(engine.trace, engine.runner.expert_stats)
-    frontend.add_metrics(async_engine.metrics, admission)
+    frontend.add_metrics(async_engine.metrics, admission, async_engine.core.refresh, seat.is_alone)
     add_sleep_routes(frontend.app, engine, async_engine.call, frontend.timed)
     frontend.app.add_api_route("/kv_transfer", engine.connector.describe, methods=["GET"])
     page.mount(frontend.app)
     return frontend.app
+
+
+def connect_engine(config: EngineConfig) -> LLMEngine | RemoteEngine:
+    """The engine in this process, or in one of its own. Raises ValueError."""
+    if config.api_server_count > 1:
+        count = config.api_server_count
+        raise ValueError(f"api_server_count is {count}: a replica has one; start more replicas")
+    if not config.has_core_process:
+        return LLMEngine(config)
+    from common.engine_core.process import CoreProcess
+
+    core = CoreProcess(f"{__package__}.engine_core", asdict(config))
+    return RemoteEngine(core.connect, core.health, config, core.end)
 
 
 def main() -> None:
@@ -77,7 +97,11 @@ def main() -> None:
     engine_config, server_config = parse([EngineConfig, ServerConfig], description=__doc__)
     if launched_rank() > 0:  # torchrun has started it, beside rank 0
         worker.main()
-    serve(lambda: create_app(LLMEngine(engine_config), server_config), server_config)
+    if (count := engine_config.api_server_count) > 1:
+        from common.http.workers import serve_workers
+
+        serve_workers(__package__, engine_config, server_config, count)
+    serve(lambda: create_app(connect_engine(engine_config), server_config), server_config)
 
 
 if __name__ == "__main__":

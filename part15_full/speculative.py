@@ -54,7 +54,7 @@ class Speculator(NoSpeculator):
     @phase
     def propose(self, scheduler: Scheduler, num_tokens: int, seconds: float) -> None:
         self.lengths.observe_step(num_tokens, seconds)
-        self.proposed = {}
+        self.proposed = {s: draft for s, draft in self.proposed.items() if s.num_placeholders}
         ready = [s for s in scheduler.running if s.num_tokens - s.num_computed_tokens == 1]
         limits = [self.limit(sequence, scheduler) for sequence in ready]
         num_ahead = max(scheduler.num_tokens_ahead(), len(ready))

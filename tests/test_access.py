@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from common.http.middleware import Guard
 from common.http.run import ServerConfig
 from common.testing.http import check_error, raw_request, routes, send
-from common.testing.parts import HTTP_PARTS, engine_of, module_of
+from common.testing.parts import engine_of, http_parts, module_of
 from common.testing.server import serving_thread
 
 MODEL = "random:tiny-llama"
@@ -24,7 +24,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 BASE: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0}
 
 
-@pytest.fixture(scope="module", params=HTTP_PARTS, ids=lambda part: f"part{part:02d}")
+@pytest.fixture(scope="module", params=http_parts(), ids=lambda part: f"part{part:02d}")
 def part(request: pytest.FixtureRequest) -> int:
     return request.param
 

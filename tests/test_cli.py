@@ -19,13 +19,13 @@ import pytest
 import torch
 
 from common.http.run import ServerConfig
-from common.testing.parts import PARTS, ROOT, existing_parts, folder_of, module_of
+from common.testing.parts import PARTS, ROOT, existing_parts, folder_of, http_parts, module_of
 from common.testing.server import RunningServer
 
 TINY = ("--model", "random:tiny-llama")
 
 
-@pytest.fixture(params=PARTS, ids=lambda part: f"part{part:02d}")
+@pytest.fixture(params=http_parts(), ids=lambda part: f"part{part:02d}")
 def part(request: pytest.FixtureRequest) -> int:
     return request.param
 
@@ -154,6 +154,7 @@ def test_an_empty_key_in_the_environment(
     check_one_line(error, "api-key", "empty")
 
 
+@pytest.mark.parametrize("part", PARTS)
 def test_help_lists_every_field(
     part: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,10 +12,16 @@ import pytest
 from common.completions import Completion
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded
-from common.testing.parts import PARTS, engine_of
+from common.testing.parts import PARTS, distinct_files, engine_of, short_form
 
-# All tests of a part in a row: the engines of two parts need not be there at once.
-pytestmark = pytest.mark.parametrize("part", PARTS, scope="module")
+
+def over_parts(*short: int) -> pytest.MarkDecorator:
+    """For each part; in the short form for the latest and `short` only, where any are given. All tests of
+    a part run in a row: the engines of two parts need not be there at once."""
+    return pytest.mark.parametrize("part", short_form(PARTS, short or PARTS), scope="module")
+
+
+every_part = over_parts()
 
 EMBEDDED = "smollm2-135m"
 TINY = ["random:tiny-llama", "random:tiny-qwen3"]
@@ -76,16 +82,30 @@ def token_ids(completions: list[Completion]) -> list[list[int]]:
     return [completion.token_ids for completion in completions]
 
 
-def test_greedy_is_transformers(part: int) -> None:
-    """The embedded model, 20 varied prompts."""
+def check_embedded(part: int, places: slice) -> None:
+    """Hold the embedded model's outputs for some of the 20 prompts against the oracle."""
     engine = engine_of(part, EMBEDDED)
-    prompts = embedded_prompts(engine.tokenizer)
+    prompts = embedded_prompts(engine.tokenizer)[places]
     outputs = token_ids(engine.generate(prompts, replace(GREEDY, max_tokens=10), progress=False))
     verdict = check_greedy(EMBEDDED, list(zip(prompts, outputs, strict=True)))
-    assert verdict.num_tokens == 200
+    assert verdict.num_tokens == 10 * len(prompts)
     assert verdict.is_right, verdict
 
 
+@every_part
+def test_greedy_is_transformers(part: int) -> None:
+    """The embedded model with three chats, three texts, and a prompt of 300 tokens."""
+    check_embedded(part, slice(0, 20, 3))
+
+
+@over_parts(3)
+def test_greedy_is_transformers_for_all_prompts(part: int) -> None:
+    """The other 13, of 1 to 700 tokens. In the short form where `model.py` begins, and in the latest."""
+    check_embedded(part, slice(1, 20, 3))
+    check_embedded(part, slice(2, 20, 3))
+
+
+@every_part
 @pytest.mark.parametrize("model", TINY)
 def test_greedy_is_transformers_tiny(part: int, model: str) -> None:
     """Tiny random models, whose tokens vary; with the context damaged, the oracle objects."""
@@ -111,10 +131,20 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize("model", [*TINY, EMBEDDED])
+@every_part
+@pytest.mark.parametrize("model", TINY)
 def test_seeded_is_the_reference_plus_noise(part: int, model: str) -> None:
     """Seeded outputs by the oracle, and the same in every part, alone and among others."""
-    max_tokens = 8 if model == EMBEDDED else 24
+    check_seeded_outputs(part, model, 24)
+
+
+@over_parts(*distinct_files("sampler.py"))
+def test_seeded_with_a_large_vocabulary(part: int) -> None:
+    """The same with the embedded model. In the short form where the sampler is another."""
+    check_seeded_outputs(part, EMBEDDED, 8)
+
+
+def check_seeded_outputs(part: int, model: str, max_tokens: int) -> None:
     prompts = random_prompts(len(SAMPLED), seed=5)
     params = [replace(p, max_tokens=max_tokens, ignore_eos=True) for p in SAMPLED]
     outputs = seeded_outputs(part, model, max_tokens)
@@ -145,9 +175,9 @@ print(json.dumps(engine.generate([[5, 6, 7]], params, progress=False)[0].token_i
 """
 
 
+@over_parts(PARTS[-1])
 def test_seeded_repeats_after_a_restart(part: int) -> None:
-    if part not in (PARTS[0], PARTS[-1]):
-        pytest.skip("a process for each part would take long; seeds agree across the parts")
+    """In the short form in the latest part: seeds agree across the parts."""
     result = subprocess.run(
         [sys.executable, "-c", RESTART.format(part=part)],
         capture_output=True,
@@ -159,6 +189,7 @@ def test_seeded_repeats_after_a_restart(part: int) -> None:
     assert result.stdout.strip() == str(here[0].token_ids)
 
 
+@every_part
 def test_engine_seed_makes_unseeded_requests_repeat(part: int) -> None:
     """Two engines with one `seed` agree on requests that bring none; without it they differ."""
     from common.testing.parts import module_of
@@ -179,6 +210,7 @@ def test_engine_seed_makes_unseeded_requests_repeat(part: int) -> None:
     assert run() != run()
 
 
+@every_part
 def test_finish_reasons(part: int) -> None:
     """EOS, stop tokens, max_tokens and the context's end, each at its token."""
     engine = engine_of(part, TINY[0])
@@ -196,11 +228,13 @@ def test_finish_reasons(part: int) -> None:
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
     assert run(max_tokens=1).token_ids == free.token_ids[:1]
+    prompt = prompt * 330
     to_the_end = run(max_tokens=None)
     assert to_the_end.finish_reason == "length"
     assert len(prompt) + len(to_the_end.token_ids) == engine.max_model_len == 1024
 
 
+@every_part
 def test_eos_ends_unless_ignored(part: int) -> None:
     """The tiny model's EOS is token 1; sampled at a high temperature it comes up soon."""
     engine = engine_of(part, TINY[0])
@@ -214,6 +248,7 @@ def test_eos_ends_unless_ignored(part: int) -> None:
     assert longer.token_ids[: len(ended.token_ids)] == ended.token_ids
 
 
+@every_part
 def test_stop_strings_end_the_request(part: int) -> None:
     """The text is cut before the stop string, and usage ends at the token that completed it."""
     engine = engine_of(part, EMBEDDED)
@@ -229,6 +264,7 @@ def test_stop_strings_end_the_request(part: int) -> None:
     assert len(cut.token_ids) < len(free.token_ids)
 
 
+@every_part
 def test_logprobs_are_the_references(part: int) -> None:
     from common.testing.oracle import reference_logits
 
@@ -244,6 +280,7 @@ def test_logprobs_are_the_references(part: int) -> None:
         assert [v for _, v in item.top] == pytest.approx(values.tolist(), abs=1e-3)
 
 
+@every_part
 @pytest.mark.parametrize(
     ("prompts", "fields", "said"),
     [
@@ -265,10 +302,12 @@ def test_bad_prompts_are_refused_before_any_work(
     assert len(engine.generate([[2]], GREEDY, progress=False)[0].token_ids) == 30
 
 
+@every_part
 def test_no_prompts_no_completions(part: int) -> None:
     assert engine_of(part, TINY[0]).generate([], GREEDY, progress=False) == []
 
 
+@every_part
 def test_progress_bar_goes_to_standard_error(part: int, capfd: pytest.CaptureFixture) -> None:
     engine_of(part, TINY[0]).generate([[2], [3]], replace(GREEDY, max_tokens=2))
     out, err = capfd.readouterr()

@@ -26,7 +26,7 @@ from common.models.generation_config import sampling_defaults
 from common.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from common.testing.http import check_error
 from common.testing.oracle import reference_logits, reference_model
-from common.testing.parts import HTTP_PARTS, PARTS, engine_of, module_of
+from common.testing.parts import PARTS, engine_of, http_parts, module_of
 from common.testing.server import serving_thread
 
 TINY, EMBEDDED = "random:tiny-llama", "smollm2-135m"
@@ -43,7 +43,7 @@ def client_of(part: int, model: str, **flags: Any) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="module", params=HTTP_PARTS, ids=lambda part: f"part{part:02d}")
+@pytest.fixture(scope="module", params=http_parts(4), ids=lambda part: f"part{part:02d}")
 def part(request: pytest.FixtureRequest) -> int:
     return request.param
 
@@ -84,6 +84,26 @@ def test_biases_and_least_lengths_arrive(tiny: httpx.Client) -> None:
     ending = GREEDY | {"stop_token_ids": [300], "logit_bias": {"300": 100.0}}
     assert ask(tiny, **ending)["usage"]["completion_tokens"] == 1
     assert ask(tiny, **ending, min_tokens=2)["usage"]["completion_tokens"] == 3
+
+
+def test_usage_so_far_is_in_each_chunk(tiny: httpx.Client, part: int) -> None:
+    """vLLM's `continuous_usage_stats`, by which load generators count the tokens of each chunk."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    alone = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+    if part == 1:
+        assert refused(tiny, **GREEDY, **alone)["param"] == "stream"
+        return
+    body = GREEDY | {"prompt": [PROMPT, PROMPT[:2]], "stream": True, "stream_options": options}
+    with tiny.stream("POST", COMPLETIONS, json=body) as answer:
+        lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: {")]
+    *chunks, last = [json.loads(line)["usage"] for line in lines]
+    assert {chunk["prompt_tokens"] for chunk in chunks} == {last["prompt_tokens"]} == {8}
+    counts = [chunk["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] < 3 and counts[-1] == 8
+    assert [chunk["total_tokens"] for chunk in chunks] == [8 + count for count in counts]
+    assert last["completion_tokens"] == 8
+    named = refused(tiny, **GREEDY, **alone)["param"]
+    assert named == "stream_options.continuous_usage_stats"
 
 
 @pytest.mark.parametrize(

@@ -811,7 +811,7 @@ def test_an_answer_looks_the_same_however_it_was_cut(page: ChatPage) -> None:
 
 
 @browser
-@pytest.mark.parametrize("part", http_parts(3, first=2))
+@pytest.mark.parametrize("part", http_parts(first=2))
 def test_the_real_server_talks_to_the_page(page: ChatPage, part: int) -> None:
     """A real model streams into the page, which counts what the server counts; Stop ends the work
     in the engine, as its trace shows."""

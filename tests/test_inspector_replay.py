@@ -388,7 +388,7 @@ def test_many_steps_make_few_pictures(serve: Callable[..., EnginePage]) -> None:
 
 
 @browser
-@pytest.mark.parametrize("part", http_parts(3, first=2))
+@pytest.mark.parametrize("part", http_parts(first=2))
 def test_the_real_engine_is_watched_and_its_trace_replayed(
     driver: Any, tmp_path: Path, part: int
 ) -> None:

@@ -27,8 +27,9 @@ CPU = CpuOps(2)
 FLOAT = torch.float32
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.long), 2], ids=["1 thread", "2 threads"])
 def ops(request: pytest.FixtureRequest) -> Ops:
+    """In the short form with two threads: the suite's engines run with one, against the oracle."""
     return CpuOps(request.param)
 
 

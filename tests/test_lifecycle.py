@@ -8,6 +8,7 @@ a gate, so that "while decoding" is a fact and not a matter of luck; deadlines a
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import logging
 import random
@@ -34,12 +35,13 @@ from common.http.run import ServerConfig
 from common.http.trace_routes import add_trace_routes
 from common.testing.leaks import shared_names
 from common.testing.parts import (
-    HTTP_PARTS,
     PARTS,
     certain_logits,
+    distinct_files,
     engine_of,
     http_parts,
     module_of,
+    short_form,
     wrap_model,
 )
 from common.testing.server import RunningServer, server_process, serving_thread
@@ -55,7 +57,7 @@ BASE: dict[str, Any] = {
     "logprobs": 0,
 }
 STREAMING = [part for part in PARTS if part > 1]
-STREAMING_HTTP = [part for part in HTTP_PARTS if part > 1]
+ASYNC_ENGINES = {*distinct_files("async_engine.py"), PARTS[-1]}  # each with code of its own
 SECONDS = 60.0  # for what must happen to happen
 
 
@@ -214,10 +216,24 @@ def events_of(url: str, **change: Any) -> list[str]:
 # Clients that leave.
 
 
-@pytest.mark.parametrize("how", ["close", "reset"])
-@pytest.mark.parametrize("is_streamed", [True, False], ids=["streamed", "whole"])
-@pytest.mark.parametrize("when", ["queued", "prefilling", "decoding"])
-@pytest.mark.parametrize("part", STREAMING)
+# When a client leaves, whether its answer is a stream, and how: in the short form every way where
+# streams begin and in the latest part, and three in the parts between.
+LEAVING = list(
+    itertools.product(("queued", "prefilling", "decoding"), (True, False), ("close", "reset"))
+)
+SOME = [("queued", True, "close"), ("prefilling", False, "reset"), ("decoding", True, "reset")]
+
+
+@pytest.mark.parametrize(
+    ("part", "when", "is_streamed", "how"),
+    [
+        pytest.param(
+            part, *way, marks=[] if way in SOME or part in (2, PARTS[-1]) else pytest.mark.long
+        )
+        for part in STREAMING
+        for way in LEAVING
+    ],
+)
 def test_a_client_that_leaves(
     make_rig: Callable[..., Rig], part: int, when: str, is_streamed: bool, how: str
 ) -> None:
@@ -283,7 +299,7 @@ def test_part_01_goes_on_for_a_client_that_left(make_rig: Callable[..., Rig]) ->
         rig.check_idle()
 
 
-@pytest.mark.parametrize("part", STREAMING_HTTP)
+@pytest.mark.parametrize("part", http_parts(first=2))
 def test_clients_that_never_read(make_rig: Callable[..., Rig], part: int) -> None:
     """Neither a stream nor the trace waits for its reader, and neither grows for ever."""
     rig = make_rig(part)
@@ -334,7 +350,7 @@ def test_a_download_that_nobody_reads_ends(path: str, monkeypatch: pytest.Monkey
         assert text == "".join(trace.lines()) or json.loads(text) == trace.to_perfetto()
 
 
-@pytest.mark.parametrize("part", STREAMING_HTTP)
+@pytest.mark.parametrize("part", http_parts(4, first=2))
 def test_forty_clients_some_of_whom_leave(make_rig: Callable[..., Rig], part: int) -> None:
     """Whoever stays gets what they get alone; when all are gone nothing is left of any."""
     rig = make_rig(part)
@@ -382,7 +398,7 @@ def test_forty_clients_some_of_whom_leave(make_rig: Callable[..., Rig], part: in
 # More requests than places.
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", http_parts(4))
 def test_a_full_server_says_503(make_rig: Callable[..., Rig], part: int) -> None:
     """And is healthy: being full is no illness."""
     rig = make_rig(part)
@@ -464,7 +480,7 @@ def test_a_failing_step_ends_its_stream_with_an_error(
         rig.check_idle()
 
 
-@pytest.mark.parametrize("part", STREAMING)
+@pytest.mark.parametrize("part", short_form(STREAMING, ASYNC_ENGINES))
 def test_failures_in_a_row_reach_everyone(make_rig: Callable[..., Rig], part: int) -> None:
     """Once the second failing step took the first one's error with it, and its client waited on."""
     rig = make_rig(part)
@@ -490,7 +506,7 @@ class Death(BaseException):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("death", [Death, torch.AcceleratorError])
-@pytest.mark.parametrize("part", STREAMING)
+@pytest.mark.parametrize("part", short_form(STREAMING, ASYNC_ENGINES))
 def test_a_dead_engine_is_no_secret(
     make_rig: Callable[..., Rig], part: int, death: type[BaseException]
 ) -> None:
@@ -532,7 +548,7 @@ TEXT = "Grüße, 日本語 🙂🙃 und 👩‍👩‍👧‍👦 naïve café.\
 @pytest.mark.parametrize(
     "stop", [None, "STOP", "日本", "🙃", "語 🙂", "\n", ["nowhere", "café.\nS"], "G", "‍👧"]
 )
-@pytest.mark.parametrize("part", http_parts(4))
+@pytest.mark.parametrize("part", http_parts())
 def test_text_is_the_same_streamed_and_whole(
     make_rig: Callable[..., Rig], part: int, stop: Any
 ) -> None:
@@ -575,7 +591,7 @@ def test_text_is_the_same_streamed_and_whole(
 # Servers that start and stop.
 
 
-@pytest.mark.parametrize("part", HTTP_PARTS)
+@pytest.mark.parametrize("part", http_parts())
 def test_ten_starts_and_stops_leave_nothing(make_rig: Callable[..., Rig], part: int) -> None:
     rig = make_rig(part)
     rig.fake_model(lambda call: 5 + call % 400)
@@ -598,7 +614,7 @@ def test_ten_starts_and_stops_leave_nothing(make_rig: Callable[..., Rig], part: 
     assert sys.getswitchinterval() == switch_interval
 
 
-@pytest.mark.parametrize("part", HTTP_PARTS)
+@pytest.mark.parametrize("part", http_parts(4))
 def test_requests_leave_nothing(make_rig: Callable[..., Rig], part: int) -> None:
     """No object stays for each request, finished, failed, refused or left."""
     rig = make_rig(part)
@@ -629,7 +645,7 @@ def test_requests_leave_nothing(make_rig: Callable[..., Rig], part: int) -> None
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("part", http_parts(4))
+@pytest.mark.parametrize("part", http_parts())
 def test_sigterm_lets_running_requests_finish(part: int) -> None:
     """Then the process ends with 0, and its port is free for the next one at once."""
     body = BASE | {"max_tokens": 400}
@@ -678,7 +694,7 @@ def accepts(port: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("part", STREAMING_HTTP)
+@pytest.mark.parametrize("part", http_parts(first=2))
 def test_the_end_waits_for_no_watcher(make_rig: Callable[..., Rig], part: int) -> None:
     """The trace has no end of its own, and requests are waited for until the timeout only."""
     rig = make_rig(part)

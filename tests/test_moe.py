@@ -440,9 +440,20 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("flags", FLAGS)
+ENGINES = [part for part in PARTS if part >= FIRST]
+
+
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("part", [part for part in PARTS if part >= FIRST])
+@pytest.mark.parametrize(
+    ("part", "flags"),
+    [
+        pytest.param(part, flags, marks=[] if is_short else pytest.mark.long)
+        for part in ENGINES
+        for number, flags in enumerate(FLAGS)
+        # In the short form, between the first part with experts and the latest, one set of flags.
+        for is_short in [part in (FIRST, ENGINES[-1]) or number == part % len(FLAGS)]
+    ],
+)
 def test_greedy_tokens_are_transformers(part: int, model: str, flags: str) -> None:
     engine = tiny_engine(part, model, **FLAGS[flags])
     for _ in range(2 if flags in ("radix", "slices") else 1):  # the second finds prompts cached

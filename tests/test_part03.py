@@ -189,12 +189,21 @@ def tiny_config(kind: str) -> Any:
     }[kind]()
 
 
-@pytest.mark.parametrize("part", distinct_files("model.py"))
+KINDS = (
+    "llama-tied", "qwen3", "mistral-window", "llama-biases", "llama-3.1", "qwen2", "mistral",
+    "qwen2-window-on-all", "qwen2-window-on-some", "qwen3-window-on-none",
+)  # fmt: skip
+MODELS = distinct_files("model.py")
+
+
 @pytest.mark.parametrize(
-    "kind",
+    ("part", "kind"),
     [
-        *("llama-tied", "llama-biases", "llama-3.1", "qwen2", "qwen3", "mistral", "mistral-window"),
-        *("qwen2-window-on-all", "qwen2-window-on-some", "qwen3-window-on-none"),
+        pytest.param(part, kind, marks=[] if is_short else pytest.mark.long)
+        for part in MODELS
+        for kind in KINDS
+        # In the short form, between the first part and the last, the three that differ most.
+        for is_short in [part in (MODELS[0], MODELS[-1]) or kind in KINDS[:3]]
     ],
 )
 def test_model_families(part: int, kind: str, tmp_path: Any) -> None:

@@ -146,8 +146,14 @@ class TestRejection:
     @pytest.mark.parametrize(
         ("draft", "max_drafts"),
         [
-            *((draft, length) for draft in ("far", "near") for length in range(1, 9)),
-            *((draft, length) for draft in ("equal", "disjoint") for length in (1, 3, 8)),
+            *((draft, length) for draft in ("far", "near") for length in (1, 2, 3, 8)),
+            *((draft, length) for draft in ("equal", "disjoint") for length in (1, 3)),
+            *(
+                pytest.param(draft, length, marks=pytest.mark.long)
+                for draft in ("far", "near")
+                for length in range(4, 8)
+            ),
+            *(pytest.param(draft, 8, marks=pytest.mark.long) for draft in ("equal", "disjoint")),
         ],
     )
     def test_the_distribution_is_the_targets(

@@ -56,9 +56,9 @@ def check_schedules(part: int, count: int) -> None:
 
 @pytest.mark.parametrize("part", BATCHING)
 def test_random_schedules(part: int) -> None:
-    """Arrivals, aborts and stops at any time, pools of any size: 200 schedules, and 100 for each part
+    """Arrivals, aborts and stops at any time, pools of any size: 200 schedules, and 50 for each part
     before the last."""
-    check_schedules(part, 200 if part == PARTS[-1] else 100)
+    check_schedules(part, 200 if part == PARTS[-1] else 50)
 
 
 @pytest.mark.long

@@ -61,8 +61,8 @@ def run_module(name: str, *arguments: str) -> list:
 
 
 @functools.cache
-def interpreted() -> list[CaseResult]:
-    [results] = run_module("common.testing.kernels.triton_interpreted")
+def interpreted(*flags: str) -> list[CaseResult]:
+    [results] = run_module("common.testing.kernels.triton_interpreted", *flags)
     return [CaseResult(**result) for result in results]
 
 
@@ -89,6 +89,15 @@ def test_interpreted(op: str) -> None:
     own = [result for result in interpreted() if result.op == op]
     assert {result.dtype for result in own} >= {"float32"}
     assert not failures(own)
+
+
+@needs_triton
+@pytest.mark.long
+def test_every_case_interpreted() -> None:
+    if is_interpreter_broken():
+        pytest.skip("this triton's interpreter does not work with this numpy")
+    assert len(interpreted("--all")) > len(interpreted()) > 100
+    assert not failures(interpreted("--all"))
 
 
 def check_compiled(architecture: str, dtype: str, *head_dims: int) -> None:

@@ -15,6 +15,10 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
     "ladder": ("ladder", "all parts on the same work, side by side"),
     "compare": ("compare", "a part beside transformers, vLLM or llama.cpp"),
     "serve": ("serving.serve", "load on an OpenAI-compatible server: TTFT, ITL, TPOT, E2E"),
+    "engine-core": (
+        "serving.engine_core",
+        "a server's engine in a thread and in a process of its own",
+    ),
     "arrival": ("serving.arrival", "what streams notice of a long prompt that comes in"),
     "prefix": ("prefix.run", "what a prefix cache finds and saves, on four workloads"),
     "attribution": ("attribution.run", "part 15 with each technique off in turn, on six workloads"),

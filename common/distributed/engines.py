@@ -23,7 +23,8 @@ def join_engines(
     fingerprint: Mapping[str, str],
     start_timeout: float = START_SECONDS,
 ) -> tuple[Group, Group]:
-    """(all ranks of all engines, the engines' first ranks), for each rank of each engine to call.
+    """(all engines' ranks, where they are stages those of this rank's; the engines' first ranks), for
+    each rank of each engine to call.
 
     rendezvous: the path of a new file, for engines of one host, which is removed when all have met; or
     host:port, where rank 0 of engine 0 listens. Each engine has equally many ranks, and its ranks
@@ -46,11 +47,15 @@ def join_engines(
         ranks.further_groups.append(group)
         return group
 
-    everyone = connect("experts", rank, size, ranks.device)
+    stage, width = 0, ranks.size
+    if ranks.stages is not None and ranks.stages.size > 1:
+        stage, width = ranks.stages.number, ranks.stages.group.size
+    numbers = engine * width + ranks.rank % width, num_engines * width
+    everyone = connect(f"experts {stage}", *numbers, ranks.device)
     leaders: Group = OneRank()
     if ranks.rank == 0:
         leaders = connect("leaders", engine, num_engines, torch.device("cpu"))
-    everyone.minimum(0)  # all are connected, and need the store no more
+    ranks.group.minimum(everyone.minimum(0))  # all are connected, and need the store no more
     if rank == 0 and "/" in rendezvous:
         Path(rendezvous).unlink(missing_ok=True)
     return everyone, leaders

@@ -9,6 +9,7 @@ import math
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
-from common.distributed.group import Group
+from common.distributed.group import Group, RankError
 from common.distributed.health import Health, reason_of
 
 SLICE = timedelta(seconds=0.1)  # of a wait: between two looks at whether a rank has died
@@ -31,11 +32,21 @@ class TorchGroup(Group):
     waits for the device, once the watcher or NCCL itself has aborted the group.
     """
 
-    def __init__(self, backend: Any, device: torch.device, timeout: float, health: Health) -> None:
-        """backend: a ProcessGroupGloo or ProcessGroupNCCL. timeout: seconds, of every wait."""
+    def __init__(
+        self,
+        backend: Any,
+        device: torch.device,
+        timeout: float,
+        health: Health,
+        members: Sequence[int] | None = None,
+    ) -> None:
+        """backend: a ProcessGroupGloo or ProcessGroupNCCL. timeout: seconds, of every wait. members:
+        what the ranks are called, where they are some of more."""
         self.rank, self.size = backend.rank(), backend.size()
+        self._who = f"rank {self.rank if members is None else members[self.rank]}"
         self._backend, self._device = backend, device
         self._timeout, self._health = timeout, health
+        self._sending: deque[tuple[Any, Tensor]] = deque()  # what may not have left yet
         if device.type == "cuda":  # the host waits for the device, not for us
             health.when_lost(self.abort)
 
@@ -101,6 +112,18 @@ class TorchGroup(Group):
         """Sends what is meant for others."""
         return self._exchange("all_to_all", x, sends, receives)
 
+    def send(self, x: Tensor) -> None:
+        """Returns at once."""
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        self._health.check()
+        try:
+            work = self._backend.broadcast(_as_bytes(x), self.rank)
+        except RuntimeError as error:
+            raise self._lost("send", error) from error
+        self._sending.append((work, x))
+        self.num_bytes_sent += _num_bytes(x)
+
     def _exchange(
         self, name: str, x: Tensor, sends: Sequence[int], receives: Sequence[int]
     ) -> Tensor:
@@ -121,13 +144,15 @@ class TorchGroup(Group):
             if self._device.type == "cuda":
                 work.wait()
                 return
-            wait_for(work, f"rank {self.rank} waited in {name}", self._timeout, self._health)
+            wait_for(work, f"{self._who} waited in {name}", self._timeout, self._health)
         except RuntimeError as error:
-            if self._health.problem is not None:
-                raise self._health.report("") from None
-            reason = reason_of(error)
-            message = f"another rank is gone: {name} failed on rank {self.rank} ({reason})"
-            raise self._health.report_after_grace(message) from error
+            raise self._lost(name, error) from error
+
+    def _lost(self, name: str, error: RuntimeError) -> RankError:
+        if self._health.problem is not None:
+            return self._health.report("")
+        message = f"another rank is gone: {name} failed on {self._who} ({reason_of(error)})"
+        return self._health.report_after_grace(message)
 
     def limit_waits(self, seconds: float) -> None:
         self._timeout = seconds

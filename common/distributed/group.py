@@ -55,6 +55,15 @@ class Group(ABC):
         """Give the first sends[0] rows of x to rank 0, the next sends[1] to rank 1, and so on.
         Returns [sum(receives), …]: the receives[0] rows of rank 0 first."""
 
+    def send(self, x: Tensor) -> None:
+        """Give x to the other rank of a group of two, which receives it. May return before that; x is
+        not to be changed meanwhile."""
+        self.broadcast(x, self.rank)
+
+    def receive(self, x: Tensor) -> None:
+        """x becomes what the other rank of a group of two sends."""
+        self.broadcast(x, 1 - self.rank)
+
     def minimum(self, number: int) -> int:
         """The smallest of all ranks' numbers, each of them in 0 .. 2**62. Waits for the device."""
         ours = torch.zeros(self.size, dtype=torch.int64, device=self.device)

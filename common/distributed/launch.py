@@ -16,6 +16,7 @@ from common.distributed.health import Health
 from common.distributed.local import LOOPBACK, join_local, start_local
 from common.distributed.ranks import Ranks
 from common.distributed.rendezvous import meet, open_store
+from common.distributed.stages import Stages
 from common.distributed.torchrun import by_torchrun, join_torchrun, start_torchrun
 
 START_SECONDS = 120.0  # for every rank to come: it imports PyTorch, on a machine that may be busy
@@ -36,21 +37,25 @@ def connect(
     fingerprint: Mapping[str, str],
     start_timeout: float = START_SECONDS,
     use_shared_memory: bool = True,
+    num_stages: int = 1,
 ) -> Ranks:
     """Rank 0: start the other ranks, or find those that torchrun has started, and meet them.
 
     config is plain JSON, and reaches every rank. A GPU's number is rank 0's; the others take the
-    next ones. timeout: seconds that any wait may take later on. CPU ranks of one host share memory,
+    next ones. timeout: seconds that any wait may take later on. num_stages: that divide the ranks. CPU ranks of one host share memory,
     or take gloo where they shall or can not. Raises ValueError, one line, when
     a rank fails to start, does not come, or is not like rank 0.
     """
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
     if size == 1:
-        return Ranks(0, 1, OneRank(), NoControl(), device, usable_cores())
+        ranks = Ranks(0, 1, OneRank(), NoControl(), device, usable_cores())
+        ranks.divide(Stages(0, 1, ranks.group))
+        return ranks
     try:
         if by_torchrun():
-            return start_torchrun(config, device, size, timeout, fingerprint, start_timeout)
+            where = config, device, size, timeout, fingerprint, start_timeout
+            return start_torchrun(*where, num_stages)
         return start_local(
             package,
             config,
@@ -60,6 +65,7 @@ def connect(
             fingerprint=fingerprint,
             start_timeout=start_timeout,
             use_shared_memory=use_shared_memory,
+            num_stages=num_stages,
         )
     except (RankError, OSError) as error:
         raise ValueError(str(error)) from None

@@ -8,6 +8,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from common.distributed.group import Group, OneRank
 from common.distributed.health import Health
 from common.distributed.ranks import LOAD_SECONDS, Ranks
 from common.distributed.rendezvous import LocalStore, meet, open_store
+from common.distributed.stages import join_stages, members_of
 
 LOOPBACK = "127.0.0.1"
 
@@ -36,6 +38,7 @@ def start_local(
     fingerprint: Mapping[str, str],
     start_timeout: float,
     use_shared_memory: bool,
+    num_stages: int = 1,
 ) -> Ranks:
     """Rank 0. Raises ValueError, RankError, OSError."""
     first = device.index or 0
@@ -48,7 +51,9 @@ def start_local(
         held.callback(local.close)
         memory = None
         if use_shared_memory and shared_memory.is_available() and device.type == "cpu":
-            memory = shared_memory.make_memory(size)
+            memory = shared_memory.make_memory(
+                size, *map(len, members_of(num_stages, size).values())
+            )
             held.callback(os.close, memory)
         pairs = [socket.socketpair() for _ in range(1, size)]
         for _, theirs in pairs:
@@ -56,6 +61,7 @@ def start_local(
         job = {
             "config": config,
             "size": size,
+            "num_stages": num_stages,
             "threads": threads,
             "timeout": timeout,
             "start_timeout": start_timeout,
@@ -77,7 +83,7 @@ def start_local(
                 shared_memory.load_kernels()
             meet(local.store, 0, size, fingerprint, timeout=start_timeout, health=health)
             patience = max(timeout, LOAD_SECONDS)
-            ranks.group = _local_group(local.store, memory, 0, size, device, patience, health)
+            _join_groups(ranks, local.store, memory, num_stages, patience)
             control.expect_signs()
         except BaseException:
             ranks.close()
@@ -85,24 +91,27 @@ def start_local(
     return ranks
 
 
-def _local_group(
-    store: Store,
-    memory: int | None,
-    rank: int,
-    size: int,
-    device: torch.device,
-    timeout: float,
-    health: Health,
-) -> Group:
-    """Over shared memory where there is some. Once it is here, no rank needs the store."""
-    group: Group
-    if memory is None:
-        backend = make_backend(store, "data", rank, size, device, timeout, LOOPBACK)
-        group = TorchGroup(backend, device, timeout, health)
-    else:
-        group = shared_memory.SharedMemoryGroup(memory, rank, size, timeout, health)
-    group.minimum(0)  # every rank has read what it needs: the store's file may go
-    return group
+def _join_groups(
+    ranks: Ranks, store: Store, memory: int | None, num_stages: int, timeout: float
+) -> None:
+    """Of all ranks, and of stages; over shared memory where there is some. Once they are here, no rank
+    needs the store."""
+    size, device, health = ranks.size, ranks.device, ranks.health
+    members = {"data": list(range(size))} | members_of(num_stages, size)
+    sizes = [shared_memory.memory_bytes(len(ranks)) for ranks in members.values()]
+    offsets = dict(zip(members, accumulate(sizes, initial=0), strict=False))
+
+    def make(name: str, of: list[int]) -> Group:
+        place, number = of.index(ranks.rank), len(of)
+        if memory is None:
+            backend = make_backend(store, name, place, number, device, timeout, LOOPBACK)
+            return TorchGroup(backend, device, timeout, health, of)
+        numbers = place, number, timeout, health, offsets[name], of, size
+        return shared_memory.SharedMemoryGroup(memory, *numbers)
+
+    ranks.group = make("data", members["data"])
+    ranks.divide(join_stages(num_stages, ranks.rank, ranks.group, make))
+    ranks.group.minimum(0)  # every rank has read what it needs: the store's file may go
 
 
 def join_local(
@@ -119,11 +128,10 @@ def join_local(
     if job["memory"] is not None:
         shared_memory.load_kernels()
     meet(store, rank, size, prints, timeout=job["start_timeout"], health=health)
-    patience = max(timeout, LOAD_SECONDS)
-    group = _local_group(store, job["memory"], rank, size, device, patience, health)
-    if job["memory"] is not None:
-        os.close(job["memory"])
     control = SocketReceiver(socket.socket(fileno=job["control"]), timeout)
     threads = job["threads"]
-    ranks = Ranks(rank, size, group, control, device, threads, health, timeout=timeout)
+    ranks = Ranks(rank, size, OneRank(), control, device, threads, health, timeout=timeout)
+    _join_groups(ranks, store, job["memory"], job["num_stages"], max(timeout, LOAD_SECONDS))
+    if job["memory"] is not None:
+        os.close(job["memory"])
     return job["config"], ranks

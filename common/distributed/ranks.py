@@ -9,6 +9,7 @@ from common.distributed.children import Children
 from common.distributed.control import Control
 from common.distributed.group import Group
 from common.distributed.health import Health
+from common.distributed.stages import Stages
 
 LOAD_SECONDS = 1800.0  # that ranks which live may need longer than others to load
 
@@ -30,7 +31,16 @@ class Ranks:
     health: Health = field(default_factory=Health)
     children: Children | None = None
     timeout: float | None = None  # seconds that a wait may take once all have loaded
-    further_groups: list[Group] = field(default_factory=list)  # with ranks of other engines
+    # with ranks of other engines, or of some stages
+    further_groups: list[Group] = field(default_factory=list)
+    stages: Stages | None = None  # this rank's place, where they are divided into stages
+
+    def divide(self, stages: Stages) -> None:
+        """The ranks are stages of a pipeline."""
+        self.stages = stages
+        if stages.size > 1:
+            groups = (stages.group, stages.before, stages.after, stages.back)
+            self.further_groups += [group for group in groups if group is not None]
 
     def loaded(self) -> None:
         """All ranks are ready to work: until now one could wait long for another that was reading

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ OPERATIONS = ("all_reduce", "broadcast", "gather", "all_gather", "reduce_scatter
 def memory_bytes(size: int) -> int:
     """What a group of so many ranks shares."""
     flags = 4096 * -(-size * kernels.FLAG_BYTES // 4096)
-    return flags + 2 * size * (kernels.HEADER + SLOT)
+    pages = -(-2 * size * (kernels.HEADER + SLOT) // 4096)
+    return flags + 4096 * pages
 
 
 def is_available() -> bool:
@@ -40,10 +42,11 @@ def is_available() -> bool:
     return hasattr(os, "memfd_create")
 
 
-def make_memory(size: int) -> int:
-    """A descriptor of a group's memory, all zeros, for the ranks to inherit."""
+def make_memory(*sizes: int) -> int:
+    """A descriptor of the memory of groups of so many ranks each, one after the other, all zeros, for
+    the ranks to inherit."""
     descriptor = os.memfd_create("group")
-    os.ftruncate(descriptor, memory_bytes(size))
+    os.ftruncate(descriptor, sum(map(memory_bytes, sizes)))
     return descriptor
 
 
@@ -60,18 +63,29 @@ class SharedMemoryGroup(Group):
     """
 
     def __init__(
-        self, descriptor: int, rank: int, size: int, timeout: float, health: Health
+        self,
+        descriptor: int,
+        rank: int,
+        size: int,
+        timeout: float,
+        health: Health,
+        offset: int = 0,
+        members: Sequence[int] | None = None,
+        num_ranks: int | None = None,
     ) -> None:
-        """descriptor: see `make_memory`; the caller may close it afterwards."""
+        """descriptor: see `make_memory`; the caller may close it afterwards. offset: where this group's
+        memory begins. members: what its ranks are called, where they are some of num_ranks."""
         assert 2 <= size <= kernels.MAX_RANKS, size
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.names = rank, size, members or range(size)
         self._timeout, self._health = timeout, health
-        self._map = mmap.mmap(descriptor, memory_bytes(size))
+        self._map = mmap.mmap(descriptor, memory_bytes(size), offset=offset)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._round = 0
+        self._sender: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()  # nobody closes the memory while a kernel is in it
         self._memory: int | None = self._bytes.data_ptr()
-        crowded = size > usable_cores()  # the awaited rank may need this very core
+        # the awaited rank may need this very core
+        crowded = (size if num_ranks is None else num_ranks) > usable_cores()
         self._spins, self._long_spins = (1, 0) if crowded else (SPINS, LONG_SPINS)
         self._limit = np.array([0, int(LONGEST_SLEEP * 1e9)], dtype=np.int64)  # a timespec
         load_kernels()
@@ -117,6 +131,14 @@ class SharedMemoryGroup(Group):
                     self._wait("broadcast", self._round, root)
                     self._check_headers("broadcast", len(ours), root)
                     part.copy_(self._slot(root, len(part)))
+
+    def send(self, x: Tensor) -> None:
+        """Returns at once: a thread waits until there is room, which is for two chunks. What goes wrong
+        in it is reported to all who wait."""
+        self._health.check()
+        if self._sender is None:
+            self._sender = ThreadPoolExecutor(1, thread_name_prefix="pipe")
+        self._sender.submit(self.broadcast, x, self.rank)
 
     def gather(self, x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor] | None:
         """Every rank but 0 writes its x once."""
@@ -169,8 +191,8 @@ class SharedMemoryGroup(Group):
             tables = [self._header(r)[2 : 2 + self.size].tolist() for r in range(self.size)]
             for r, target in enumerate(targets):
                 if tables[r][self.rank] != len(target):
-                    gives = f"{tables[r][self.rank]} bytes for rank {self.rank}"
-                    problem = f"rank {r} has {gives}, which expects {len(target)}"
+                    gives = f"{tables[r][self.rank]} bytes for rank {self.names[self.rank]}"
+                    problem = f"rank {self.names[r]} has {gives}, which expects {len(target)}"
                     raise self._health.report(problem)
             begins = [sum(tables[r][: self.rank]) for r in range(self.size)]
             for begin in range(0, max(1, *(sum(t) for t in tables)), SLOT):
@@ -190,6 +212,8 @@ class SharedMemoryGroup(Group):
 
     def close(self) -> None:
         """Waits for a thread that is inside; it has to be told by `health` before."""
+        if self._sender is not None:
+            self._sender.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             if self._memory is None:
                 return
@@ -254,10 +278,9 @@ class SharedMemoryGroup(Group):
             now = time.monotonic()
             deadline = deadline or now + self._timeout
             if now > deadline:
-                problem = (
-                    f"rank {missing} has not answered rank {self.rank} for {self._timeout:g} s"
-                )
-                raise self._health.report_silence(missing, f"{problem} in {name}")
+                silent, ours = self.names[missing], self.names[self.rank]
+                problem = f"rank {silent} has not answered rank {ours} for {self._timeout:g} s"
+                raise self._health.report_silence(silent, f"{problem} in {name}")
 
     def _check_headers(self, name: str, total: int | None, only: int = -1) -> None:
         """Raises RankError when another rank does something else in this round."""
@@ -265,8 +288,8 @@ class SharedMemoryGroup(Group):
         for r in [only] if only >= 0 else range(self.size):
             what, length = self._header(r)[:2].tolist()
             if what != ours or (total is not None and length != total):
-                theirs = f"rank {r} is in {OPERATIONS[what]} of {length} bytes"
-                problem = f"{theirs}, rank {self.rank} in {name}"
+                theirs = f"rank {self.names[r]} is in {OPERATIONS[what]} of {length} bytes"
+                problem = f"{theirs}, rank {self.names[self.rank]} in {name}"
                 raise self._health.report(problem if total is None else f"{problem} of {total}")
 
     def _place(self, rank: int) -> int:

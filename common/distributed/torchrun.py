@@ -16,9 +16,11 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from common.device import usable_cores
 from common.distributed.control_gloo import GlooReceiver, GlooSender
 from common.distributed.gloo import TorchGroup, make_backend, own_address
+from common.distributed.group import Group
 from common.distributed.health import Health, reason_of
 from common.distributed.ranks import LOAD_SECONDS, Ranks
 from common.distributed.rendezvous import meet
+from common.distributed.stages import join_stages
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 JOB = "job"  # key in the store: what rank 0 tells the others at the start, as JSON
@@ -36,6 +38,7 @@ def start_torchrun(
     timeout: float,
     fingerprint: Mapping[str, str],
     start_timeout: float,
+    num_stages: int = 1,
 ) -> Ranks:
     """Rank 0. Raises ValueError, RankError."""
     rank, found = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -50,6 +53,7 @@ def start_torchrun(
         "device": device.type,
         "timeout": timeout,
         "start_timeout": start_timeout,
+        "num_stages": num_stages,
     }
     store.set(JOB, json.dumps(job))
     return _meet_all(store, 0, job, fingerprint)
@@ -84,13 +88,19 @@ def _meet_all(store: Store, rank: int, job: dict, fingerprint: Mapping[str, str]
     patience = max(timeout, LOAD_SECONDS)
     # An order is taken when its rank has time; heartbeats count.
     orders = make_backend(store, "control", rank, size, torch.device("cpu"), patience, host)
-    data = make_backend(store, "data", rank, size, device, patience, host)
-    group = TorchGroup(data, device, patience, health)
+
+    def make(name: str, of: list[int]) -> Group:
+        backend = make_backend(store, name, of.index(rank), len(of), device, patience, host)
+        return TorchGroup(backend, device, patience, health, of)
+
+    group = make("data", list(range(size)))
     sides = GlooSender if rank == 0 else GlooReceiver
     threads = max(1, usable_cores() // num_local)
     control = sides(orders, store, timeout, health)
     control.expect_signs()
-    return Ranks(rank, size, group, control, device, threads, health, timeout=timeout)
+    ranks = Ranks(rank, size, group, control, device, threads, health, timeout=timeout)
+    ranks.divide(join_stages(job["num_stages"], rank, group, make))
+    return ranks
 
 
 def _torchrun_store(timeout: float) -> Store:

@@ -1,6 +1,6 @@
 """The forwards of decode steps as CUDA graphs: how fast an engine is whose launches cost nothing.
 
-No part captures graphs yet. From part 05 on the input of a step lies at fixed addresses, padded up
+Part 15 captures graphs itself. From part 05 on the input of a step lies at fixed addresses, padded up
 to a bucket, so that a forward captured on one batch serves all batches of its bucket. This puts
 graphs into a runner for the time of a measurement, which shows both: that they may be captured, and
 what they are worth.
@@ -8,6 +8,7 @@ what they are worth.
 
 import contextlib
 import importlib
+import importlib.util
 import time
 from types import TracebackType
 from typing import Any
@@ -18,9 +19,15 @@ from common.bench.core.processes import part_package
 REPLAYS = 20
 
 
+def captures_itself(part: int) -> bool:
+    """Whether a part has graphs of its own."""
+    return importlib.util.find_spec(f"{part_package(part)}.cuda_graphs") is not None
+
+
 def can_capture(part: int) -> bool:
-    """Whether a part's input has fixed places."""
-    return hasattr(importlib.import_module(f"{part_package(part)}.input_batch"), "Bucket")
+    """Whether a part's input has fixed places, and no graphs of its own."""
+    module = importlib.import_module(f"{part_package(part)}.input_batch")
+    return hasattr(module, "Bucket") and not captures_itself(part)
 
 
 class Graphs:

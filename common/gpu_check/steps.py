@@ -14,7 +14,7 @@ from typing import Any
 
 from common.bench.core.workload import random_prompts
 from common.gpu_check.engines import engine_of
-from common.gpu_check.graphs import Graphs, can_capture
+from common.gpu_check.graphs import Graphs, can_capture, captures_itself
 from common.gpu_check.guard import guard_checks, speculation_checks
 from common.gpu_check.items import Check, Once
 from common.gpu_check.ladder import run
@@ -43,6 +43,10 @@ def checks(job: dict[str, Any]) -> Iterator[Check]:
         for size in sizes:
             name = f"{job['name']}, forward as a graph, batch {size}"
             yield name, lambda size=size: captured(engine()[0], job, size)
+    if captures_itself(job["part"]):
+        for size in sizes:
+            name = f"{job['name']}, launched from Python, batch {size}"
+            yield name, lambda size=size: launched(engine()[0], job, size)
     for size in sizes[::3]:
         name = f"{job['name']}, launches, batch {size}"
         yield name, lambda size=size: launches(engine()[0], job, size)
@@ -135,6 +139,24 @@ def captured(engine: Any, job: dict[str, Any], size: int) -> dict[str, Any]:
         assert same > 50, f"{same:.0f}% of the tokens are those of ordinary steps"
         times = loop_times(engine, job, 2, size)
         return {**times, "forward us": graphs.microseconds(), "same tokens %": same}
+
+
+def launched(engine: Any, job: dict[str, Any], size: int) -> dict[str, Any]:
+    """As `loop_times`, without the engine's own graphs. Raises AssertionError where the tokens are not
+    those of steps with graphs."""
+    from common.bench.core.rates import same_tokens
+
+    graphs, count = engine.runner.graphs, QUICK_OUTPUT_LEN if job["quick"] else 24
+    before = graphs.num_replays
+    expected = decode(engine, size, count)["outputs"]
+    assert graphs.num_replays > before, "no step was replayed"
+    graphs.reason = "they are measured without"
+    try:
+        same = same_tokens(decode(engine, size, count)["outputs"], expected)
+        assert same > 50, f"{same:.0f}% of the tokens are those of steps with graphs"
+        return {**loop_times(engine, job, 2, size), "same tokens %": same}
+    finally:
+        graphs.reason = None
 
 
 def launches(engine: Any, job: dict[str, Any], size: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import reprlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableSequence, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -31,11 +31,17 @@ from common.http.schemas import (
     CompletionRequest,
     check_logprobs,
 )
+from common.http.structured import compiled, grammar_of
 from common.http.tokenize_routes import add_tokenize_routes
+from common.http.tools.formats import format_of
+from common.http.tools.schemas import ToolChatRequest
+from common.http.tools.use import ToolUse, told
 from common.http.trace_routes import ExpertStats, add_trace_routes
 from common.metrics import EngineMetrics
 from common.models.tokenizer import Tokenizer
 from common.requests import check_prompt
+from common.structured.compiler import GrammarCompiler
+from common.structured.grammar import Grammar
 from common.trace import Trace
 
 T = TypeVar("T")
@@ -51,11 +57,34 @@ def installed_version() -> str:
         return "unknown"
 
 
+@dataclasses.dataclass(frozen=True)
+class Seat:
+    """Which of several HTTP processes this is. places: what each has admitted, in memory that they share;
+    None: there is one process."""
+
+    own: int = 0
+    places: MutableSequence[int] | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        return self.places is None
+
+
+ALONE = Seat()
+
+
 class Admission:
     """Counts the completions under way and refuses beyond a limit."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.count, self.num_refused = limit, 0, 0
+    def __init__(self, limit: int, seat: Seat = ALONE) -> None:
+        self.limit, self.own = limit, seat.own
+        self.places = [0] if seat.places is None else seat.places
+        self.on_refused: Callable[[int], None] = lambda count: None
+
+    @property
+    def count(self) -> int:
+        """Of all processes."""
+        return sum(self.places)
 
     def check(self, count: int) -> None:
         """Raises ApiError 503 with Retry-After unless `count` places are free; 400 when there are
@@ -68,23 +97,28 @@ class Admission:
                 param="n",
             )
         if self.count + count > self.limit:
-            self.num_refused += count
-            raise ApiError(
-                503,
-                f"the server is full: {self.count} completions are running or waiting",
-                code="overloaded",
-                headers={"Retry-After": "1"},
-            )
+            raise self._full(count)
+
+    def _full(self, count: int) -> ApiError:
+        self.on_refused(count)
+        return ApiError(
+            503,
+            f"the server is full: {self.count} completions are running or waiting",
+            code="overloaded",
+            headers={"Retry-After": "1"},
+        )
 
     @contextlib.contextmanager
     def admit(self, count: int) -> Iterator[None]:
         """Hold `count` places. Raises ApiError as `check` does."""
         self.check(count)
-        self.count += count
+        self.places[self.own] += count
         try:
+            if self.count > self.limit:  # another process has admitted at the same moment
+                raise self._full(count)
             yield
         finally:
-            self.count -= count
+            self.places[self.own] -= count
 
 
 async def unless_disconnected(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -132,6 +166,8 @@ class Frontend:
     engine: anything with `config.model`, `tokenizer`, `max_model_len`, `vocab_size`, and
     `sampling_defaults` where its model has any.
     streaming, max_n, cache_salt, speculative, prompt_logprobs: what this part can do.
+    grammars: compiles what outputs must be like, where this part can keep to it.
+    tool_call_parser: how calls of tools are read, where this part can.
     health: None while all is well, else what is wrong.
     """
 
@@ -145,6 +181,8 @@ class Frontend:
         cache_salt: bool = False,
         speculative: bool = False,
         prompt_logprobs: bool = False,
+        grammars: GrammarCompiler | None = None,
+        tool_call_parser: str | None = None,
         health: Callable[[], str | None] = lambda: None,
         lifespan: Any = None,
     ) -> None:
@@ -159,6 +197,12 @@ class Frontend:
         self.cache_salt, self.speculative = cache_salt, speculative
         self.prompt_logprobs = prompt_logprobs
         self.timed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.grammars, self.tool_format = grammars, None
+        if grammars is not None:
+            grammars.prepare()
+        if tool_call_parser is not None:
+            template = self.tokenizer.chat_template if self.tokenizer else None
+            self.tool_format = format_of(template, tool_call_parser)
         name = engine.config.model
         self.model = config.served_model_name or (
             os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
@@ -227,7 +271,9 @@ class Frontend:
         async def completions(body: CompletionRequest, request: Request) -> Response:
             return await respond(body, request)
 
-        async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        chat_request = ChatCompletionRequest if self.tool_format is None else ToolChatRequest
+
+        async def chat_completions(body: chat_request, request: Request) -> Response:
             return await respond(body, request)
 
         for path, handler in (
@@ -241,18 +287,28 @@ class Frontend:
         `/trace.perfetto.json`. experts: which of them were chosen how often, where there are any."""
         add_trace_routes(self.app, trace, experts)
 
-    def add_metrics(self, metrics: EngineMetrics, admission: Admission | None = None) -> None:
+    def add_metrics(
+        self,
+        metrics: EngineMetrics,
+        admission: Admission | None = None,
+        refresh: Callable[[], Awaitable[None]] | None = None,
+        own_process: bool = True,
+    ) -> None:
         """Add `GET /metrics`: the engine's numbers and this process's, for Prometheus to read.
 
         admission: with it, all of vLLM's metrics that there are (`common/vllm_metrics.py`), those of
         HTTP requests among them, and `GET /trace.requests.jsonl`.
+        refresh: awaited before each answer, to have the numbers of an engine in another process.
+        own_process: as `make_registry` takes it.
         """
-        num_refused = None if admission is None else lambda: admission.num_refused
-        registry = make_registry(metrics, self.model, num_refused)
+        registry = make_registry(metrics, self.model, admission is not None, own_process)
         if admission is not None:
-            self.timed = add_request_log(self.app, registry).timed
+            admission.on_refused = metrics.on_refused
+            self.timed = add_request_log(self.app, registry if own_process else None).timed
 
         async def scrape(request: Request) -> Response:
+            if refresh is not None:
+                await refresh()
             content, kind = render(registry, ", ".join(request.headers.getlist("accept")))
             return Response(content, headers={"Content-Type": kind})
 
@@ -273,7 +329,12 @@ class Frontend:
             cache_salt=self.cache_salt,
             speculative=self.speculative,
             prompt_logprobs=self.prompt_logprobs,
+            structured=self.grammars is not None,
         )
+        asked = None
+        if self.grammars is not None:
+            asked = await self.tokenizing(lambda: grammar_of(request.model_extra or {}))
+        use = self._tool_use(request, asked)
         params = request.sampling_params(self.sampling_defaults)
         chat = isinstance(request, ChatCompletionRequest)
         texts: list[Any] = [request.messages] if chat else request.prompts()
@@ -286,6 +347,8 @@ class Frontend:
                 param=field,
             )
         template_options = request.template_options() if chat else {}
+        if use is not None:
+            template_options["use"] = use
         try:
             marks["tokenize"] = time.perf_counter()
             prompts = await self.tokenizing(
@@ -301,6 +364,11 @@ class Frontend:
         except ValueError as error:
             raise field_error(str(error)) from None
         check_logprobs(prompts, params, self.max_model_len, chat)
+        grammar = None
+        if use is not None and use.is_forced:
+            asked = await self.tokenizing(lambda: ("tools", use.grammar()))
+        if asked is not None:
+            grammar = await compiled(self.grammars, *asked)
         options = request.stream_options
         echoes = None
         if not chat and request.echo:
@@ -312,6 +380,7 @@ class Frontend:
             params=params,
             stream=bool(request.stream),
             include_usage=bool(options and options.include_usage),
+            continuous_usage=bool(options and options.continuous_usage_stats),
             tokenizer=self.tokenizer,
             cache_salt=request.cache_salt,
             may_draft=request.speculative is not False,
@@ -319,7 +388,25 @@ class Frontend:
             is_prompt_alone=not chat and request.is_prompt_alone,
             prompt_logprobs=request.prompt_logprobs,
             marks=marks,
+            grammar=grammar,
+            tools=use,
         )
+
+    def _tool_use(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        asked: tuple[str, Grammar] | None,
+    ) -> ToolUse | None:
+        """What the model may call, if anything. Raises ApiError."""
+        if not isinstance(request, ToolChatRequest) or self.tool_format is None:
+            return None
+        use = ToolUse.of(request, *self.tool_format)
+        if use is not None and asked is not None:
+            text = (
+                f"{asked[0]} and tools exclude each other; with tool_choice none they go together"
+            )
+            raise ApiError(400, text, param=asked[0])
+        return use
 
     def _texts(self, prompts: list[str | list[int]]) -> list[str]:
         """Prompts as text, those that were sent as token ids too."""
@@ -330,15 +417,23 @@ class Frontend:
             for prompt in prompts
         ]
 
-    def _tokens(self, prompt: str | list[Any], **template_options: bool) -> list[int]:
-        """Text, token ids or messages to token ids. Raises ValueError."""
+    def _tokens(
+        self, prompt: str | list[Any], use: ToolUse | None = None, **template_options: Any
+    ) -> list[int]:
+        """Text, token ids or messages to token ids. use: the tools of a chat. Raises ValueError."""
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             return prompt
         name = "prompt" if isinstance(prompt, str) else "messages"
         if self.tokenizer is None:
             raise ValueError(f"{name}: {self.model} has no tokenizer; send token ids as prompt")
         messages = [] if isinstance(prompt, str) else [message.as_dict() for message in prompt]
-        size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in messages)
+        if self.tool_format is not None and not isinstance(prompt, str):
+            if not self.tool_format[1]:  # the template knows no tools
+                messages = told(messages, use)
+            elif use is not None:
+                template_options["tools"] = use.tools
+        size = len(prompt) if isinstance(prompt, str) else size_of(messages)
+        size += size_of(template_options.get("tools", []))
         if size > self.max_model_len * self.tokenizer.longest_token:
             raise ValueError(
                 f"{name} has {size} characters, more than the context of"
@@ -347,6 +442,14 @@ class Frontend:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         return self.tokenizer.encode_chat(messages, **template_options)
+
+
+def size_of(messages: list[dict[str, Any]]) -> int:
+    """Characters of messages or tools."""
+    sizes = (
+        len(m["content"]) if m.keys() <= {"role", "content"} else len(str(m)) for m in messages
+    )
+    return sum(sizes)
 
 
 async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,6 +1,6 @@
 """`GET /metrics`: an engine's numbers and the process's own, in the formats Prometheus reads."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -40,48 +40,43 @@ SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
 class EngineCollector(Collector):
     """Reads an engine's numbers whenever its registry is asked for them.
 
-    num_refused: how many completions were refused for want of room; with it the exposition is
-    complete: all that `common/vllm_metrics.py` lists as had.
+    complete: with all that `common/vllm_metrics.py` lists as had.
     """
 
-    def __init__(
-        self,
-        metrics: EngineMetrics,
-        model_name: str,
-        num_refused: Callable[[], int] | None = None,
-    ) -> None:
-        self.metrics, self.num_refused = metrics, num_refused
+    def __init__(self, metrics: EngineMetrics, model_name: str, complete: bool = False) -> None:
+        self.metrics, self.complete = metrics, complete
         self.values = [model_name, ENGINE]
 
     def collect(self) -> Iterator[Metric]:
+        metrics = self.metrics.total()
         yield from self._readings()
         for name, text in COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=LABELS)
-            counter.add_metric(self.values, self.metrics.counters[name])
+            counter.add_metric(self.values, metrics.counters[name])
             yield counter
         finished = CounterMetricFamily(
             "vllm:request_success",
             "Requests that ended, by how.",
             labels=[*LABELS, "finished_reason"],
         )
-        for reason, count in self.metrics.finished.items():
+        for reason, count in metrics.finished.items():
             finished.add_metric([*self.values, reason], count)
         yield finished
         shown = HISTOGRAMS
-        if self.num_refused is not None:
+        if self.complete:
             shown = HISTOGRAMS | MORE_HISTOGRAMS
-            yield from self._frontends(self.num_refused())
+            yield from self._frontends(metrics)
         for name, (text, _) in shown.items():
-            histogram = self.metrics.histograms[name]
+            histogram = metrics.histograms[name]
             family = HistogramMetricFamily(name, text, labels=LABELS)
             bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
             counts = accumulate(histogram.counts)
             family.add_metric(self.values, list(zip(bounds, counts, strict=True)), histogram.sum)
             yield family
 
-    def _frontends(self, num_refused: int) -> Iterator[Metric]:
+    def _frontends(self, metrics: EngineMetrics) -> Iterator[Metric]:
         """What is known on this side of the engine, beyond `COUNTERS`."""
-        sources = self.metrics.prompt_sources
+        sources = metrics.prompt_sources
         by_source = CounterMetricFamily(
             "vllm:prompt_tokens_by_source",
             "Prompt tokens that were computed, found here, or came from elsewhere.",
@@ -98,7 +93,7 @@ class EngineCollector(Collector):
             "Completions that were refused for want of room.",
             labels=["model_name", "reason"],
         )
-        refused.add_metric([self.values[0], "max_num_queued_reqs"], num_refused)
+        refused.add_metric([self.values[0], "max_num_queued_reqs"], metrics.num_refused)
         yield from (by_source, cached, refused)
 
     def _more_readings(self, stats: dict[str, Any]) -> Iterator[Metric]:
@@ -117,7 +112,7 @@ class EngineCollector(Collector):
     def _readings(self) -> Iterator[Metric]:
         """What the engine's `stats()` says."""
         stats = self.metrics.stats()
-        if self.num_refused is not None:
+        if self.complete:
             stats = with_defaults(stats)
             yield from self._more_readings(stats)
         for reading in READINGS:
@@ -197,14 +192,17 @@ def labelled(stats: dict[str, Any]) -> Iterator[tuple[str, str, Any, str, dict[s
 
 
 def make_registry(
-    metrics: EngineMetrics, model_name: str, num_refused: Callable[[], int] | None = None
+    metrics: EngineMetrics, model_name: str, complete: bool = False, own_process: bool = True
 ) -> CollectorRegistry:
     """A registry of its own for each app, beside which others may live in the process.
 
-    num_refused: as `EngineCollector` has it.
+    complete: as `EngineCollector` has it. own_process: with what this process uses. It is one of several
+    where the next scrape may meet another.
     """
     registry = CollectorRegistry()
-    registry.register(EngineCollector(metrics, model_name, num_refused))
+    registry.register(EngineCollector(metrics, model_name, complete))
+    if not own_process:
+        return registry
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
     return registry

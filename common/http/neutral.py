@@ -87,7 +87,6 @@ COMPLETION: dict[str, Rule] = REQUEST | {
     "continue_final_message": (False,),
 }
 STREAM_OPTIONS: dict[str, Rule] = {
-    "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),
 }
 MESSAGE: dict[str, Rule] = {

@@ -168,8 +168,11 @@ class RequestLog:
                 self.lives.append(life)
 
 
-def add_request_log(app: FastAPI, registry: CollectorRegistry) -> Instruments:
-    """Count an app's requests into a registry, and add `GET /trace.requests.jsonl`."""
+def add_request_log(app: FastAPI, registry: CollectorRegistry | None) -> Instruments:
+    """Count an app's requests into a registry, and add `GET /trace.requests.jsonl`.
+
+    registry: None where the next scrape may meet another process: what is counted is not shown.
+    """
     instruments, lives = Instruments(registry), deque[Life](maxlen=CAPACITY)
     app.add_middleware(RequestLog, instruments=instruments, lives=lives)
 

@@ -16,10 +16,13 @@ from typing import Any
 
 from common.completions import Completion, Delta, OutputProcessor, TokenLogprobs
 from common.http.errors import failure
+from common.http.tools.parser import ToolParser, whole_message
+from common.http.tools.use import ToolUse
 from common.kv_transfer.ticket import Ticket
 from common.models.tokenizer import Tokenizer
 from common.requests import Request, fan_out
 from common.sampling import SamplingParams
+from common.structured.grammar import Grammar
 
 # Completions side by side: (index, its output so far, what is new), as tokens are born. Closing it
 # ends what is unfinished.
@@ -97,7 +100,10 @@ class Job:
     echoes: list[str] | None = None  # the prompts' texts, to come back before the completions
     is_prompt_alone: bool = False  # and without them
     prompt_logprobs: int | None = None  # how many are shown in vLLM's form, beside an echo's
+    continuous_usage: bool = False  # in each chunk of a stream, of the request so far
     kv_ticket: Ticket | None = None  # where the prompt may be computed
+    grammar: Grammar | None = None  # what the outputs must be like
+    tools: ToolUse | None = None  # what a chat's model may call
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     request_ids: list[str] = field(default_factory=list)  # of what the engine was asked for
@@ -105,6 +111,7 @@ class Job:
     taken: array = field(default_factory=lambda: array("d"))
     detokenized: array = field(default_factory=lambda: array("d"))
     _offsets: dict[int, "TextOffsets"] = field(default_factory=dict)  # of each choice streamed
+    _parsers: dict[int, ToolParser] = field(default_factory=dict)  # of each choice streamed
 
     @property
     def num_choices(self) -> int:
@@ -113,7 +120,7 @@ class Job:
     def requests(self) -> list[Request]:
         """What an engine is asked for: a request for each choice, prompt by prompt."""
         prompts = [(prompt, self.params) for prompt in self.prompts]
-        requests = fan_out(prompts, self.cache_salt, self.may_draft)
+        requests = fan_out(prompts, self.cache_salt, self.may_draft, self.grammar)
         self.request_ids = [request.request_id for request in requests]
         self.marks["submitted"] = time.perf_counter()
         if (ticket := self.kv_ticket) is None:
@@ -131,7 +138,12 @@ class Job:
         for index, completion in enumerate(completions):
             reason = self._reason(completion.finish_reason)
             choice: dict[str, Any] = {"index": index, "finish_reason": reason}
-            if self.chat:
+            if self.tools is not None:
+                message = whole_message(self.tools.parser(), completion.text)
+                choice["message"] = message
+                if reason == "stop" and "tool_calls" in message:
+                    choice["finish_reason"] = "tool_calls"
+            elif self.chat:
                 choice["message"] = {"role": "assistant", "content": completion.text}
             else:
                 choice["text"] = self._echo(index) + self._shown(completion.text)
@@ -204,6 +216,27 @@ class Job:
         news = delta.text or delta.logprobs or delta.finish_reason
         return bool(news) or (self.tokenizer is None and bool(delta.token_ids))
 
+    def chunks_of(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """The stream chunks of choice `index` for what is new: several where calls are read."""
+        if self.tools is None:
+            yield self.chunk(index, delta)
+            return
+        if index not in self._parsers:
+            self._parsers[index] = self.tools.parser()
+        parser, reason = self._parsers[index], delta.finish_reason
+        pieces = parser.push(delta.text) + (parser.end() if reason else [])
+        if reason == "stop" and parser.num_calls:
+            reason = "tool_calls"
+        if delta.logprobs:
+            first = pieces.pop(0) if pieces else {"content": ""}
+            chunk = self.chunk(index, replace(delta, text="", finish_reason=None))
+            chunk["choices"][0]["delta"] = first
+            yield chunk
+        for piece in pieces:
+            yield self._chunk(index, piece)
+        if reason is not None:
+            yield self._chunk(index, {}, reason)
+
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         """A stream chunk of choice `index`."""
         content = {"content": delta.text} if self.chat else self._shown(delta.text)
@@ -229,16 +262,28 @@ class Job:
         outputs: dict[int, OutputProcessor] = {}
         async with aclosing(stream):
             for chunk in self.opening_chunks():
-                yield chunk
+                yield self._counted(chunk, outputs)
             async for index, output, delta in stream:
                 self._note(output)
                 outputs[index] = output
                 if delta.finish_reason == "error":
                     raise failure(delta.error)
                 if self.has_news(delta):
-                    yield self.chunk(index, delta)
+                    for chunk in self.chunks_of(index, delta):
+                        yield self._counted(chunk, outputs)
         if self.include_usage:
             yield self.usage_chunk([outputs[index] for index in sorted(outputs)])
+
+    def _counted(
+        self, chunk: dict[str, Any], outputs: dict[int, OutputProcessor]
+    ) -> dict[str, Any]:
+        """A chunk with the tokens so far, where the client asked for them in each."""
+        if self.continuous_usage:
+            prompt = sum(map(len, self.prompts))
+            completion = sum(len(output.token_ids) for output in outputs.values())
+            total = {"total_tokens": prompt + completion}
+            chunk["usage"] = {"prompt_tokens": prompt, "completion_tokens": completion} | total
+        return chunk
 
     def _note(self, output: OutputProcessor) -> None:
         self.taken.append(output.began)

@@ -22,6 +22,8 @@ from common.device import release_openmp_workers
 from common.options import option, validate
 
 HEADER_SECONDS = 20.0  # for a request's headers to arrive
+BACKLOG = 2048  # connections that may wait to be accepted
+BACKLOG_SHARED = 8  # that one of several processes accepts at once, so that others have some
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def make_server(app: FastAPI, config: ServerConfig) -> _Server:
+def make_server(app: FastAPI, config: ServerConfig, backlog: int = BACKLOG) -> _Server:
     """uvicorn as every part runs it: HTTP/1.1 only, no WebSockets, patient but not for ever."""
     return _Server(
         uvicorn.Config(
@@ -148,6 +150,7 @@ def make_server(app: FastAPI, config: ServerConfig) -> _Server:
             ws="none",
             log_level="info" if config.access_log else "warning",
             access_log=config.access_log,
+            backlog=backlog,
             timeout_graceful_shutdown=config.shutdown_timeout,
             server_header=False,
         )
@@ -168,36 +171,49 @@ def bind(config: ServerConfig) -> socket.socket:
     return sock
 
 
-def _exit_once(*_: Any) -> None:
+def exit_once(*_: Any) -> None:
     """End the process. A second SIGTERM must not interrupt the clean-up that this one begins."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(0)
 
 
-def serve(build: Callable[[], FastAPI], config: ServerConfig) -> None:
+def announce(sock: socket.socket, config: ServerConfig, begin: float) -> None:
+    """Say where the server is. begin: when it was started, by `time.monotonic`."""
+    host, port = sock.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    print(f"Ready after {time.monotonic() - begin:.1f} s: http://{host}:{port}", flush=True)
+    if not config.is_loopback and config.api_key is None:
+        print("Anyone who can reach this address can use it: see --api-key", flush=True)
+
+
+def serve(
+    build: Callable[[], FastAPI],
+    config: ServerConfig,
+    shared: socket.socket | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
     """Bind, build the app (which loads the model), and serve until SIGTERM or Ctrl+C.
 
     After SIGTERM no new connection is taken and running requests have `shutdown_timeout` seconds.
     Bad models and busy ports end the process with one line and status 1.
+    shared: a socket that other processes listen on too; on_ready: called in place of the line for users.
     """
     start = time.monotonic()
-    signal.signal(signal.SIGTERM, _exit_once)
+    signal.signal(signal.SIGTERM, exit_once)
     # A stream is cut by the timeout below, not the moment SIGTERM arrives.
     AppStatus.disable_automatic_graceful_drain()
-    sock = bind(config)
+    sock = shared or bind(config)
     try:
         app = build()
         release_openmp_workers()  # this thread has loaded the model; another will run it
-        sock.listen()  # the port may have been taken since
-        server = make_server(app, config)
-        host, port = sock.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
+        sock.listen(BACKLOG)  # the port may have been taken since
+        server = make_server(app, config, BACKLOG_SHARED if shared else BACKLOG)
+        port = sock.getsockname()[1]
 
         def ready() -> None:
-            seconds = time.monotonic() - start
-            print(f"Ready after {seconds:.1f} s: http://{host}:{port}", flush=True)
-            if not config.is_loopback and config.api_key is None:
-                print("Anyone who can reach this address can use it: see --api-key", flush=True)
+            if shared:
+                sock.listen(BACKLOG)  # asyncio's server has set what it accepts at once
+            (on_ready or (lambda: announce(sock, config, start)))()
 
         server.on_ready = ready
         server.run(sockets=[sock])

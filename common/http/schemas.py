@@ -22,6 +22,7 @@ from pydantic import (
 
 from common.http import neutral
 from common.http.errors import ApiError, field_error
+from common.http.structured import READERS
 from common.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, shown
 
 MAX_CHOICES = 128  # prompts times n in one request
@@ -94,6 +95,7 @@ class StreamOptions(_Object):
     rules = neutral.STREAM_OPTIONS
 
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False  # vLLM's: so far, in each chunk
 
 
 class _Request(BaseModel):
@@ -131,9 +133,12 @@ class _Request(BaseModel):
         cache_salt: bool = False,
         speculative: bool = False,
         prompt_logprobs: bool = False,
+        structured: bool = False,
     ) -> None:
         """Refuse what is not supported. Raises ApiError naming the field."""
         for name, value in (self.model_extra or {}).items():
+            if structured and name in READERS:
+                continue
             if not neutral.asks_for_nothing(self.rules, name, value):
                 field = name if len(name) <= 64 else name[:64] + "…"
                 raise ApiError(400, f"{field} is not supported", param=field, code="unsupported")
@@ -157,6 +162,13 @@ class _Request(BaseModel):
             and not self.stream
         ):
             raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
+        options = self.stream_options
+        if options is not None and options.continuous_usage_stats and not options.include_usage:
+            raise ApiError(
+                400,
+                "stream_options.continuous_usage_stats needs include_usage to be true",
+                param="stream_options.continuous_usage_stats",
+            )
         if field := self.scored_by():
             if not prompt_logprobs:
                 raise ApiError(

@@ -20,8 +20,8 @@ OF_OTHERS = {
 def check_role(config: Any) -> None:
     """Raises ValueError where a worker's role does not go with its other settings."""
     if config.role in ("prefill", "decode"):
-        for name in ("tensor_parallel_size", "data_parallel_size"):
-            if (count := getattr(config, name)) > 1:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if (count := getattr(config, name, 1)) > 1:
                 raise ValueError(f"{name} is {count}: role {config.role} is for one rank")
         if config.offload != "off":
             raise ValueError(f"offload is {config.offload}: role {config.role} has no host tier")

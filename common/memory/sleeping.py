@@ -89,6 +89,8 @@ class RankSleep:
             except SleepError:
                 self.weights.forget()
                 raise
+        if (graphs := getattr(self.runner, "graphs", None)) is not None:
+            graphs.forget()
         self.weights.discard()
         self.kv.discard()
 

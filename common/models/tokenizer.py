@@ -6,6 +6,7 @@ comes with the checkpoint and is a program, so it runs in jinja's sandbox and un
 And a character of several bytes is never given out in halves.
 """
 
+import json
 import re
 import sys
 import time
@@ -92,13 +93,15 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         """The tokens of a conversation in the model's own format, up to where it is to answer.
 
-        messages: `{"role": …, "content": …}` each. add_generation_prompt: end with what opens an
+        messages: `{"role": …, "content": …}` each, of a model also `tool_calls`. tools: what the
+        template may tell the model of, in OpenAI's form. add_generation_prompt: end with what opens an
         answer. continue_final_message: end right behind the last message's text, which the model is
         to continue. Raises ValueError when both are true, when the model has no chat template, or
         when its template refuses the messages or does not keep the text that is to be continued.
@@ -114,30 +117,48 @@ class Tokenizer:
                 "add_generation_prompt and continue_final_message must not both be true:"
                 " one begins an answer, the other continues a message"
             )
-        _check_unicode("messages", "".join(message["content"] for message in messages))
+        for message in messages:
+            _check_unicode("messages", message["content"])
+        calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
+        _check_unicode("messages", json.dumps(calls, ensure_ascii=False))
+        _check_unicode("tools", json.dumps(tools, ensure_ascii=False))
 
-        def render(messages: list[dict[str, str]]) -> str:
+        def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
             if continue_final_message:
-                return self._render_continued(messages)
-            return self._render(messages, add_generation_prompt)
+                return self._render_continued(messages, tools)
+            return self._render(messages, add_generation_prompt, tools)
 
         def render_neutral() -> str:
             texts = [re.sub(r"\S", "x", message["content"]) for message in messages]
-            pairs = zip(messages, texts, strict=True)
+            pairs = zip(self._neutral(messages), texts, strict=True)
+            others = [{**message, "content": text} for message, text in pairs]
             try:
-                return render([{**message, "content": text} for message, text in pairs])
+                return render(others, self._neutral(tools))
             except ValueError:
                 return ""  # a template that looks at the text: what is in doubt stays text
 
-        return self._chat.encode(render(messages), render_neutral)
+        return self._chat.encode(render(messages, tools), render_neutral)
 
-    def _render_continued(self, messages: list[dict[str, str]]) -> str:
+    def _neutral(self, value: Any) -> Any:
+        """Calls and tools, whose texts and keys hold no special token. The others stay: templates
+        look for them."""
+        if isinstance(value, dict):
+            return {self._neutral(key): self._neutral(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._neutral(item) for item in value]
+        is_special = isinstance(value, str) and any(s in value for s in self.special_ids.values())
+        return re.sub(r"\S", "x", value) if is_special else value
+
+    def _render_continued(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> str:
         """As transformers has it: a mark goes behind the last message's text, and with it all that
         the template puts there."""
         if not messages:
             raise ValueError("continue_final_message: there is no message")
         *others, last = messages
-        text = self._render([*others, {**last, "content": last["content"] + CONTINUED}], False)
+        marked = [*others, {**last, "content": last["content"] + CONTINUED}]
+        text = self._render(marked, False, tools)
         end = text.rfind(CONTINUED.strip())
         if end < 0 or last["content"].strip() not in text:
             raise ValueError(
@@ -146,7 +167,18 @@ class Tokenizer:
         is_trimmed = not text.startswith(CONTINUED, end)
         return text[:end].rstrip() if is_trimmed else text[:end]
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    @property
+    def chat_template(self) -> str:
+        """The template's text; of several by name all."""
+        template = self._tokenizer.chat_template or ""
+        return template if isinstance(template, str) else "\n".join(template.values())
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:
@@ -154,7 +186,10 @@ class Tokenizer:
         try:
             with _Deadline(TEMPLATE_SECONDS):
                 text = self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                    messages,
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
         except TimeoutError:
             limit = f"{TEMPLATE_SECONDS:g} s"

@@ -13,7 +13,8 @@ def num_gpus(config: Any) -> int:
 
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return 0
-    return getattr(config, "tensor_parallel_size", 1)
+    stages = getattr(config, "pipeline_parallel_size", 1)
+    return stages * getattr(config, "tensor_parallel_size", 1)
 
 
 def share(config: Any, count: int) -> Any:

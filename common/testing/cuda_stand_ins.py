@@ -159,6 +159,7 @@ REPLACED = {
     "current_stream": lambda device=None: Stream(device),
     "CUDAGraph": Graph,
     "graph": capture,
+    "graph_pool_handle": touching((0, 1)),
     "is_current_stream_capturing": lambda: GPU.recorder is not None,
     "synchronize": touching(None),
     "empty_cache": touching(None),

@@ -4,7 +4,7 @@ import ast
 import gc
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -72,20 +72,24 @@ def distinct_files(name: str) -> list[int]:
 # until it reaches the engine.
 HTTP_PARTS = sorted({*distinct_files("server.py"), PARTS[-1]})
 
-# Bytes, unless a test asks for other: many engines live at once. The tiny models need little.
+
+def short_form(parts: Iterable[int], short: Iterable[int]) -> list[Any]:
+    """Parts as pytest's parameters: in the short form run the latest and those of `short`, the others in
+    the long one."""
+    import pytest
+
+    parts = list(parts)
+    kept = {*short, parts[-1]}
+    return [pytest.param(part, marks=[] if part in kept else pytest.mark.long) for part in parts]
 
 
 def http_parts(*more: int, first: int = 1) -> list[Any]:
-    """HTTP_PARTS from `first` on as pytest's parameters. In the short form run part 01, the first
-    that can stream, the latest, and `more`; the others in the long one: what these tests look at is
-    in common, and a part's server is a few lines."""
-    import pytest
-
-    parts = [part for part in HTTP_PARTS if part >= first]
-    short = {1, 2, parts[-1], *more}
-    return [pytest.param(part, marks=[] if part in short else pytest.mark.long) for part in parts]
+    """HTTP_PARTS from `first` on. In the short form run `first`, the latest, and `more`: what these tests
+    look at is in common, and a part's server is a few lines."""
+    return short_form([part for part in HTTP_PARTS if part >= first], {first, *more})
 
 
+# Bytes, unless a test asks for other: many engines live at once. The tiny models need little.
 KV_MEMORY = 256 << 20
 TINY_KV_MEMORY = 16 << 20
 

@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from common.distributed import Ranks, connect
 from common.distributed.control import Control
 from common.distributed.health import Health
 from common.distributed.shared_memory import SharedMemoryGroup, make_memory
+from common.distributed.stages import join_stages, members_of
 from common.models.checkpoint import resolve
 from common.testing.parts import module_of
 
@@ -58,21 +60,34 @@ class ThreadRanks:
         size, cpu = more["size"], torch.device("cpu")
         if size == 1:
             return connect(package, config, device, **more)
-        healths = [Health() for _ in range(size)]
-        memory = make_memory(size)
-        groups = [SharedMemoryGroup(memory, r, size, TIMEOUT, healths[r]) for r in range(size)]
-        os.close(memory)
+        healths, num_stages = [Health() for _ in range(size)], more.get("num_stages", 1)
+        groups: dict[tuple[str, int], SharedMemoryGroup] = {}
+        for name, of in ({"data": list(range(size))} | members_of(num_stages, size)).items():
+            memory = make_memory(len(of))
+            for place, rank in enumerate(of):
+                where = memory, place, len(of), TIMEOUT, healths[rank], 0, of, size
+                groups[name, rank] = SharedMemoryGroup(*where)
+            os.close(memory)
         queues: list[queue.Queue] = [queue.Queue() for _ in range(1, size)]
         controls = [QueueControl(None, queues), *(QueueControl(own, []) for own in queues)]
-        ranks = [Ranks(r, size, groups[r], controls[r], cpu, 1, healths[r]) for r in range(size)]
+        everyone = [groups["data", rank] for rank in range(size)]
+        ranks = [Ranks(r, size, everyone[r], controls[r], cpu, 1, healths[r]) for r in range(size)]
+
+        def divide(own: Ranks) -> None:
+            own.divide(
+                join_stages(num_stages, own.rank, own.group, lambda n, _: groups[n, own.rank])
+            )
+
         for other in ranks[1:]:
-            thread = threading.Thread(target=self.serve, args=(config, other), daemon=True)
+            thread = threading.Thread(target=self.serve, args=(config, other, divide), daemon=True)
             self.threads.append(thread)
             thread.start()
+        divide(ranks[0])
         return ranks[0]
 
-    def serve(self, config: dict[str, Any], ranks: Ranks) -> None:
+    def serve(self, config: dict[str, Any], ranks: Ranks, divide: Callable[[Ranks], None]) -> None:
         try:
+            divide(ranks)
             settings = module_of(self.part, "config").EngineConfig(**config)
             runner = module_of(self.part, "model_runner").ModelRunner(
                 settings, resolve(settings.model), ranks
@@ -85,13 +100,17 @@ class ThreadRanks:
 
 
 def engine_in_threads(part: int, model: str, size: int, **flags: Any) -> tuple[Any, ThreadRanks]:
-    """An engine of a part whose other ranks are threads, to be ended by `shutdown`, and these."""
+    """An engine of a part whose other ranks are threads, to be ended by `shutdown`, and these. size:
+    ranks of a stage."""
     others = ThreadRanks(part)
     config = module_of(part, "config").EngineConfig(
         model=model, tensor_parallel_size=size, threads=1, **flags
     )
     with patch.object(module_of(part, "ranks"), "connect", others.connect):
         engine = module_of(part, "engine").LLMEngine(config)
-    while len(others.runners) < size - 1 and not others.errors:
+    while (
+        len(others.runners) < size * flags.get("pipeline_parallel_size", 1) - 1
+        and not others.errors
+    ):
         time.sleep(0.001)  # the last of them leave their constructor
     return engine, others

@@ -34,6 +34,7 @@ class Known:
     prompt: list[int]
     params: SamplingParams
     output: list[int]
+    choice: int = 0
 
     def cut(self, max_tokens: int, stop_at: int | None) -> tuple[SamplingParams, list[int], str]:
         """(parameters, expected output, expected finish reason) of a shorter request.
@@ -97,10 +98,16 @@ def events(most: int = 14) -> st.SearchStrategy[list[Event]]:
 
 @dataclass
 class Drive:
-    """Drives an engine through a schedule and holds each output against what is known."""
+    """Drives an engine through a schedule and holds each output against what is known.
+
+    known: instead of the model's known requests. more: further parameters of every request.
+    """
 
     engine: Any
     model: str
+    known: list[Known] | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+    requests: dict[str, Known] = field(default_factory=dict)
     expected: dict[str, tuple[list[int], str]] = field(default_factory=dict)
     outputs: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -109,11 +116,13 @@ class Drive:
 
     def run(self, schedule: list[Event]) -> None:
         """The whole schedule, then steps until all is quiet. Raises AssertionError."""
-        known = known_requests(self.model)
+        known = self.known or known_requests(self.model)
         for number, event in enumerate(schedule):
-            params, *expected = known[event.request].cut(event.max_tokens, event.stop_at)
-            request_id = f"r{number}"
-            self.engine.add_request(Request(request_id, known[event.request].prompt, params))
+            one = known[event.request]
+            params, *expected = one.cut(event.max_tokens, event.stop_at)
+            request_id, params = f"r{number}", replace(params, **self.more)
+            self.engine.add_request(Request(request_id, one.prompt, params, one.choice))
+            self.requests[request_id] = one
             self.expected[request_id] = (expected[0], expected[1])
             self.outputs[request_id] = []
             if event.abort is not None and event.abort <= number:

@@ -5,7 +5,8 @@ running sequences the layout with the shortest decode step wins, among those who
 many sequences; the same number of sequences in a shorter step is both more tokens a second in all
 and fewer milliseconds a token for each. `sure` says whether it also wins when memory bandwidth, the
 rate of operations, the links' bandwidth and their latencies are 1.5 times as high or as low. The
-prefill is of one prompt on one replica, the rest idle.
+prefill is of one prompt on one replica, the rest idle. With --stages layers may be divided, too: stages
+send least, and leave as much memory for keys and values as any division of a replica does.
 
 Nothing is measured: see `parallel engines` for how far the model is off where it can be checked.
 """
@@ -13,6 +14,7 @@ Nothing is measured: see `parallel engines` for how far the model is off where i
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ class Choice:
     @property
     def name(self) -> str:
         dp = self.layout.dp * (1 if self.layout.ep else self.copies)
-        name = f"TP {self.layout.tp} × DP {dp}"
+        name = replace(self.layout, dp=dp, ep=False).name
         if self.layout.ep:
             name += f", EP {self.layout.num_ranks}"
         return name + (f", {self.copies} times" if self.layout.ep and self.copies > 1 else "")
@@ -73,6 +75,7 @@ def choices(
     context: int,
     dtype_bytes: int = 2,
     routing: Routing = EVEN,
+    num_stages: Sequence[int] = (1,),
 ) -> list[Choice]:
     """All layouts of all ranks, the quickest first; those that do not fit are among them.
 
@@ -82,8 +85,10 @@ def choices(
     found = []
     for copies in (n for n in range(1, machine.num_ranks + 1) if machine.num_ranks % n == 0):
         part = replace(batch, num_sequences=-(-batch.num_sequences // copies))
-        for layout in layouts(shape, machine, machine.num_ranks // copies):
-            if copies > 1 and (not layout.ep or layout.num_ranks == 1):
+        ranks = machine.num_ranks // copies
+        sizes = (size for size in num_stages if not ranks % size and size <= shape.num_layers)
+        for layout in chain(*(layouts(shape, machine, ranks, size) for size in sizes)):
+            if copies > 1 and (not layout.ep or layout.num_ranks == layout.pp):
                 continue  # more replicas say the same
             took = step(shape, layout, machine, part, dtype_bytes, routing)
             most = copies * memory(shape, layout, machine, context, dtype_bytes).num_sequences
@@ -116,12 +121,18 @@ def varied(machine: Machine) -> Iterator[Machine]:
 
 
 def row(
-    machine: Machine, model: str, num_sequences: int, context: int, routing: Routing = EVEN
+    machine: Machine,
+    model: str,
+    num_sequences: int,
+    context: int,
+    routing: Routing = EVEN,
+    num_stages: Sequence[int] = (1,),
 ) -> dict[str, Any]:
     """num_sequences with half of their context in the cache."""
     shape, batch = MODELS[model], Batch(num_sequences, 1, context // 2)
+    more = {"routing": routing, "num_stages": num_stages}
     found, *others = (
-        choices(shape, one, batch, context, routing=routing) for one in (machine, *varied(machine))
+        choices(shape, one, batch, context, **more) for one in (machine, *varied(machine))
     )
     winner = best(found, num_sequences)
     names = {other and other.name for other in (best(found, num_sequences) for found in others)}
@@ -129,8 +140,9 @@ def row(
     for choice in found:
         if choice.most >= num_sequences:
             name = "ep" if choice.layout.ep else f"tp{choice.layout.tp}"
+            name = "pp" if choice.layout.pp > 1 else name
             fastest.setdefault(name, 1000 * choice.step.total)
-    ways = ("tp1", "tp2", "tp4", "tp8", "tp16", "ep")
+    ways = ("tp1", "tp2", "tp4", "tp8", "tp16", "ep", *(["pp"] if max(num_stages) > 1 else []))
     return {
         "machine": machine.name,
         "model": model,
@@ -178,6 +190,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--balanced", action="store_true", help="deal experts out by how much they are wanted"
     )
+    parser.add_argument(
+        "--stages", type=positive, nargs="+", default=[1], help="of a replica (default: 1)"
+    )
     add_output_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png or .svg)")
 
@@ -195,9 +210,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def layouts_result(args: argparse.Namespace) -> Result:
-    routing = Routing(args.skew, args.balanced)
+    num_stages = sorted({1, *args.stages})
+    more = args.context, Routing(args.skew, args.balanced), num_stages
     rows = [
-        row(machine, model, max(1, int(share * machine.num_ranks)), args.context, routing)
+        row(machine, model, max(1, int(share * machine.num_ranks)), *more)
         for machine in (HOST, CLUSTER)
         for model in args.models
         for share in PER_RANK
@@ -209,5 +225,8 @@ def layouts_result(args: argparse.Namespace) -> Result:
         f" too when any of the machine's numbers is {WITHIN} times as high or as low. Experts are"
         f" wanted {wanted}. Numbers without a layout that has room are left out."
     ]
+    columns = list(COLUMNS)
+    if max(num_stages) > 1:
+        columns.insert(-1, column("pp", "with stages", "ms", 2))
     limits = {"unmeasured": "calculated from data sheets"}
-    return make_result("Which layout is quickest", COLUMNS, rows, limits=limits, notes=notes)
+    return make_result("Which layout is quickest", columns, rows, limits=limits, notes=notes)

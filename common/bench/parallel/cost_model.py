@@ -5,7 +5,8 @@ the slower of reading its bytes and doing its operations, and a fixed time a ker
 the ranks exchange tensors: with tensor parallelism each layer sums two tensors [tokens, hidden_size]
 over the ranks of a replica; with expert parallelism it sends tokens to their experts, and back.
 Nothing overlaps, and the slowest rank counts: the one with the largest share of heads, columns and
-experts, and of the tokens.
+experts, and of the tokens. With pipeline parallelism as many steps are in flight as there are stages,
+each with its part of the sequences: until all have a token, the slowest stage runs all these steps.
 
 Left out: activations, norms, rotary embedding and sampling beyond their kernels' fixed time, and
 whatever the host does between two steps, except where a Device says it.
@@ -13,7 +14,7 @@ whatever the host does between two steps, except where a Device says it.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -29,6 +30,7 @@ from common.bench.parallel.experts import (
 from common.bench.parallel.layouts import Layout, Share
 from common.bench.parallel.links import Traffic, all_to_all, ring_all_reduce, ring_gather
 from common.bench.parallel.machines import Machine
+from common.distributed.group import even_split
 
 KERNELS_A_LAYER = 9  # 4 products, attention, rotary embedding with the cache, 2 norms, activation
 KERNELS_OF_ROUTING = 3  # the router, its choice, and sorting tokens by expert
@@ -93,7 +95,7 @@ class Step:
         return sum(self.seconds.get(name, 0.0) for name in MESSAGES) / self.total
 
 
-MESSAGES = ("sums", "dispatch", "logits")
+MESSAGES = ("sums", "dispatch", "logits", "stages")
 
 
 def step(
@@ -110,6 +112,8 @@ def step(
     """
     if layout.num_ranks > machine.num_ranks:
         raise ValueError(f"{layout.name}: {machine.name} has {machine.num_ranks} ranks")
+    if layout.pp > 1:
+        return pipelined(shape, layout, machine, batch, dtype_bytes, routing)
     sequences = math.ceil(batch.num_sequences / layout.dp)
     tokens = sequences * batch.new_tokens
     seconds = kernel_seconds(shape, layout, machine, batch, sequences, dtype_bytes)
@@ -128,6 +132,40 @@ def step(
     seconds["logits"] = fabric.all_gather(logit_bytes, layout.tp)
     seconds = {name: value for name, value in seconds.items() if value}
     return Step(seconds, batch.num_sequences * batch.new_tokens)
+
+
+def pipelined(
+    shape: ModelShape,
+    layout: Layout,
+    machine: Machine,
+    batch: Batch,
+    dtype_bytes: int,
+    routing: Routing,
+) -> Step:
+    """Steps in flight, one for each stage: each goes through all stages, and in that time the slowest
+    stage has run all of them. Where there are fewer sequences than stages, some are empty: the stages
+    wait (the bubble), and it takes as long.
+
+    The last stage has the head, and as few layers as any; its logits go to the first stage's first rank.
+    """
+    fabric, pp = machine.fabric, layout.pp
+    sequences = math.ceil(batch.num_sequences / (layout.dp * pp))  # of a replica's step
+    part = replace(batch, num_sequences=sequences * layout.dp)
+    one = fabric.inside if layout.tp * pp <= fabric.host_size else fabric.between
+    x_bytes = sequences * batch.new_tokens * shape.hidden_size * dtype_bytes
+    logit_bytes = sequences * shape.vocab_size * dtype_bytes
+    layers = even_split(shape.num_layers, pp)
+    stages = []
+    for own, num_bytes in ((layers[0], x_bytes), (layers[-1], logit_bytes)):
+        stage = replace(shape, num_layers=len(own))
+        seconds = step(stage, layout.stage, machine, part, dtype_bytes, routing).seconds
+        if own is layers[0]:
+            seconds = {name: s for name, s in seconds.items() if name not in ("head", "logits")}
+        seconds["stages"] = one.seconds(Traffic(1, num_bytes))
+        stages.append(seconds)
+    slowest = max(stages, key=lambda seconds: sum(seconds.values()))
+    total = {name: pp * value for name, value in slowest.items()}
+    return Step(total, batch.num_sequences * batch.new_tokens)
 
 
 def roofline(machine: Machine, num_bytes: float, flops: float) -> float:

@@ -2,6 +2,7 @@
 
     one    one engine with all cores
     tp N   N ranks of one engine (--set tensor_parallel_size), each with 1/N of the cores
+    pp N   N stages of one engine, from part 15 on (--stages), each with 1/N of the cores
     dp N   N engines, each with 1/N of the cores and of the requests, handed out evenly; no router
 
 Prompts of --prompt-len random tokens, --output-len tokens each, greedy. Decoding counts from when
@@ -41,6 +42,7 @@ BATCH_SIZES = (1, 4, 16, 32)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", type=positive, default=9, help="default: 9")
     parser.add_argument("--sizes", type=positive, nargs="+", default=[2], help="ranks (default: 2)")
+    parser.add_argument("--stages", type=positive, nargs="+", default=[], help="default: none")
     parser.add_argument(
         "--batches", type=positive, nargs="+", default=list(BATCH_SIZES), help="default: 1 4 16 32"
     )
@@ -71,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     variants = variants_of(args)
     measure_rounds(variants, points, args)
     limits = run_worker({"job": "limits", "device": "cpu", "quick": args.quick_limits})
-    lone_shares = {} if links is None else {size: lone_share(size) for size in set(args.sizes)}
+    sizes = {*args.sizes, *args.stages}
+    lone_shares = {} if links is None else {size: lone_share(size) for size in sizes}
     result = engines_result(args, variants, points, limits, links, lone_shares)
     if args.memory_json:
         save_result(args.memory_json, ranks_result(args, variants, points, limits))
@@ -121,6 +124,11 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
         split = {"tensor_parallel_size": size}
         variants.append(Variant(f"TP {size}", Layout(size), common | threads | split))
         variants.append(Variant(f"DP {size}", Layout(1, size), common | threads))
+    for size in sorted(set(args.stages)):
+        if not 2 <= size <= cores:
+            raise ValueError(f"--stages {size}: must be between 2 and this machine's {cores} cores")
+        split = {"pipeline_parallel_size": size, "threads": cores // size}
+        variants.append(Variant(f"PP {size}", Layout(pp=size), common | split))
     return variants
 
 

@@ -3,10 +3,10 @@
 `tp` ranks hold one replica together: heads, the columns of the feed-forward network and the
 vocabulary are divided. `dp` replicas have sequences of their own. With `ep` the experts of a mixture
 are spread over all tp * dp ranks; without it each replica has them all, cut in columns like any
-feed-forward network.
+feed-forward network. With `pp` a replica has so many stages of layers, each of them on tp ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.bench.costs import ModelShape
 from common.bench.parallel.machines import Machine
@@ -27,6 +27,7 @@ class Layout:
     dp: int = 1
     ep: bool = False
     backend: str = "all_to_all"
+    pp: int = 1
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -34,11 +35,17 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        return self.tp * self.dp
+        return self.tp * self.dp * self.pp
+
+    @property
+    def stage(self) -> "Layout":
+        """Of the layers of one stage."""
+        return self if self.pp == 1 else replace(self, pp=1)
 
     @property
     def name(self) -> str:
-        return f"TP {self.tp} × DP {self.dp}" + (", EP" if self.ep else "")
+        stages = f" × PP {self.pp}" if self.pp > 1 else ""
+        return f"TP {self.tp} × DP {self.dp}{stages}" + (", EP" if self.ep else "")
 
 
 @dataclass(frozen=True)
@@ -104,14 +111,18 @@ def memory(
     rank: int = 0,
 ) -> Memory:
     """context: tokens of a sequence. tied: the output matrix is the embedding's and there once.
-    rank: the first has most.
+    rank: the first has most, but for the output matrix of the last stage.
 
     Biases and norms of queries and keys are left out: below a millionth.
     """
-    own, layers = Share.of(shape, layout, rank), shape.num_layers
+    stage, place = divmod(rank, layout.tp)
+    is_first, is_last = stage == 0, stage == layout.pp - 1
+    shape = replace(shape, num_layers=len(even_split(shape.num_layers, layout.pp)[stage]))
+    own, layers = Share.of(shape, layout.stage, place), shape.num_layers
     networks = own.network_params(shape) * max(1, own.num_experts)
-    whole = (2 * layers + 1) * shape.hidden_size + shape.router_params  # on every rank
-    vocabulary = (1 if tied else 2) * own.vocab_size * shape.hidden_size
+    whole = (2 * layers + is_last) * shape.hidden_size + shape.router_params  # on every rank
+    matrices = max(is_first, is_last) if tied else is_first + is_last
+    vocabulary = matrices * own.vocab_size * shape.hidden_size
     params = layers * (own.projection_params(shape) + networks) + whole + vocabulary
     token_bytes = 2 * layers * own.num_kv_heads * shape.head_dim * dtype_bytes
     room = USABLE_MEMORY * machine.device.memory_bytes - params * dtype_bytes
@@ -119,15 +130,18 @@ def memory(
     return Memory(params * dtype_bytes, token_bytes, layout.dp * fitting)
 
 
-def layouts(shape: ModelShape, machine: Machine, num_ranks: int | None = None) -> list[Layout]:
-    """All that use num_ranks (all of the machine's) and that the model can have."""
-    total = num_ranks or machine.num_ranks
+def layouts(
+    shape: ModelShape, machine: Machine, num_ranks: int | None = None, num_stages: int = 1
+) -> list[Layout]:
+    """All that use num_ranks (all of the machine's) and that the model can have, of replicas with so
+    many stages."""
+    total = (num_ranks or machine.num_ranks) // num_stages
     found = []
     for tp in (size for size in range(1, total + 1) if total % size == 0):
         for ep in (False, True) if shape.num_experts else (False,):
-            layout = Layout(tp, total // tp, ep)
+            layout = Layout(tp, total // tp, ep, pp=num_stages)
             try:
-                Share.of(shape, layout)
+                Share.of(shape, layout.stage)
                 machine.fabric.hosts(tp)
             except ValueError:
                 continue

@@ -31,7 +31,13 @@ def machine_of(device: Device, num_ranks: int, link: Link = NO_LINK) -> Machine:
 def seconds_of(
     shape: ModelShape, layout: Layout, machine: Machine, work: Work, dtype_bytes: int
 ) -> float:
-    return sum(step(shape, layout, machine, batch, dtype_bytes).total for batch in work)
+    """Of steps after each other. Prefills fill a pipeline as they come, and it drains once."""
+    totals = [step(shape, layout, machine, batch, dtype_bytes).total for batch in work]
+    if layout.pp == 1 or all(batch.new_tokens == 1 for batch in work):
+        return sum(totals)
+    counts = [min(layout.pp, -(-batch.num_sequences // layout.dp)) for batch in work]
+    stage_times = sum(count * total for count, total in zip(counts, totals, strict=True))
+    return (stage_times + (layout.pp - 1) * totals[-1]) / layout.pp
 
 
 def calibrate(

@@ -178,10 +178,11 @@ def predicted(
     for variant in variants:
         layout = variant.layout
         for point in points:
-            busy = layout.tp * min(layout.dp, point.num_prompts)
+            busy = layout.tp * min(layout.dp * layout.pp, point.num_prompts)
             share = lone_shares.get(layout.num_ranks)
             device = part_of(whole, layout.num_ranks, busy, share)
-            link = measured_link(links, args.transport, layout.tp) if layout.tp > 1 else NO_LINK
+            size = layout.tp * layout.pp
+            link = measured_link(links, args.transport, size) if size > 1 else NO_LINK
             machine, work = machine_of(device, layout.num_ranks, link), point.steps(layout.dp)
             found[variant.name, point.name] = seconds_of(shape, layout, machine, work, dtype_bytes)
     rates = (

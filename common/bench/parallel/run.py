@@ -3,13 +3,19 @@
 collectives  alpha and beta of each collective between ranks of this machine
 engines      one engine with all threads, beside two ranks and two replicas with one thread each
 layouts      the model's answer for 8 H200 and for 64 such hosts: which layout wins when
+clients      the model's answer for many clients at once: what replicas, ranks and stages make of them
 """
 
 import argparse
 
-from common.bench.parallel import choices, collectives, engines
+from common.bench.parallel import choices, clients, collectives, engines
 
-ACTIONS = {"collectives": collectives, "engines": engines, "layouts": choices}
+ACTIONS = {
+    "collectives": collectives,
+    "engines": engines,
+    "layouts": choices,
+    "clients": clients,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

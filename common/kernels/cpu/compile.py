@@ -34,6 +34,7 @@ from common.kernels.cpu import (  # noqa: F401
     experts,
     integer_embedding,
     integer_linear,
+    launches,
     linear,
     pool,
     quantized_experts,
@@ -101,7 +102,9 @@ class Progress:
     def compile_all(self) -> None:
         """In processes; whatever they could not, here and now."""
         num_processes = min(usable_cores(), len(self.names))
-        say(f"compiling {len(self.names)} in {num_processes} processes, once (one or two minutes) …")
+        say(
+            f"compiling {len(self.names)} in {num_processes} processes, once (one or two minutes) …"
+        )
         children: list[subprocess.Popen] = []
         try:
             with ThreadPoolExecutor(num_processes) as pool:

@@ -11,6 +11,7 @@ for 270 times when another Python thread is busy.
 import os
 from collections.abc import Callable
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 # How often an idle worker of GNU's OpenMP, which is PyTorch's, looks for work before it sleeps: some 70
@@ -27,6 +28,22 @@ from common.kernels.cpu.cache import KernelCache
 
 FEATURES = llvm.get_host_cpu_features() if not numba.config.CPU_NAME else {}
 KERNELS: dict[str, Any] = {}  # name: numba's dispatcher, in the order of definition
+# By a thread's number: who notes what this thread launches (see `launches`).
+LISTENERS: dict[int, Callable[["Kernel", tuple[Any, ...]], None]] = {}
+
+
+class Kernel:
+    """A compiled function, as Python calls it."""
+
+    __slots__ = ("dispatcher", "name")
+
+    def __init__(self, dispatcher: Any) -> None:
+        self.dispatcher, self.name = dispatcher, dispatcher.py_func.__name__
+
+    def __call__(self, *arguments: float) -> Any:
+        if LISTENERS and (listener := LISTENERS.get(get_ident())) is not None:
+            listener(self, arguments)
+        return self.dispatcher(*arguments)
 
 
 def kernel(
@@ -51,7 +68,7 @@ def kernel(
     dispatcher._cache = KernelCache(function.__name__, signature)
     assert function.__name__ not in KERNELS, f"two kernels are called {function.__name__}"
     KERNELS[function.__name__] = dispatcher
-    return dispatcher
+    return Kernel(dispatcher)
 
 
 def helper(function: Callable | None = None, *, exact: bool = False) -> Callable:

@@ -177,7 +177,7 @@ class Pool:
         """So many cores: the calling one, and workers, which are there from now on."""
         if not self.workers:
             for needed in (pool_worker, pool_stop):  # before a request, or the end, waits for it
-                needed.compile(needed._cache.signature)
+                needed.dispatcher.compile(needed.dispatcher._cache.signature)
         while len(self.workers) < num_threads - 1:
             worker = threading.Thread(
                 target=pool_worker, args=(self.address,), name="kernels", daemon=True

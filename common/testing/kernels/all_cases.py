@@ -6,7 +6,7 @@ in a process of its own, and `common.gpu_check` alike.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -26,15 +26,19 @@ def check_all(
     device: torch.device | str,
     dtypes: Sequence[torch.dtype],
     only: str = "",
+    is_left_out: Callable[[Case, torch.dtype], bool] | None = None,
 ) -> list[CaseResult]:
     """Run every case in every number format. An exception is a failure with its text.
 
-    only: run only the cases whose operation and name contain this text.
+    only: run only the cases whose operation and name contain this text. is_left_out: run none for
+    which this is true, and the others as for a slow target.
     """
     results = []
     for dtype in dtypes:
-        target = Target(ops, torch.device(device), dtype)
+        target = Target(ops, torch.device(device), dtype, is_left_out is not None)
         for case in all_cases(target):
+            if is_left_out is not None and is_left_out(case, dtype):
+                continue
             if only in f"{case.op}, {case.name}":
                 result = check(case, target)
                 results += [] if result is None else [result]

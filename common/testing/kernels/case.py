@@ -38,11 +38,15 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Target:
-    """What is tested: an implementation, where, and in which number format."""
+    """What is tested: an implementation, where, and in which number format.
+
+    is_slow: it takes milliseconds for each program of a launch, so cases may use fewer rows.
+    """
 
     ops: Ops
     device: torch.device
     dtype: torch.dtype
+    is_slow: bool = False
 
     @property
     def tolerance(self) -> float:

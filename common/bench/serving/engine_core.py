@@ -1,0 +1,130 @@
+"""`engine-core`: one part's server with its engine in a thread, and in a process of its own.
+
+Fresh servers take turns, in an order that is reversed every round. Each is given a closed loop of each
+number of streams, after a warm-up of the same kind. Medians over the rounds; the ratios are of servers
+that were measured one after the other.
+"""
+
+import argparse
+import asyncio
+import statistics
+from typing import Any
+
+from common.bench import BenchError
+from common.bench.core.arguments import (
+    add_engine_arguments,
+    add_output_arguments,
+    finish,
+    positive,
+    progress,
+    settings_of,
+)
+from common.bench.core.latencies import percentile
+from common.bench.core.noise import OtherWork, disturbance
+from common.bench.core.pairs import paired_ratio
+from common.bench.core.processes import PartServer, run_worker
+from common.bench.core.report import plural
+from common.bench.core.results import column, make_result
+from common.bench.core.workload import Lengths, random_work
+from common.bench.serving.client import Target
+from common.bench.serving.load import run_load, served_model
+from common.bench.serving.serve import latency_samples
+
+FORMS: dict[str, dict[str, Any]] = {
+    "thread": {"engine_core": "thread"},
+    "process": {"engine_core": "process"},
+}
+COLUMNS = [
+    column("form", "engine core"),
+    column("streams", "streams", digits=0),
+    column("rate", "output", "tok/s", 1),
+    column("ttft_p50", "TTFT p50", "ms", 1),
+    column("itl_p50", "ITL p50", "ms", 2),
+    column("itl_p99", "ITL p99", "ms", 2),
+    column("ratio", "rate / thread's", digits=2),
+    column("ratio_low", "95% from", digits=2),
+    column("ratio_high", "to", digits=2),
+]
+Samples = dict[tuple[str, int], dict[int, dict[str, float]]]  # by form and streams, then by round
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--part", type=positive, default=15, help="default: 15")
+    add_engine_arguments(parser)
+    parser.add_argument(
+        "--streams", type=positive, nargs="+", default=[1, 16, 64], help="default: 1 16 64"
+    )
+    parser.add_argument("--prompt-len", type=positive, default=128, help="default: 128")
+    parser.add_argument("--output-len", type=positive, default=64, help="default: 64")
+    parser.add_argument(
+        "--requests", type=positive, default=2, help="of each stream, at least 4 in all (2)"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="servers of each (default: 5)")
+    parser.add_argument("--http-processes", type=positive, help="a third form, with so many")
+    parser.add_argument("--vocab-size", type=positive, default=1000, help="default: 1000")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--quick-limits", action="store_true", help="measure limits in a second")
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    forms = dict(FORMS)
+    if args.http_processes:
+        forms[f"process, {args.http_processes} HTTP"] = {"api_server_count": args.http_processes}
+    samples: Samples = {(form, count): {} for form in forms for count in args.streams}
+    turns = [(n, form) for n in range(args.rounds) for form in list(forms)[:: -1 if n % 2 else 1]]
+    others = OtherWork()
+    for number, form in progress(turns, "servers"):
+        settings = settings_of(args) | forms[form]
+        with PartServer(args.part, args.model, settings, verbose=args.verbose) as server:
+            for count in args.streams:
+                found = asyncio.run(measure(server.url, count, number, args))
+                samples[form, count][number] = found
+    rows = [row(form, count, samples) for count in args.streams for form in forms]
+    notes = [
+        f"Model {args.model}, {args.prompt_len} tokens in, {args.output_len} out, greedy, streamed;"
+        f" {plural(args.rounds, 'fresh server')} of each form, in turns."
+    ]
+    if remark := disturbance(others.cores()):
+        notes.append(f"Disturbed: {remark}.")
+    limits = run_worker({"job": "limits", "device": "cpu", "quick": args.quick_limits})
+    title = "The engine in a thread of the server, and in a process of its own"
+    result = make_result(title, COLUMNS, rows, limits=limits, parts=[args.part], notes=notes)
+    finish(args, result)
+    return 0
+
+
+async def measure(url: str, count: int, number: int, args: argparse.Namespace) -> dict[str, float]:
+    """One load on one server; the work depends on the round and the number of streams alone."""
+    target = Target(url, model="", stream=True, body={"temperature": 0, "ignore_eos": True})
+    target = Target(**{**vars(target), "model": await served_model(target)})
+    total = max(4, args.requests * count)
+    lengths = Lengths([args.prompt_len] * total, [args.output_len] * total)
+    work = random_work(lengths, args.vocab_size, f"{args.seed} {number} {count}")
+    short = Lengths([args.prompt_len] * count, [4] * count)
+    warmup = random_work(short, args.vocab_size, f"{args.seed} {number} {count} warm-up")
+    await run_load(target, warmup, concurrency=count)
+    report = await run_load(target, work, concurrency=count)
+    for record in report.requests:
+        if record.error:
+            raise BenchError(f"{count} streams: {record.error}: {record.detail}")
+    latencies = latency_samples(report)
+    return {
+        "rate": report.token_rate("completion") or 0.0,
+        "ttft_p50": percentile(latencies["TTFT"], 50),
+        "itl_p50": percentile(latencies["ITL"], 50),
+        "itl_p99": percentile(latencies["ITL"], 99),
+    }
+
+
+def row(form: str, count: int, samples: Samples) -> dict[str, Any]:
+    rounds = samples[form, count]
+    names = ("rate", "ttft_p50", "itl_p50", "itl_p99")
+    medians = {n: statistics.median(found[n] for found in rounds.values()) for n in names}
+    both = [
+        {number: found["rate"] for number, found in samples[one, count].items()}
+        for one in (form, "thread")
+    ]
+    ratio = paired_ratio(both[0], both[1])
+    ratios = {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
+    return {"form": form, "streams": count, **medians, **ratios, "rounds": rounds}

@@ -1,0 +1,172 @@
+"""An engine whose process is another, as an HTTP process sees it.
+
+It has what a server asks of an `LLMEngine`: settings, tokenizer, trace, `stats`, `sleep`; and what
+`AsyncEngine` asks of the engine's loop: `put`, `run`, `call`. What is known of the engine is what the core
+has said last, at most half a second ago.
+"""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+from common.completions import RequestOutput
+from common.distributed.group import RankError
+from common.distributed.health import Health
+from common.http.calls import Call
+from common.kv_transfer.options import secret_of
+from common.kv_transfer.ticket import accept_ticket
+from common.memory import SleepError
+from common.metrics import Counts, EngineMetrics
+from common.models.checkpoint import resolve
+from common.models.tokenizer import Tokenizer
+from common.requests import Request
+from common.trace import StepRecord, Trace
+
+REFRESH_SECONDS = 2.0  # for the core to answer; then the last numbers must do
+ERRORS = {"SleepError": SleepError, "RankError": RankError}
+
+Emit = Callable[[StepRecord | None, list[RequestOutput]], None]
+
+
+class RemoteEngine:
+    """One HTTP process's end of the line to the core."""
+
+    def __init__(
+        self,
+        connect: Callable[[str], None],
+        health: Health,
+        config: Any,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        """connect, health: as `Link` takes them. config: the part's, as the core was given it.
+        release: called when the core is not needed any more. Raises ValueError."""
+        from common.engine_core import messages
+        from common.engine_core.link import Link
+
+        self.messages, self.health, self.release = messages, health, release
+        try:
+            self.link = Link(connect, health, config.rank_timeout)
+            self.received = self.link.receive()
+            welcome = next(self.received)
+        except RankError as error:
+            raise ValueError(str(error)) from None
+        self.about: dict[str, Any] = welcome.about
+        self.config = type(config)(**self.about["config"])
+        self.max_model_len: int = self.about["max_model_len"]
+        self.vocab_size: int = self.about["vocab_size"]
+        self.sampling_defaults: dict[str, Any] = self.about["sampling_defaults"]
+        self.tokenizer = Tokenizer.load(resolve(self.config.model))
+        self.trace = Trace(state=welcome.state)
+        self.runner = SimpleNamespace(expert_stats=self._expert_stats)
+        secret = secret_of(config) if config.role == "decode" else None
+        self.connector = SimpleNamespace(
+            describe=lambda: self.about["connector"],
+            ticket_of=lambda header: accept_ticket(header, secret),
+        )
+        self.numbers = itertools.count(1)
+        self.calls: dict[int, Future[Any]] = {}  # what the core has been asked, by number
+        self.metrics: EngineMetrics | None = None  # of this process, from when it runs
+        self.status: dict[str, Any] = {}
+        self._beat(0)
+        while not self.status:  # so that there are numbers from the first scrape on
+            self._handle(next(self.received), lambda record, outputs: None)
+
+    # What a server asks of an engine.
+
+    def stats(self) -> dict[str, Any]:
+        return self.status
+
+    def _expert_stats(self) -> dict[str, Any]:
+        return {name: value for name, value in self.status.items() if "expert" in name}
+
+    @property
+    def sleep_level(self) -> int:
+        return self.status["sleep_level"]
+
+    def sleep(self, level: int) -> Awaitable[dict[str, Any]]:
+        return self._ask("sleep", level)
+
+    def wake_up(self) -> Awaitable[dict[str, Any]]:
+        return self._ask("wake_up")
+
+    async def _ask(self, method: str, *arguments: int) -> Any:
+        """What a method of the engine returns. Raises SleepError and RankError."""
+        call, number = self._expect()
+        self.link.send(self.messages.Ask(number, method, list(arguments)))
+        return await call.answered(self.problem)
+
+    async def refresh(self) -> None:
+        """Have the numbers of this moment, where the core answers in time."""
+        call, number = self._expect()
+        with contextlib.suppress(TimeoutError, RankError):
+            self._beat(number)
+            await asyncio.wait_for(call.answered(self.problem), REFRESH_SECONDS)
+        self.calls.pop(number, None)
+
+    def _expect(self) -> tuple[Call, int]:
+        call, number = Call(lambda: None), next(self.numbers)
+        self.calls[number] = call.result
+        return call, number
+
+    # What AsyncEngine asks of a loop.
+
+    def problem(self) -> str | None:
+        """Why the core is lost, or None while it lives."""
+        return self.health.problem
+
+    def put(self, message: Any) -> None:
+        """A request, or an abort, which has only an id. When the core is lost, `run` says so."""
+        make = self.messages.Add if isinstance(message, Request) else self.messages.Abort
+        with contextlib.suppress(RankError):
+            argument = message if isinstance(message, Request) else message.request_id
+            self.link.send(make(argument))
+
+    async def call(self, run: Callable[[], Awaitable[Any]], end: Callable[[], str | None]) -> Any:
+        """What `sleep` or `wake_up` gives, when the core has answered."""
+        return await run()
+
+    def run(self, emit: Emit) -> None:
+        """Hand on what the core says, until `stop`. Raises RankError when the core is lost."""
+        self.link.on_look = lambda: self._beat(0)
+        for message in self.received:
+            self._handle(message, emit)
+
+    def _beat(self, number: int) -> None:
+        counts: Counts = self.metrics.counts() if self.metrics is not None else {}
+        self.link.send(self.messages.Beat(number, self.link.num_read(), counts))
+
+    def _handle(self, message: Any, emit: Emit) -> None:
+        match message:
+            case self.messages.Step():
+                for record in message.records:
+                    self.trace.keep(record)
+                    emit(record, [])
+                if message.outputs:
+                    emit(None, self.messages.outputs_of(message))
+            case self.messages.Status(number, stats, counts):
+                self.status = stats
+                if self.metrics is not None:
+                    self.metrics.others = counts
+                self._settle(number, stats)
+            case self.messages.Answer(number, value, error, raised):
+                failed = ERRORS.get(raised, RuntimeError)(error) if raised else None
+                self._settle(number, value, failed)
+            case self.messages.Welcome():  # it had lost this process
+                self.trace.restart(message.state)
+
+    def _settle(self, number: int, value: Any, error: Exception | None = None) -> None:
+        future = self.calls.pop(number, None)
+        if future is not None and future.set_running_or_notify_cancel():
+            future.set_exception(error) if error is not None else future.set_result(value)
+
+    def stop(self) -> None:
+        """Let `run` end."""
+        self.link.close()
+
+    def close(self) -> None:
+        """When `run` has ended."""
+        self.release()

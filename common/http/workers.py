@@ -1,0 +1,205 @@
+"""Several HTTP processes in front of one engine core, with one listening socket.
+
+    supervisor --starts--> engine core
+        |                    ^ |  ZeroMQ
+        '--starts--> HTTP process 0, 1, …    all accept from one socket
+
+The supervisor serves nothing. It starts an HTTP process again that has ended, and kills one that the core says
+does not read. When the core is lost, the HTTP processes say so at /health. SIGTERM drains all.
+"""
+
+import contextlib
+import mmap
+import os
+import queue
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, MutableSequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, NoReturn
+
+from fastapi import FastAPI
+
+from common.distributed.health import Health
+from common.engine_core.child import Child, Line, Parent
+from common.engine_core.client import RemoteEngine
+from common.engine_core.process import CoreProcess
+from common.http.app import Seat
+from common.http.run import BACKLOG, ServerConfig, announce, bind, exit_once, serve
+from common.requests import name_requests
+
+BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.25, 30.0  # before an HTTP process is started again
+STEADY_SECONDS = 60.0  # of life after which earlier deaths are forgotten
+GRACE_SECONDS = 10.0  # beyond their own time to finish, for HTTP processes to end
+
+
+def shared_places(descriptor: int, count: int) -> MutableSequence[int]:
+    """A number for each process, in a file that all have inherited."""
+    return memoryview(mmap.mmap(descriptor, 8 * count)).cast("q")  # type: ignore[return-value]
+
+
+class Worker:
+    """One HTTP process, and those started after it in its place."""
+
+    def __init__(self, index: int) -> None:
+        self.index, self.num_deaths, self.began = index, 0, 0.0
+        self.child: Child | None = None  # None: it is to be started
+        self.folder: str | None = None  # of its sockets
+        self.is_ready = False
+
+
+class Supervisor:
+    """All that happens comes as a function in a queue, and is done in the main thread."""
+
+    def __init__(self, package: str, engine: Any, config: ServerConfig, count: int) -> None:
+        self.package, self.engine, self.config = package, engine, config
+        self.begin, self.status = time.monotonic(), 0
+        self.sock = bind(config)
+        self.events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.memory = tempfile.TemporaryFile()  # noqa: SIM115 -- to the end
+        self.memory.truncate(8 * count)
+        self.places = shared_places(self.memory.fileno(), count)
+        self.workers = [Worker(index) for index in range(count)]
+        self.num_started, self.is_ready, self.is_stopping = 0, False, False
+
+    def run(self) -> NoReturn:
+        signal.signal(signal.SIGTERM, exit_once)
+        try:
+            module, settings = f"{self.package}.engine_core", asdict(self.engine)
+            self.core = CoreProcess(module, settings, self._when(self.lose))
+            self.core.health.when_lost(partial(self.events.put, self.tell_all))
+            self.sock.listen(BACKLOG)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *got: self.events.put(partial(self.stop, got[0])))
+        for worker in self.workers:
+            self.start(worker)
+        while not self.is_stopping or any(worker.child for worker in self.workers):
+            self.events.get()()
+        self.core.end()
+        sys.exit(self.status)
+
+    def _when(self, handle: Callable[..., None], *first: Any) -> Callable[..., None]:
+        """A callback for any thread that has it done in the main one."""
+        return lambda *more: self.events.put(partial(handle, *first, *more))
+
+    def start(self, worker: Worker) -> None:
+        if self.is_stopping or self.core.health.problem is not None:
+            return
+        self.num_started += 1
+        worker.began, worker.is_ready = time.monotonic(), False
+        job = {
+            "engine": asdict(self.engine),
+            "server": asdict(self.config),
+            "name": f"request-{self.num_started}",
+            "index": worker.index,
+            "count": len(self.workers),
+            "socket": self.sock.fileno(),
+            "memory": self.memory.fileno(),
+        }
+        name, module = f"HTTP process {worker.index}", f"{self.package}.api_server"
+        on_line, on_end = self._when(self.hear, worker), self._when(self.bury, worker)
+        worker.child = Child(module, job, name, on_line, on_end, (job["socket"], job["memory"]))
+
+    def hear(self, worker: Worker, line: Line) -> None:
+        if (folder := line.get("connect")) is not None:
+            worker.folder = folder
+            self.core.connect(folder)
+        worker.is_ready |= "ready" in line
+        if not self.is_ready and all(worker.is_ready for worker in self.workers):
+            self.is_ready = True
+            announce(self.sock, self.config, self.begin)
+
+    def bury(self, worker: Worker, reason: str) -> None:
+        """It has ended. Its requests end, others have its places, and it starts again."""
+        worker.child = None
+        if worker.folder is not None:
+            self.core.disconnect(worker.folder)
+            worker.folder = None
+        self.places[worker.index] = 0
+        if self.is_stopping:
+            return
+        if not self.is_ready:
+            self.status = f"error: {reason}"
+            return self.stop()
+        if time.monotonic() - worker.began > STEADY_SECONDS:
+            worker.num_deaths = 0
+        seconds = min(BACKOFF_SECONDS * 2**worker.num_deaths, MAX_BACKOFF_SECONDS)
+        worker.num_deaths += 1
+        print(f"{reason}; it starts again in {seconds:g} s", file=sys.stderr, flush=True)
+        timer = threading.Timer(seconds, self._when(self.start, worker))
+        timer.daemon = True
+        timer.start()
+
+    def lose(self, folder: str) -> None:
+        """The core has given an HTTP process up: it is stopped, or hangs."""
+        for worker in self.workers:
+            if worker.folder == folder and worker.child is not None:
+                worker.child.kill()
+
+    def tell_all(self) -> None:
+        for worker in self.workers:
+            if worker.child is not None:
+                worker.child.tell(problem=self.core.health.problem)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Let the HTTP processes finish what runs; asked a second time by Ctrl+C, or late, kill them."""
+        if number == signal.SIGINT:
+            self.status = 130
+        for worker in self.workers:
+            if worker.child is not None:
+                if self.is_stopping and number != signal.SIGTERM:
+                    worker.child.kill()
+                elif not self.is_stopping:
+                    worker.child.process.terminate()
+        if not self.is_stopping:
+            self.is_stopping = True
+            self.sock.close()
+            seconds = self.config.shutdown_timeout + GRACE_SECONDS
+            timer = threading.Timer(seconds, self._when(self.stop, signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
+
+
+def serve_workers(package: str, engine: Any, config: ServerConfig, count: int) -> NoReturn:
+    """Serve until SIGTERM or Ctrl+C. package: its `engine_core` and `api_server` are started. Ends the
+    process with one line and status 1 when something does not start."""
+    Supervisor(package, engine, config, count).run()
+
+
+def run_worker(config_class: type, create_app: Callable[..., FastAPI]) -> None:
+    """The whole life of an HTTP process that the supervisor has started.
+
+    config_class: the part's EngineConfig. create_app: given the engine, ServerConfig and Seat.
+    """
+    parent, health = Parent(), Health()
+    job = parent.job
+    engine, server = config_class(**job["engine"]), ServerConfig(**job["server"])
+    name_requests(job["name"])
+    seat = Seat(job["index"], shared_places(job["memory"], job["count"]))
+
+    def obey() -> None:
+        with contextlib.suppress(EOFError):
+            orders = parent.early_orders()
+            while True:
+                for order in orders:
+                    health.report(order["problem"])
+                orders = parent.orders()
+        os._exit(1)
+
+    threading.Thread(target=obey, name="orders", daemon=True).start()
+
+    def build() -> FastAPI:
+        remote = RemoteEngine(lambda folder: parent.say(connect=folder), health, engine)
+        return create_app(remote, server, seat)
+
+    sock = socket.socket(fileno=job["socket"])
+    serve(build, server, sock, lambda: parent.say(ready=True))

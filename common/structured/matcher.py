@@ -1,0 +1,81 @@
+"""Where one output stands in its grammar, and which tokens may come next."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from common.sampling import NO_TOKEN
+
+NO_TOKEN_LEFT = "the grammar admits no token after this output"
+
+
+def num_words(vocab_size: int) -> int:
+    """Of 32 bits, a bit for each token."""
+    return -(-vocab_size // 32)
+
+
+class Matcher:
+    """For one thread at a time.
+
+    error: why nothing may come next; None while the output can go on or end.
+    """
+
+    def __init__(self, state: Any, eos_token_ids: Collection[int], ignore_eos: bool) -> None:
+        """state: llguidance's, at the beginning. ignore_eos: the output ends only where the grammar
+        admits nothing else."""
+        self.state, self.eos_token_ids, self.ignore_eos = (
+            state,
+            frozenset(eos_token_ids),
+            ignore_eos,
+        )
+        self.error: str | None = None
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """Tokens were added to the output. Those from its end on are not looked at."""
+        for token_id in token_ids:
+            if token_id == NO_TOKEN or token_id in self.eos_token_ids:
+                return
+            if not self.state.consume_token(token_id):
+                self.error = self.error or "an output that the grammar does not admit"
+                return
+
+    def fill(self, masks: np.ndarray, draft_token_ids: Sequence[int] = ()) -> None:
+        """Write which tokens may come next, and which after each draft token.
+
+        masks: [1 + drafts, num_words] int32, bit i % 32 of word i // 32 for token i. After a draft
+        that may not come, or that ends the output, there is nothing to say: all bits are set.
+        """
+        masks[:] = -1
+        num_consumed = 0
+        for mask, token_id in zip(masks, [*draft_token_ids, NO_TOKEN], strict=True):
+            self._fill_one(mask)
+            if token_id == NO_TOKEN or token_id in self.eos_token_ids:
+                break
+            if not mask[token_id // 32] >> (token_id % 32) & 1:
+                break
+            if not self.state.consume_token(token_id):
+                break
+            num_consumed += 1
+        if num_consumed:
+            self.state.rollback(num_consumed)
+
+    def _fill_one(self, mask: np.ndarray) -> None:
+        self.state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self.state.is_error():
+            self.error = f"the grammar cannot be followed further: {first_line(self.state)}"
+            mask[:] = 0
+        elif not mask.any():
+            self.error = NO_TOKEN_LEFT
+        elif self.ignore_eos:
+            others = mask.copy()
+            for token_id in self.eos_token_ids:
+                others[token_id // 32] &= ~np.int32(1 << (token_id % 32) & 0xFFFFFFFF)
+            if others.any():
+                mask[:] = others
+
+
+def first_line(state: Any) -> str:
+    """What llguidance says is wrong, short."""
+    text = state.get_error().strip() or state.stop_reason()
+    return text.splitlines()[0][:200]

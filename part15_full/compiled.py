@@ -1,0 +1,97 @@
+"""torch.compile in the place of our own small kernels, or over whole layers.
+
+`ops`: norms and activation are what `torch.compile` makes of their reference; products and attention stay.
+`layers`: each layer is two pieces with attention between them, and a piece is compiled as a whole, so that
+what is small may be fused with what comes before and after. What is compiled has sizes that are not
+known, and serves every layer: one for a single token, one for any other number.
+
+Beside kernels that are fused by hand it has to earn its place; the README says where it does.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.kernels import Ops
+from common.kernels.reference import ReferenceOps
+
+from .config import EngineConfig
+from .model import MLP, CausalLM, Context, DecoderLayer
+
+OPERATIONS = ("rms_norm", "add_rms_norm", "silu_and_mul")
+COMPILERS = {"cpu": ("CXX", "g++", "c++", "clang++"), "cuda": ("CC", "gcc", "cc", "clang")}
+REFERENCE = ReferenceOps()
+
+
+def check_compiler(config: EngineConfig, device: torch.device) -> None:
+    """Raises ValueError where nothing can be compiled."""
+    variable, *names = COMPILERS[device.type]
+    found = os.environ.get(variable, ""), *map(shutil.which, names)
+    if config.compile != "off" and not any(found):
+        language = "C++" if device.type == "cpu" else "C"
+        raise ValueError(
+            f"compile is {config.compile}: it needs a {language} compiler, and none of"
+            f" {', '.join(names)} is here"
+        )
+
+
+def compile_operations(ops: Ops) -> None:
+    """From now on `ops` has compiled norms and activation."""
+    for name in OPERATIONS:
+        setattr(ops, name, torch.compile(getattr(REFERENCE, name), dynamic=True))
+
+
+def compile_layers(model: CausalLM) -> None:
+    """From now on a model's layers run in compiled pieces. Raises ValueError for what is not compiled."""
+    for number, layer in enumerate(model.layers):
+        weights = []
+        if isinstance(layer.mlp, MLP):
+            weights = [layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down]
+        if not weights or model.group.size > 1:
+            raise ValueError("compile is layers: it is for dense models on one rank")
+        if not all(isinstance(w, tuple) and isinstance(w[0], Tensor) for w in weights):
+            raise ValueError(
+                f"compile is layers: weights must be plain tensors, which kernels {model.ops.name}"
+                " and quantization do not keep"
+            )
+        model.layers[number] = CompiledLayer(layer)
+
+
+@torch.compile(dynamic=True)
+def before_attention(
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, qkv: tuple[Tensor, Tensor | None]
+) -> Tensor:
+    return F.linear(REFERENCE.add_rms_norm(x, residual, norm, eps), *qkv)
+
+
+@torch.compile(dynamic=True)
+def after_attention(
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, weights: list[tuple[Tensor, Any]]
+) -> Tensor:
+    """weights: of attention's output, gate and up, down."""
+    out, gate_up, down = weights
+    x = REFERENCE.add_rms_norm(F.linear(x, *out), residual, norm, eps)
+    return F.linear(REFERENCE.silu_and_mul(F.linear(x, *gate_up)), *down)
+
+
+@dataclass
+class CompiledLayer:
+    """A decoder layer of a dense model, called as it is."""
+
+    layer: DecoderLayer
+
+    @property
+    def mlp(self) -> MLP:
+        return self.layer.mlp
+
+    def __call__(self, x: Tensor, residual: Tensor, context: Context) -> Tensor:
+        layer, attention = self.layer, self.layer.attention
+        qkv = before_attention(x, residual, layer.input_norm, layer.eps, attention.qkv)
+        x = attention.attend(qkv, context)
+        weights = [attention.out, layer.mlp.gate_up, layer.mlp.down]
+        return after_attention(x, residual, layer.post_attention_norm, layer.eps, weights)

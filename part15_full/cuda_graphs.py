@@ -1,0 +1,201 @@
+"""Forwards of decode steps, launched as one.
+
+A step of decoding makes some hundred launches, always the same ones. On a GPU a launch costs the host some
+microseconds, more than the kernel takes where a model or a batch is small, so the device waits for the
+host. A CUDA graph is a list of launches that was captured once: replaying it costs one. What is launched
+again finds its input where it was, so input buffers, block tables and the batch's size are fixed: there is
+a graph for each of some sizes, and a batch is padded up to the next. They are captured at the start, the
+largest first, into one pool of memory, since one runs at a time.
+
+On a CPU the launches are calls of kernels, and what costs is Python: `common.kernels.cpu.launches` notes
+the calls of a step and makes them again from machine code. A step is noted when its size first comes, and
+is not padded: there a row more costs what it computes.
+
+Steps with prompts run as they are (their sizes do not repeat), and so do those whose ranks exchange what
+the host has to look at: experts that are spread over ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from common.distributed import Group
+from common.kernels import Ops
+from common.kv_transfer.options import TELLING
+from common.packed_fields import PackedFields
+
+from .config import EngineConfig
+from .input_batch import Batch, Bucket
+
+if TYPE_CHECKING:
+    from .model_runner import ModelRunner, Runnable
+
+MOST_RECORDINGS = 512  # of a CPU's steps: each takes some 60 KB
+
+
+def sizes_to_capture(most: int) -> list[int]:
+    """Batch sizes, as vLLM chooses them: 1, 2, 4, and every eighth."""
+    return [size for size in (1, 2, 4, *range(8, most + 1, 8)) if size < most] + [most]
+
+
+class CudaGraph:
+    """A captured forward. Calling it gives its result, which lies where it lay."""
+
+    def __init__(self, run: Callable[[], torch.Tensor], pool: Any) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()  # workspaces are made here
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.result = run()
+
+    def __call__(self) -> torch.Tensor:
+        self.graph.replay()
+        return self.result
+
+
+class RecordedSteps:
+    """The same on a CPU: a list of kernels' launches. Making it has computed the first result."""
+
+    def __init__(self, run: Callable[[], torch.Tensor], arena: Any) -> None:
+        from common.kernels.cpu.launches import Recording, unowned
+
+        with Recording(arena) as self.recording:
+            self.result = unowned(run())
+
+    def __call__(self) -> torch.Tensor:
+        self.recording()
+        return self.result
+
+
+class Graphs:
+    """The captured forwards of a runner: of its model, and of the one that drafts."""
+
+    def __init__(self, config: EngineConfig, device: torch.device, ops: Ops) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.reason = self.why_not(config, ops)
+        self.most_drafts = config.num_speculative_tokens or 0
+        self.sizes = sizes_to_capture(config.max_num_seqs)
+        self.max_seq_len = 0  # of any sequence; known when the cache is there
+        self.captured: dict[tuple[Any, ...], Callable[[], torch.Tensor]] = {}
+        self.pool: Any = None  # of memory, which all of them share: one runs at a time
+        self.input: PackedFields | None = None  # on a CPU, where the host's buffers take turns
+        self.num_replays = 0
+
+    def why_not(self, config: EngineConfig, ops: Ops) -> str | None:
+        """The reason for which every step is launched by Python, or None."""
+        if config.enforce_eager:
+            return "enforce_eager is on"
+        if config.enable_expert_parallel:
+            return "experts are spread over ranks"
+        if (number := config.pipeline_parallel_size) > 1:
+            return f"pipeline_parallel_size is {number}: stages wait for each other in a forward"
+        if config.role in TELLING:
+            return f"role is {config.role}: keys and values are told layer by layer"
+        if not self.on_gpu and config.compile != "off":
+            return f"compile is {config.compile}: what it launches on a CPU is not seen"
+        if not self.on_gpu and ops.name != "cpu":
+            return f"kernels is {ops.name}"
+        return None
+
+    def group(self, group: Group) -> Group:
+        """The same ranks, as a model that is to be captured asks them for sums."""
+        if self.on_gpu or self.reason is not None or group.size == 1:
+            return group
+        from common.distributed.recorded import RecordedGroup
+
+        return RecordedGroup(group)
+
+    def bucket(self, counts: list[int]) -> Bucket | None:
+        """What a batch is padded to in which every sequence runs so many tokens, all of them drawn
+        after; None where no graph serves it."""
+        each = counts[0]
+        if self.reason is not None or not self.max_seq_len or any(c != each for c in counts):
+            return None
+        if each > 1 + self.most_drafts or (self.on_gpu and 1 < each <= self.most_drafts):
+            return None
+        num_seqs = len(counts)
+        if self.on_gpu:
+            num_seqs = next(size for size in self.sizes if size >= num_seqs)
+        return Bucket(num_seqs, self.max_seq_len, each)
+
+    def run(self, batch: Batch, what: "Runnable") -> torch.Tensor | None:
+        """The logits after every token of a batch in a bucket, padding left out; None on ranks that
+        have none."""
+        key = (batch.bucket, what.model, what.kv_data.data_ptr(), what.layers is None)
+        if self.input is not None:
+            self.input.words[: len(batch.packed)].copy_(batch.packed)
+        forward = partial(self.forward, batch, what)
+        if key in self.captured:
+            self.num_replays += 1
+            result = self.captured[key]()
+        else:
+            if len(self.captured) >= MOST_RECORDINGS:
+                self.captured.pop(next(iter(self.captured)))
+            self.captured[key] = graph = self.capture(forward)
+            result = graph() if self.on_gpu else graph.result
+        if self.has_logits(what):
+            return result
+        return what.model.logits(result[: len(batch.logits_indices)])
+
+    def has_logits(self, what: "Runnable") -> bool:
+        """Whether logits are part of what is captured. On a GPU they are not: each graph would hold its
+        own. With several ranks one of them gathers them, into new tensors each time."""
+        return not self.on_gpu and what.model.group.size == 1
+
+    def forward(self, batch: Batch, what: "Runnable") -> torch.Tensor:
+        """Logits of every token, or hidden states."""
+        token_ids, positions, metadata = batch.token_ids, batch.positions, batch.metadata
+        if self.input is not None:
+            fields = self.input.tensors(batch.shape.lengths())
+            token_ids, positions = fields["token_ids"], fields["positions"]
+            names = "cu_seqlens_q", "seq_lens", "slot_mapping"
+            metadata = replace(metadata, **{name: fields[name] for name in names})
+        hidden = what.model.forward(token_ids, positions, what.kv_data, metadata, what.layers)
+        return what.model.logits(hidden) if self.has_logits(what) else hidden
+
+    def capture(self, forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        if self.on_gpu:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            return CudaGraph(forward, self.pool)
+        from common.kernels.cpu.launches import Arena
+
+        self.pool = self.pool or Arena()
+        return RecordedSteps(forward, self.pool)
+
+    def prepare(self, runner: "ModelRunner") -> None:
+        """Begin to serve steps; on a GPU every graph is captured now."""
+        self.max_seq_len = runner.max_model_len
+        if not self.on_gpu:
+            self.input = PackedFields(*runner.inputs.buffers.sizes, runner.device)
+        if not self.on_gpu or self.reason is not None:
+            return
+        for size in tqdm(self.sizes[::-1], desc="CUDA graphs", disable=runner.ranks.rank > 0):
+            for what in filter(None, (runner.target, runner.drafter)):
+                for each in sorted({1, 1 + self.most_drafts if what is runner.target else 1}):
+                    runner.launch(runner.prepare(runner.decoding(size, each)), what).result()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a CPU's input and arena; a GPU's pool is the allocator's."""
+        if self.on_gpu or self.input is None:
+            return 0
+        return self.input.words.nbytes + (self.pool.num_bytes if self.pool else 0)
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "num_graphs": len(self.captured),
+            "num_graph_replays": self.num_replays,
+            "graph_bytes": self.num_bytes,
+        }
+
+    def forget(self) -> None:
+        """What was captured reads memory that is gone."""
+        self.captured.clear()
+        self.pool = None

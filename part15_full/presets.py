@@ -1,0 +1,93 @@
+"""Settings for four deployments: `--preset chat`, and what is given beside it goes before.
+
+Each is written for GPUs and a model of the size that its name says. On a machine without a GPU it is the
+same idea at a size that a CPU can run, with the embedded model, so that it can be tried.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from common.device import resolve_device
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values for flags that are not given."""
+
+    about: str
+    on_gpu: dict[str, Any]
+    on_cpu: dict[str, Any]
+
+    def values(self, device: str) -> dict[str, Any]:
+        """Those for a device by its name. Raises ValueError."""
+        kind, _ = resolve_device(device)
+        return self.on_gpu if kind.type == "cuda" else self.on_cpu
+
+
+PRESETS = {
+    "chat": Preset(
+        "an 8B model's chats: turns come back with all before them, and tokens must come evenly",
+        # A small budget keeps a step with someone's prompt short for all who read along.
+        on_gpu={
+            "model": "Qwen/Qwen3-8B",
+            "max_model_len": 32768,
+            "max_num_seqs": 128,
+            "max_num_batched_tokens": 2048,
+            "prefix_cache": "radix",
+            "offload": "prefix",
+        },
+        on_cpu={"max_num_seqs": 8, "prefix_cache": "radix", "quantization": "int8-g32"},
+    ),
+    "api-70b": Preset(
+        "a 70B model over four GPUs, many short requests: tokens per second and euro",
+        on_gpu={
+            "model": "Qwen/Qwen2.5-72B-Instruct",
+            "tensor_parallel_size": 4,
+            "max_num_seqs": 256,
+            "max_num_batched_tokens": 8192,
+            "kv_cache_dtype": "fp8",
+            "offload": "swap",
+            "max_waiting": 1024,
+        },
+        on_cpu={"tensor_parallel_size": 2, "kv_cache_dtype": "int8"},
+    ),
+    "long-documents": Preset(
+        "questions about documents of up to 128K tokens: KV memory first, answers that quote",
+        # A document leaves half of a step to others, and is kept on the host for the next question.
+        on_gpu={
+            "model": "Qwen/Qwen3-4B-Instruct-2507",
+            "max_model_len": 131072,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 8192,
+            "long_prefill_threshold": 4096,
+            "kv_cache_dtype": "fp8",
+            "offload": "both",
+            "speculative": "ngram",
+        },
+        on_cpu={
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 512,
+            "long_prefill_threshold": 256,
+            "kv_cache_dtype": "int8",
+            "speculative": "ngram",
+        },
+    ),
+    "moe": Preset(
+        "a mixture of experts over two GPUs, each with half of the experts, placed as they are chosen",
+        on_gpu={
+            "model": "Qwen/Qwen3-30B-A3B-Instruct-2507",
+            "max_model_len": 32768,
+            "tensor_parallel_size": 2,
+            "enable_expert_parallel": True,
+            "eplb": True,
+            "max_num_seqs": 256,
+        },
+        # The embedded model has no experts: part 11's README says how to make some of it.
+        on_cpu={
+            "model": "random:tiny-qwen3-moe",
+            "tensor_parallel_size": 2,
+            "enable_expert_parallel": True,
+            "eplb": True,
+        },
+    ),
+}

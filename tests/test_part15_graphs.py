@@ -1,0 +1,233 @@
+"""Captured decode steps: a CPU's recordings of launches, and CUDA graphs on a GPU that is not there."""
+
+import ast
+import gc
+import itertools
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.kernels.cpu import launches
+from common.kernels.cpu.jit import LISTENERS
+from common.kernels.cpu.launches import Arena, Launches, Recording, unowned
+from common.kernels.cpu.ops import CpuOps
+from common.sampling import SamplingParams
+from common.testing.parts import ROOT, make_engine
+
+TINY = "random:tiny-llama"
+OPS = CpuOps(2)
+PROMPTS = [[5 + i, 7, 9 + 2 * i, 11] * (i + 1) for i in range(6)]
+PARAMS = [
+    SamplingParams(
+        temperature=0.0 if i % 2 else 0.8, seed=i, max_tokens=12 + 3 * i, ignore_eos=True
+    )
+    for i in range(6)
+]
+
+
+def outputs(engine: object, **options: object) -> list[list[int]]:
+    completions = engine.generate(PROMPTS, PARAMS, progress=False, **options)
+    return [completion.token_ids for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    return outputs(make_engine(15, TINY, enforce_eager=True))
+
+
+def record(function):
+    """A recording of a function, and where its result lies."""
+    recording = Recording(Arena())
+    with recording:
+        result = unowned(function())
+    return recording, result
+
+
+def test_a_recording_computes_again_from_what_is_in_its_inputs_now() -> None:
+    x, weight = torch.randn(4, 64), OPS.prepare_weight(torch.randn(96, 64))
+    norm, residual = torch.randn(64), torch.zeros(4, 64)
+
+    def forward() -> torch.Tensor:
+        hidden = OPS.add_rms_norm(x, residual, norm, 1e-5)
+        return OPS.silu_and_mul(OPS.linear(hidden, weight)) * 2
+
+    recording, result = record(forward)
+    assert recording.num_launches == 3 and len(recording.steps) == 2
+    for _ in range(3):
+        x.copy_(torch.randn(4, 64))
+        residual.copy_(torch.randn(4, 64))
+        before = residual.clone()
+        recording()
+        got, kept = result.clone(), residual.clone()
+        residual.copy_(before)
+        assert torch.equal(got, forward()) and torch.equal(kept, residual)
+
+
+def test_floats_and_integers_reach_a_kernel_as_they_were() -> None:
+    """eps is a float among integers; a wrong order of registers would give another norm."""
+    x, weight = torch.randn(3, 32), torch.randn(32)
+    for eps in (1e-6, 0.5, 1e9):
+        recording, result = record(lambda eps=eps: OPS.rms_norm(x, weight, eps))
+        result.zero_()
+        recording()
+        assert torch.allclose(result, OPS.reference.rms_norm(x, weight, eps), atol=1e-6)
+
+
+def test_a_number_that_is_read_cannot_be_recorded() -> None:
+    with pytest.raises(RuntimeError, match="read from a tensor"):
+        record(lambda: torch.ones(3) * torch.ones(3).sum().item())
+    assert not LISTENERS
+
+
+def test_only_the_recording_thread_is_listened_to() -> None:
+    x, weight = torch.randn(2, 32), torch.randn(32)
+    recording = Recording(Arena())
+    with recording:
+        other = threading.Thread(target=lambda: OPS.rms_norm(x, weight, 1e-5))
+        other.start()
+        other.join()
+    assert recording.steps == []
+
+
+def test_a_launch_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Launches()
+    listed.words, listed.names = [0, 0, launches.HEAD], ["norm"]
+    monkeypatch.setattr(launches, "replay", lambda words, count: 0)
+    with pytest.raises(RuntimeError, match="launch 0 of 1 failed: norm"):
+        listed()
+
+
+@given(st.lists(st.tuples(st.integers(1, 3000), st.booleans()), max_size=60))
+def test_no_two_tensors_of_an_arena_share_memory(requests: list[tuple[int, bool]]) -> None:
+    arena, held = Arena(), []
+    for size, drops in requests:
+        held.append(arena.take((size,), torch.float32))
+        if drops:
+            del held[len(held) // 2]
+        places = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in held)
+        for (_, end), (begin, _) in itertools.pairwise(places):
+            assert end <= begin, f"{end} > {begin}"
+    views = [x[:1] for x in held]
+    held.clear()
+    assert len(arena.taken) == len(views), "a view holds its memory"
+    views.clear()
+    assert not arena.taken and len(arena.chunks) <= 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"speculative": "ngram"},
+        {"speculative": "self", "kv_cache_dtype": "int8"},
+        {"num_blocks": 12, "prefix_cache": "radix"},  # which preempts
+        {"quantization": "int4", "activations": "int8"},
+    ],
+    ids=lambda flags: " ".join(flags) or "plain",
+)
+def test_replayed_steps_give_the_tokens_of_launched_ones(
+    flags: dict, expected: list[list[int]]
+) -> None:
+    engine = make_engine(15, TINY, **flags)
+    exact = "quantization" not in flags and "kv_cache_dtype" not in flags
+    wanted = expected if exact else outputs(make_engine(15, TINY, enforce_eager=True, **flags))
+    assert outputs(engine) == wanted
+    before = engine.stats()
+    assert before["num_graphs"] > 0 and before["num_graph_replays"] > 0
+    assert outputs(engine) == wanted  # most of its sizes are known by now
+    after = engine.stats()
+    assert after["num_graph_replays"] - before["num_graph_replays"] >= before["num_graph_replays"]
+    engine.check_integrity()
+
+
+def test_a_mixture_of_experts_is_replayed_with_its_routing() -> None:
+    model = "random:tiny-qwen3-moe"
+    engine = make_engine(15, model)
+    assert outputs(engine) == outputs(make_engine(15, model, enforce_eager=True))
+    assert engine.stats()["num_graph_replays"] > 0
+
+
+def test_a_replay_that_computes_nothing_changes_tokens(expected: list[list[int]]) -> None:
+    """The negative control: what is compared above comes from replays."""
+    engine = make_engine(15, TINY)
+    assert outputs(engine) == expected
+    for graph in engine.runner.graphs.captured.values():
+        graph.recording.steps.clear()
+    assert outputs(engine) != expected
+
+
+def test_eager_engines_capture_nothing() -> None:
+    for flags, why in (
+        ({"enforce_eager": True}, "enforce_eager is on"),
+        ({"kernels": "reference"}, "kernels is reference"),
+        ({"role": "prefill", "kv_secret": "s" * 32}, "role is prefill"),
+    ):
+        graphs = make_engine(15, TINY, **flags).runner.graphs
+        assert graphs.reason.startswith(why)
+        assert graphs.bucket([1, 1]) is None and not graphs.captured
+
+
+def test_recordings_share_memory_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(15, TINY, max_num_seqs=8)
+    graphs = engine.runner.graphs
+    monkeypatch.setattr(sys.modules[type(graphs).__module__], "MOST_RECORDINGS", 3)
+    outputs(engine)
+    size = graphs.pool.num_bytes
+    for _ in range(3):
+        outputs(engine)
+        gc.collect()
+        assert len(graphs.captured) <= 3 and graphs.pool.num_bytes == size
+        assert not graphs.pool.taken, "no recording holds memory"
+
+
+def test_they_are_made_anew_after_sleep(expected: list[list[int]]) -> None:
+    engine = make_engine(15, TINY)
+    for level in (1, 2):
+        assert outputs(engine) == expected
+        engine.sleep(level)
+        assert engine.stats()["num_graphs"] == 0 and engine.runner.graphs.pool is None
+        engine.wake_up()
+    assert outputs(engine) == expected
+
+
+def test_ranks_replay_side_by_side(expected: list[list[int]]) -> None:
+    engine = make_engine(15, TINY, tensor_parallel_size=2)
+    try:
+        assert outputs(engine) == expected
+        assert outputs(engine) == expected
+        assert engine.stats()["num_graph_replays"] > 0
+    finally:
+        engine.shutdown()
+
+
+GPU = """
+from common.testing import cuda_on_cpu
+cuda_on_cpu.install()
+import sys
+sys.path.insert(0, "tests")
+from test_part15_graphs import TINY, make_engine, outputs
+for speculative in ("off", "ngram", "self"):
+    flags = dict(device="cuda:1", dtype="float32", max_num_seqs=6, speculative=speculative)
+    engine = make_engine(15, TINY, **flags)
+    graphs = engine.runner.graphs
+    print([(key[0].num_seqs, key[0].num_tokens_each, key[3]) for key in graphs.captured])
+    number = len(graphs.captured)
+    print(outputs(engine), graphs.num_replays > 0, len(graphs.captured) == number)
+"""
+
+
+def test_on_a_gpu_all_sizes_are_captured_at_the_start(expected: list[list[int]]) -> None:
+    done = subprocess.run([sys.executable, "-c", GPU], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    sizes = [6, 4, 2, 1]  # the largest first
+    assert ast.literal_eval(lines[0]) == [(size, 1, True) for size in sizes]
+    assert ast.literal_eval(lines[2]) == [(size, each, True) for size in sizes for each in (1, 13)]
+    each = [(1, True), (5, True), (1, False)]  # verifies, and drafts with some of its layers
+    assert ast.literal_eval(lines[4]) == [(size, *kind) for size in sizes for kind in each]
+    assert lines[1::2] == [f"{expected} True True"] * 3
