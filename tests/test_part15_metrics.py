@@ -141,7 +141,8 @@ def test_earlier_parts_have_what_they_had() -> None:
     plain = render(make_registry(metrics, "m"), "")[0].decode()
     assert "num_preemptions" not in plain and "by_source" not in plain
     assert 'vllm:num_requests_waiting{engine="0",model_name="m"} 3.0' in plain
-    complete = render(make_registry(metrics, "m", lambda: 7), "")[0].decode()
+    metrics.on_refused(7)
+    complete = render(make_registry(metrics, "m", complete=True), "")[0].decode()
     assert 'vllm:num_requests_waiting{engine="0",model_name="m"} 5.0' in complete
     assert re.search(r"waiting_by_reason\{.*reason=\"deferred\"\} 2\.0", complete)
     assert re.search(r"admission_rejections_total\{.*\} 7\.0", complete)
@@ -298,7 +299,8 @@ def test_refused_requests_are_counted() -> None:
 
 
 def test_completions_without_room_are_counted() -> None:
-    admission = Admission(4)
+    admission, refused = Admission(4), []
+    admission.on_refused = refused.append
     with admission.admit(3):
         for _ in range(2):
             with pytest.raises(ApiError, match="the server is full"):
@@ -307,7 +309,7 @@ def test_completions_without_room_are_counted() -> None:
         with pytest.raises(ApiError, match="n times"):  # the request is wrong, not the moment
             admission.check(5)
     admission.check(4)
-    assert admission.num_refused == 4
+    assert refused == [2, 2]
 
 
 def test_sleeping_is_timed(plain: Server) -> None:

@@ -68,7 +68,7 @@ def label(row: dict[str, Any]) -> str:
 def draw(panel: Any, rows: list[dict[str, Any]], values: list[float], colors: list[str]) -> None:
     panel.barh(range(len(rows)), values, height=0.66, color=colors)
     panel.set_ylim(len(rows) - 0.5, -0.5)
-    panel.set_xlim(0, 1.25 * max(*values, 1))
+    panel.set_xlim(0, 1.35 * max(*values, 1))
     panel.grid(False, axis="y")
     panel.tick_params(labelsize=9)
 
