@@ -281,13 +281,13 @@ def test_who_has_penalties_or_does_not_want_drafts_has_none() -> None:
 
 @pytest.mark.parametrize("proposer", ["stranger", "twin", "self"])
 def test_unseeded_tokens_have_the_models_distribution(proposer: str) -> None:
-    """Rejection in the engine, against exact probabilities: 3,000 answers of three tokens."""
+    """Rejection in the engine, against exact probabilities: 1,500 answers of three tokens."""
     params = SamplingParams(temperature=1.0, top_k=3, max_tokens=3, ignore_eos=True, n=128)
     flags = {"max_num_seqs": 32, "num_blocks": 400, "max_num_batched_tokens": 512}
     engine = engine_with(proposer, num_speculative_tokens=2, **flags)
     num_drafts = engine.stats()["num_draft_tokens"]
-    outputs = [c.token_ids for _ in range(24) for c in run(engine, [PROMPT[:9]], params)]
-    assert engine.stats()["num_draft_tokens"] - num_drafts > 3000
+    outputs = [c.token_ids for _ in range(12) for c in run(engine, [PROMPT[:9]], params)]
+    assert engine.stats()["num_draft_tokens"] - num_drafts > 1500
     counts: dict[tuple[int, ...], int] = {}
     for output in outputs:
         counts[tuple(output)] = counts.get(tuple(output), 0) + 1
