@@ -225,7 +225,30 @@ def named(techniques: Techniques) -> str:
     return " + ".join(technique.name for technique in techniques)
 
 
-RUNS = [pair for pair in pairs() if refusal(*pair) is None]
+# Pairs that the short form leaves out: the hash prefix cache is in every engine that has no other, and
+# these have little to do with each other.
+SELDOM = {
+    "whole prompts",
+    "static batches",
+    "no prefix cache",
+    "int8 weights and inputs",
+    "expert parallel",
+    "n completions",
+    "prompt_logprobs",
+}
+
+
+def marks(a: Technique, b: Technique) -> list[Any]:
+    names = {a.name, b.name}
+    is_seldom = names <= SELDOM | {"tensor parallel"} or "hash prefix cache" in names
+    return [pytest.mark.long] if is_seldom else []
+
+
+RUNS = [
+    pytest.param(pair, id=named(pair), marks=marks(*pair))
+    for pair in pairs()
+    if refusal(*pair) is None
+]
 REFUSED = [pair for pair in pairs() if refusal(*pair) is not None]
 
 
@@ -233,11 +256,10 @@ REFUSED = [pair for pair in pairs() if refusal(*pair) is not None]
 def test_one_alone_does_something(technique: Technique, tmp_path: Path) -> None:
     counts = run(tmp_path, technique)
     assert technique.counter is None or counts[technique.counter] > 0, counts
-    if "role" not in technique.flags and technique.name not in ("no prefix cache",):
-        assert counts["num_preemptions"] > 0, "nothing was crowded"
+    assert "role" in technique.flags or counts["num_preemptions"] > 0, "nothing was crowded"
 
 
-@pytest.mark.parametrize("techniques", RUNS, ids=named)
+@pytest.mark.parametrize("techniques", RUNS)
 def test_two_together_give_the_right_tokens(techniques: Techniques, tmp_path: Path) -> None:
     run(tmp_path, *techniques)
 
