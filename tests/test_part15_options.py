@@ -145,34 +145,32 @@ def test_a_whole_prompt_fits_into_the_buffers_however_small_the_budget(making: M
 
 @pytest.mark.parametrize("is_on", [True, False])
 def test_a_static_batch_begins_and_ends_as_one(is_on: bool, making: Making) -> None:
+    """Six requests, more than one step's budget, and three that come while these run."""
     engine = making(**ROOMY, max_num_batched_tokens=20, continuous_batching=is_on)
-    scheduler, joined = engine.scheduler, []
+    scheduler = engine.scheduler
+    joined: list[tuple[str, set[str]]] = []  # and who has not ended by then
     start = scheduler.start
 
     def watched(*arguments: Any) -> None:
-        ended = {r for r in ids if r not in engine.sequences}
-        is_running = bool(scheduler.running or scheduler.ending)
-        joined.append((scheduler.waiting[0].request_id, bool(ended), is_running))
+        held = {s.request_id for s in [*scheduler.running, *scheduler.ending]}
+        joined.append((scheduler.waiting[0].request_id, held))
         start(*arguments)
 
-    scheduler.start, ids = watched, [f"r{i}" for i in range(6)]
-    for i, request_id in enumerate(ids):
+    scheduler.start = watched
+    for i in range(6):
         params = SamplingParams(temperature=0.0, max_tokens=3 + 4 * i, ignore_eos=True)
-        engine.add_request(Request(request_id, prompt(15, i), params))
-    for _ in range(20):
+        engine.add_request(Request(f"early{i}", prompt(15, i), params))
+    for _ in range(9):
         engine.step()
     for i in range(3):
-        ids.append(f"late{i}")
         engine.add_request(Request(f"late{i}", prompt(9, i), GREEDY))
     while engine.has_unfinished():
         engine.step()
-    late = [(name, is_running) for name, _, is_running in joined if name.startswith("late")]
-    assert [name for name, *_ in joined] == ids
-    if is_on:
-        assert late[0][1], "a late one joins those that run"
-    else:
-        assert not late[0][1], "the first of a batch finds nobody"
-        assert not any(ended for name, ended, _ in joined if not name.startswith("late"))
+    assert [name for name, _ in joined] == [f"early{i}" for i in range(6)] + [
+        f"late{i}" for i in range(3)
+    ]
+    found = {name for _, held in joined[6:] for name in held if name.startswith("early")}
+    assert bool(found) is is_on
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -211,8 +209,9 @@ def test_presets_are_whole_on_both_kinds_of_machine(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preset = PRESETS[name]
-    for number_of_gpus, values in ((0, preset.on_cpu), (8, preset.on_gpu)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda n=number_of_gpus: n > 0)
+    for num_gpus, values in ((0, preset.on_cpu), (8, preset.on_gpu)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda n=num_gpus: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=num_gpus: n)
         engine, server = parse([EngineConfig, ServerConfig], [f"--preset={name}"], prog="prog")
         found = vars(server) | vars(engine)
         assert {field: found[field] for field in values} == values
