@@ -123,6 +123,18 @@ class Crowd(Drive):
 
         self.engine.runner.queue.aside(write)
 
+    def check_scores(self, tolerance: float) -> None:
+        """Prompts are scored as the reference scores them."""
+        ended = [name for name, reason in self.reasons.items() if reason != "abort"]
+        prompts = [self.requests[name].prompt for name in ended]
+        for name, scored in zip(
+            ended, self.reference.generate(prompts, SCORING, False), strict=True
+        ):
+            for one, other in zip(self.scores[name], scored.prompt_logprobs, strict=True):
+                assert one.token_id == other.token_id, (name, one, other)
+                assert abs(one.logprob - other.logprob) < tolerance, (name, one, other)
+        assert any(map(self.scores.get, ended))
+
 
 class Nearly(Crowd):
     """What is greedy must be near the largest logit of the reference operations at its place. A sum in
@@ -214,6 +226,8 @@ def run(folder: Path, *techniques: Technique) -> dict[str, Any]:
     drive = (Crowd if is_exact else Nearly)(engine, "", known, more)
     drive.reference = reference(model_of(techniques), **rounding)
     drive.run(crowd(named(techniques), has_choices))
+    if "prompt_logprobs" in more:
+        drive.check_scores(1e-3 if is_exact else NEAR)
     counts = engine.stats() | getattr(engine, "counts", dict)()
     if hasattr(engine, "settle"):
         engine.settle()
