@@ -254,7 +254,8 @@ SELDOM = {
 
 def marks(a: Technique, b: Technique) -> list[Any]:
     names = {a.name, b.name}
-    is_seldom = names <= SELDOM | {"tensor parallel"} or "hash prefix cache" in names
+    is_seldom = names <= SELDOM | {"tensor parallel", "int4 weights", "self-speculation"}
+    is_seldom = is_seldom or bool(names & {"hash prefix cache", "expert parallel"})
     return [pytest.mark.long] if is_seldom else []
 
 
