@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NoReturn, Protocol, TypeVar
 
 Config = TypeVar("Config")
@@ -47,10 +48,16 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@cache
+def type_hints(config_class: type) -> dict[str, Any]:
+    """Evaluated once: with each of its fields it would take milliseconds."""
+    return typing.get_type_hints(config_class)
+
+
 def value_type(config_class: type, name: str) -> tuple[type, bool]:
     """(the type of a field's value, whether None is allowed): `int | None` gives (int, True), and
     `tuple[str, ...]`, a flag that may be repeated, (tuple, False)."""
-    hint = typing.get_type_hints(config_class)[name]
+    hint = type_hints(config_class)[name]
     if typing.get_origin(hint) is tuple:
         return tuple, False
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from common.completions import TokenLogprobs
 from common.requests import Request
 from common.sampling import SamplingParams
 from common.testing.oracle import check_greedy, check_seeded
@@ -110,6 +111,7 @@ class Drive:
     requests: dict[str, Known] = field(default_factory=dict)
     expected: dict[str, tuple[list[int], str]] = field(default_factory=dict)
     outputs: dict[str, list[int]] = field(default_factory=dict)
+    scores: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # of prompts
     reasons: dict[str, str] = field(default_factory=dict)
     aborted: set[str] = field(default_factory=set)
     num_steps: int = 0
@@ -138,6 +140,7 @@ class Drive:
             for output in self.engine.step():
                 assert output.request_id not in self.reasons, f"{output} after its end"
                 self.outputs[output.request_id] += output.token_ids
+                self.scores[output.request_id] = getattr(output, "prompt_logprobs", None) or []
                 if output.finish_reason is not None:
                     self.reasons[output.request_id] = output.finish_reason
             self.engine.check_integrity()
