@@ -74,6 +74,7 @@ class GpuWork:
     ) -> None:
         self.clock = queue.clock
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.kept = None if after is None else run  # with what other streams have made for it
         if after is None:
             self.begin.record()
         else:
