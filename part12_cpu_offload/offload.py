@@ -248,8 +248,9 @@ class Offload:
         """Blocks on the host, what is there in bytes, and what was copied."""
         num_blocks, num_free = self.host.num_blocks, len(self.host.free_blocks)
         numbers = {"num_host_blocks": num_blocks, "num_used_host_blocks": num_blocks - num_free}
-        disk = self.host.disk.stats() if self.host.disk is not None else {}
-        return numbers | {"host_kv_bytes": self.copies.num_bytes} | self.counts | disk
+        disk = {} if self.host.disk is None else self.host.disk.stats()
+        kept = {f"disk_{name}": number for name, number in disk.items()}
+        return numbers | {"host_kv_bytes": self.copies.num_bytes} | self.counts | kept
 
 
 COUNTS = (

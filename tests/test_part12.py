@@ -260,6 +260,7 @@ def test_the_device_comes_first(making: Making) -> None:
 def test_a_salt_reaches_the_host_and_the_disk(making: Making, tmp_path: Path) -> None:
     """Clients that do not know each other's salt learn nothing by the time an answer takes."""
     engine = making(offload="prefix", num_blocks=40, disk_kv=str(tmp_path))
+    assert engine.stats()["num_blocks"] == 40, "the device's, not those on the disk"
     complete(engine, PROMPT, cache_salt="ours")
     forget(engine)
     for salt in (None, "theirs"):

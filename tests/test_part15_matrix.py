@@ -252,10 +252,15 @@ SELDOM = {
 }
 
 
+# The hash prefix cache and captured steps are in every run that does not ask for something else; ranks
+# that are processes have tests of their own.
+OFTEN = {"hash prefix cache", "captured steps", "expert parallel", "pipeline parallel"}
+
+
 def marks(a: Technique, b: Technique) -> list[Any]:
     names = {a.name, b.name}
     is_seldom = names <= SELDOM | {"tensor parallel", "int4 weights", "self-speculation"}
-    is_seldom = is_seldom or bool(names & {"hash prefix cache", "expert parallel"})
+    is_seldom = is_seldom or bool(names & OFTEN)
     return [pytest.mark.long] if is_seldom else []
 
 

@@ -54,7 +54,7 @@ TECHNIQUES = (
     Technique(
         "prefixes on disk",
         {"offload": "both", "disk_kv": FOLDER, "host_kv_memory": 37_000},
-        "num_written",
+        "disk_num_written",
     ),
     Technique("int4 weights", {"quantization": "int4"}),
     Technique(
@@ -75,7 +75,9 @@ TECHNIQUES = (
         "num_bytes_sent",
         MOE,
     ),
+    Technique("pipeline parallel", {"pipeline_parallel_size": 2}),
     Technique("disaggregated", {"role": "decode"}, "num_kv_fetched"),
+    Technique("captured steps", {"enforce_eager": False}, "num_graph_replays"),
     Technique("n completions", {}, has_choices=True),
     Technique("prompt_logprobs", {}, params={"prompt_logprobs": 2}),
 )
@@ -99,6 +101,21 @@ REFUSED = (
         ("prefixes on disk",),
         ("tensor parallel", "expert parallel"),
         "tensor_parallel_size is 2: disk_kv is for one rank",
+    ),
+    (
+        ("prefixes on disk",),
+        ("pipeline parallel",),
+        "pipeline_parallel_size is 2: disk_kv is for one rank",
+    ),
+    (
+        ("pipeline parallel",),
+        ("draft model", "self-speculation"),
+        "pipeline_parallel_size is 2: speculative {speculative} runs all layers on each rank",
+    ),
+    (
+        ("disaggregated",),
+        ("pipeline parallel",),
+        "pipeline_parallel_size is 2: role decode is for one rank",
     ),
     (
         ("disaggregated",),
@@ -126,6 +143,7 @@ TRIPLES = (
     ("tensor parallel", "draft model", "int4 weights"),
     ("expert parallel", "swap", "self-speculation"),
     ("expert parallel", "int4 weights", "two steps in flight"),
+    ("pipeline parallel", "swap", "n-gram drafts"),
     ("whole prompts", "prefixes on the host", "draft model"),
     ("whole prompts", "two steps in flight", "disaggregated"),
     ("int4 weights", "int8 keys and values", "swap"),
