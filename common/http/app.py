@@ -366,7 +366,7 @@ class Frontend:
         check_logprobs(prompts, params, self.max_model_len, chat)
         grammar = None
         if use is not None and use.is_forced:
-            asked = await self.tokenizing(lambda: ("tools", use.grammar()))
+            asked = await self.tokenizing(use.grammar)
         if asked is not None:
             grammar = await compiled(self.grammars, *asked)
         options = request.stream_options

@@ -150,12 +150,13 @@ class ToolParser:
         return self._take()
 
     def end(self) -> list[dict[str, Any]]:
-        """The output has ended."""
+        """The output has ended. The beginning of a further call is dropped."""
         if self._reader is not None and not self._is_open:
             self._raw += self._reader.raw
-        self._content("".join(self._raw) + self._held)
-        if self._space and not self.num_calls:
-            self._deltas.append({"content": "".join(self._space)})
+        if not self.num_calls:
+            self._content("".join(self._raw) + self._held)
+            if self._space:
+                self._deltas.append({"content": "".join(self._space)})
         self._raw, self._held, self._space, self._reader = [], "", [], None
         return self._take()
 

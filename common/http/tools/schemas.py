@@ -127,6 +127,10 @@ class ToolChatRequest(ChatCompletionRequest):
                 raise ApiError(400, f"{path}.name is there twice", param=f"{path}.name")
             try:
                 check_depth(tool.function.parameters)
+                json.dumps(tool.as_dict(), ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                text = f"{path} has half of a character (a surrogate)"
+                raise ApiError(400, text, param=path) from None
             except ValueError as error:
                 path = f"{path}.parameters"
                 raise ApiError(400, f"{path} {error}", param=path) from None

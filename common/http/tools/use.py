@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from common.http.errors import ApiError
 from common.http.tools.formats import ToolFormat
 from common.http.tools.parser import ToolParser
 from common.http.tools.schemas import NamedTool, ToolChatRequest
@@ -54,10 +55,9 @@ class ToolUse:
         names = [tool["function"]["name"] for tool in self.tools]
         return ToolParser(self.format, names, self.is_parallel)
 
-    def grammar(self) -> Grammar | None:
-        """Of outputs that are calls and nothing else, in the model's own form. Raises ValueError."""
-        if not self.is_forced:
-            return None
+    def grammar(self) -> tuple[str, Grammar]:
+        """The field that forces a call, and the grammar of outputs that are calls and nothing else, in
+        the model's own form. Raises ApiError."""
         rules, starts, number = [], [], 0
         for tool in self.tools:
             function = tool["function"]
@@ -79,9 +79,11 @@ class ToolUse:
         more = f" ({lark_string(comma)} {call}){{0,{most - 1}}}" if most > 1 else ""
         parts = [lark_string(begin) if begin else "", call + more, lark_string(end) if end else ""]
         start = " ".join(filter(None, parts))
-        return Grammar(
-            "lark", "\n".join([f"start: {start}", f"call: {' | '.join(starts)}", *rules])
-        )
+        text = "\n".join([f"start: {start}", f"call: {' | '.join(starts)}", *rules])
+        try:
+            return "tools", Grammar("lark", text)
+        except ValueError as error:
+            raise ApiError(400, f"tools {error}", param="tools") from None
 
 
 def told(messages: list[dict[str, Any]], use: ToolUse | None) -> list[dict[str, Any]]:
