@@ -146,6 +146,7 @@ def describe(engine: LLMEngine) -> dict[str, Any]:
         "max_model_len": engine.max_model_len,
         "vocab_size": engine.vocab_size,
         "sampling_defaults": engine.sampling_defaults,
+        "eos_token_ids": sorted(engine.eos_token_ids),
         "connector": engine.connector.describe(),
     }
 

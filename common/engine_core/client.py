@@ -24,6 +24,7 @@ from common.metrics import Counts, EngineMetrics
 from common.models.checkpoint import resolve
 from common.models.tokenizer import Tokenizer
 from common.requests import Request
+from common.structured.compiler import GrammarCompiler
 from common.trace import StepRecord, Trace
 
 REFRESH_SECONDS = 2.0  # for the core to answer; then the last numbers must do
@@ -60,6 +61,9 @@ class RemoteEngine:
         self.vocab_size: int = self.about["vocab_size"]
         self.sampling_defaults: dict[str, Any] = self.about["sampling_defaults"]
         self.tokenizer = Tokenizer.load(resolve(self.config.model))
+        # What is refused here never gets to the core, which compiles anew what is not.
+        compiler = GrammarCompiler(self.tokenizer, self.vocab_size, self.about["eos_token_ids"])
+        self.grammars = SimpleNamespace(compiler=compiler)
         self.trace = Trace(state=welcome.state)
         self.runner = SimpleNamespace(expert_stats=self._expert_stats)
         secret = secret_of(config) if config.role == "decode" else None
