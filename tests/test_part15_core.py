@@ -527,9 +527,15 @@ def test_an_engine_imports_without_zeromq_and_msgspec():
         "import sys\n"
         "sys.modules['zmq'] = sys.modules['msgspec'] = None\n"
         "import part15.engine, part15.server, part15.async_engine\n"
+        "from common.engine_core.launch import check_packages\n"
+        "try:\n"
+        "    check_packages()\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "needs pyzmq: pip install pyzmq, or --engine-core thread" in done.stdout
 
 
 # Processes.

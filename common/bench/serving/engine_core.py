@@ -63,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--http-processes", type=positive, help="a third form, with so many")
     parser.add_argument("--vocab-size", type=positive, default=1000, help="default: 1000")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--quick-limits", action="store_true", help="measure limits in a second")
     add_output_arguments(parser)
 
 
