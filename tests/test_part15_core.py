@@ -540,7 +540,7 @@ def test_an_engine_imports_without_zeromq_and_msgspec():
 
 # Processes.
 
-FLAGS = ("--model", MODEL, "--num-blocks", "128", "--threads", "1", "--rank-timeout", "2")
+FLAGS = ("--model", MODEL, "--num-blocks", "128", "--threads", "1", "--rank-timeout", "4")
 STREAM = BASE | {"max_tokens": 700, "stream": True}
 
 
