@@ -653,7 +653,7 @@ def start() -> Iterator[Callable[..., Server]]:
 
 
 def streams_on_both(server: Server) -> dict[int, list[Client]]:
-    """Streams until each HTTP process has some; by process."""
+    """Streams until each HTTP process has some; by process. The last one's has just begun."""
     workers, by_pid = server.named("api_server"), {}
     for _ in range(50):
         client = server.stream(max_tokens=900).begin()
@@ -678,7 +678,7 @@ def test_two_http_processes_in_every_trouble(start: Callable[..., Server]):
     assert [one.ended() for one in streams] == ["data: [DONE]"] * 8
     # One is killed: its streams break off, the other's go on, and it starts again.
     by_pid = streams_on_both(server)
-    killed, kept = by_pid
+    kept, killed = by_pid
     os.kill(killed, signal.SIGKILL)
     assert all("Error" in one.ended() for one in by_pid[killed])
     assert {one.ended() for one in by_pid[kept]} == {"data: [DONE]"}
@@ -688,7 +688,7 @@ def test_two_http_processes_in_every_trouble(start: Callable[..., Server]):
     time.sleep(0.5)
     until(lambda: accepts(server, 2), "the new one's streams")
     by_pid = streams_on_both(server)
-    stopped, kept = by_pid
+    kept, stopped = by_pid
     os.kill(stopped, signal.SIGSTOP)
     assert {one.ended() for one in by_pid[kept]} == {"data: [DONE]"}
     assert all("Error" in one.ended() for one in by_pid[stopped])
