@@ -50,7 +50,8 @@ class EngineConfig:
     # processes
     engine_core: str = option(
         "auto",
-        "where a server's engine runs: in a thread of the HTTP process, or in a process of its own",
+        "where a server's engine runs: in a thread of the HTTP process, or in a process of its own;"
+        " auto: a thread, with several HTTP processes a process",
         choices=ENGINE_CORES,
     )
     api_server_count: int = option(

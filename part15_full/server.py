@@ -4,7 +4,6 @@ A client that goes away, streaming or not, has its request aborted.
 """
 
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +11,7 @@ from sse_starlette import EventSourceResponse
 
 from common.distributed import launched_rank
 from common.engine_core.client import RemoteEngine
+from common.engine_core.launch import launch_core, serve_workers
 from common.http import page
 from common.http.app import ALONE, Admission, Frontend, Seat, unless_disconnected
 from common.http.errors import ApiError
@@ -85,10 +85,7 @@ def connect_engine(config: EngineConfig) -> LLMEngine | RemoteEngine:
         raise ValueError(f"api_server_count is {count}: a replica has one; start more replicas")
     if not config.has_core_process:
         return LLMEngine(config)
-    from common.engine_core.process import CoreProcess
-
-    core = CoreProcess(f"{__package__}.engine_core", asdict(config))
-    return RemoteEngine(core.connect, core.health, config, core.end)
+    return launch_core(__package__, config)
 
 
 def main() -> None:
@@ -97,10 +94,8 @@ def main() -> None:
     engine_config, server_config = parse([EngineConfig, ServerConfig], description=__doc__)
     if launched_rank() > 0:  # torchrun has started it, beside rank 0
         worker.main()
-    if (count := engine_config.api_server_count) > 1:
-        from common.http.workers import serve_workers
-
-        serve_workers(__package__, engine_config, server_config, count)
+    if engine_config.api_server_count > 1:
+        serve_workers(__package__, engine_config, server_config)
     serve(lambda: create_app(connect_engine(engine_config), server_config), server_config)
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -526,14 +527,20 @@ def test_an_engine_imports_without_zeromq_and_msgspec():
         "import sys\n"
         "sys.modules['zmq'] = sys.modules['msgspec'] = None\n"
         "import part15.engine, part15.server, part15.async_engine\n"
+        "from common.engine_core.launch import check_packages\n"
+        "try:\n"
+        "    check_packages()\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "needs pyzmq: pip install pyzmq, or --engine-core thread" in done.stdout
 
 
 # Processes.
 
-FLAGS = ("--model", MODEL, "--num-blocks", "128", "--threads", "1", "--rank-timeout", "2")
+FLAGS = ("--model", MODEL, "--num-blocks", "128", "--threads", "1", "--rank-timeout", "4")
 STREAM = BASE | {"max_tokens": 700, "stream": True}
 
 
@@ -541,7 +548,8 @@ class Server:
     """A server of several processes, and its clients."""
 
     def __init__(self, *flags: str) -> None:
-        self.server = RunningServer(15, *FLAGS, *flags)
+        self.folder = tempfile.mkdtemp()  # for its sockets, and what is left of them
+        self.server = RunningServer(15, *FLAGS, *flags, env={"TMPDIR": self.folder})
         self.server.wait_until_ready()
         self.url, self.parent = self.server.base_url, psutil.Process(self.server.process.pid)
         self.ends: list[str] = []
@@ -563,9 +571,16 @@ class Server:
 
     def stop(self) -> None:
         """It ends in order, and leaves nothing."""
-        family = [self.parent, *self.parent.children(recursive=True)]
+        family = self.family()
         assert self.server.stop() == 0, self.server.output
-        nothing_left(family)
+        self.nothing_left(family)
+
+    def family(self) -> list[psutil.Process]:
+        return [self.parent, *self.parent.children(recursive=True)]
+
+    def nothing_left(self, family: list[psutil.Process]) -> None:
+        until(lambda: not any(map(is_alive, family)), f"all of {family} ended", 20)
+        assert not glob.glob(os.path.join(self.folder, "core-*"))
 
     def close(self) -> None:
         family: list[psutil.Process] = []
@@ -575,17 +590,14 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.server.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def nothing_left(family: list[psutil.Process]) -> None:
-    def alive(one: psutil.Process) -> bool:
-        try:
-            return one.is_running() and one.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-    until(lambda: not any(map(alive, family)), f"all of {family} ended", 20)
-    assert not glob.glob(os.path.join(tempfile.gettempdir(), "core-????????"))
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Client:
@@ -641,7 +653,7 @@ def start() -> Iterator[Callable[..., Server]]:
 
 
 def streams_on_both(server: Server) -> dict[int, list[Client]]:
-    """Streams until each HTTP process has some; by process."""
+    """Streams until each HTTP process has some; by process. The last one's has just begun."""
     workers, by_pid = server.named("api_server"), {}
     for _ in range(50):
         client = server.stream(max_tokens=900).begin()
@@ -666,7 +678,7 @@ def test_two_http_processes_in_every_trouble(start: Callable[..., Server]):
     assert [one.ended() for one in streams] == ["data: [DONE]"] * 8
     # One is killed: its streams break off, the other's go on, and it starts again.
     by_pid = streams_on_both(server)
-    killed, kept = by_pid
+    kept, killed = by_pid
     os.kill(killed, signal.SIGKILL)
     assert all("Error" in one.ended() for one in by_pid[killed])
     assert {one.ended() for one in by_pid[kept]} == {"data: [DONE]"}
@@ -676,7 +688,7 @@ def test_two_http_processes_in_every_trouble(start: Callable[..., Server]):
     time.sleep(0.5)
     until(lambda: accepts(server, 2), "the new one's streams")
     by_pid = streams_on_both(server)
-    stopped, kept = by_pid
+    kept, stopped = by_pid
     os.kill(stopped, signal.SIGSTOP)
     assert {one.ended() for one in by_pid[kept]} == {"data: [DONE]"}
     assert all("Error" in one.ended() for one in by_pid[stopped])
@@ -722,11 +734,11 @@ def test_a_killed_server_leaves_nothing_and_one_that_ends_drains(start: Callable
     streams = [draining.stream().begin() for _ in range(3)]
     for process in (draining.core, draining.parent):
         process.terminate()
-    family = [server.parent, *server.parent.children(recursive=True)]
+    family = server.family()
     server.stream().begin()
     server.core.suspend()
     server.server.process.kill()
-    nothing_left(family)
+    server.nothing_left(family)
     assert [one.ended() for one in streams] == ["data: [DONE]"] * 3
     draining.stop()
 
@@ -743,7 +755,7 @@ def test_each_process_in_each_state(
         pytest.skip("the parent is the HTTP process")
     server = start("--engine-core", "process", "--api-server-count", str(count))
     streams = [server.stream(max_tokens=900).begin() for _ in range(4 * busy)]
-    family = [server.parent, *server.parent.children(recursive=True)]
+    family = server.family()
     process = server.parent if victim == "parent" else server.named(victim)[0]
     process.send_signal(how)
     if victim == "parent":
@@ -754,7 +766,7 @@ def test_each_process_in_each_state(
             assert all('"error"' in end or end == "data: [DONE]" for end in ends)
             assert httpx.post(server.url + COMPLETIONS, json=BASE).status_code == 200
             return server.stop()
-        return nothing_left(family)
+        return server.nothing_left(family)
     for one in streams:
         one.ended()
     if victim == "engine_core":
@@ -771,11 +783,11 @@ def test_five_kills_leave_nothing(start: Callable[..., Server]):
     for cycle in range(5):
         server = start("--engine-core", "process", "--api-server-count", str(1 + cycle % 2))
         streams = [server.stream().begin() for _ in range(2)]
-        family = [server.parent, *server.parent.children(recursive=True)]
+        family = server.family()
         server.server.process.kill()
         for one in streams:
             one.ended()
-        nothing_left(family)
+        server.nothing_left(family)
 
 
 @pytest.mark.parametrize("flags", [("--engine-core", "process"), ("--api-server-count", "2")])

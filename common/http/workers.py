@@ -68,6 +68,7 @@ class Supervisor:
         self.num_started, self.is_ready, self.is_stopping = 0, False, False
 
     def run(self) -> NoReturn:
+        """Serve until SIGTERM or Ctrl+C."""
         signal.signal(signal.SIGTERM, exit_once)
         try:
             module, settings = f"{self.package}.engine_core", asdict(self.engine)
@@ -113,6 +114,10 @@ class Supervisor:
         if (folder := line.get("connect")) is not None:
             worker.folder = folder
             self.core.connect(folder)
+        if (
+            problem := line.get("problem")
+        ) is not None:  # it stands still, perhaps: others hear of it
+            self.core.health.report(problem)
         worker.is_ready |= "ready" in line
         if not self.is_ready and all(worker.is_ready for worker in self.workers):
             self.is_ready = True
@@ -169,12 +174,6 @@ class Supervisor:
             timer.start()
 
 
-def serve_workers(package: str, engine: Any, config: ServerConfig, count: int) -> NoReturn:
-    """Serve until SIGTERM or Ctrl+C. package: its `engine_core` and `api_server` are started. Ends the
-    process with one line and status 1 when something does not start."""
-    Supervisor(package, engine, config, count).run()
-
-
 def run_worker(config_class: type, create_app: Callable[..., FastAPI]) -> None:
     """The whole life of an HTTP process that the supervisor has started.
 
@@ -195,6 +194,7 @@ def run_worker(config_class: type, create_app: Callable[..., FastAPI]) -> None:
                 orders = parent.orders()
         os._exit(1)
 
+    health.when_lost(lambda: parent.say(problem=health.problem))
     threading.Thread(target=obey, name="orders", daemon=True).start()
 
     def build() -> FastAPI:
