@@ -201,7 +201,7 @@ def test_parsed_by_the_client(client: openai.OpenAI) -> None:
         ({"structured_outputs": {"json_object": True}}, lambda text: text[0] == "{"),
         ({"structured_outputs": {"choice": ["12"], "json": None}}, lambda text: text == "12"),
     ],
-    ids=str,
+    ids=lambda value: "" if callable(value) else ascii(value)[:40],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_all_the_ways_to_ask(http: httpx.Client, path: str, fields: Any, check: Any) -> None:
@@ -253,7 +253,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "param"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("fields", "param"), REFUSED, ids=lambda value: ascii(value)[:40])
 def test_what_cannot_be_kept_to_is_refused_by_name(
     http: httpx.Client, fields: dict[str, Any], param: str
 ) -> None:
@@ -496,7 +496,7 @@ BAD_TOOLS: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "param"), BAD_TOOLS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("fields", "param"), BAD_TOOLS, ids=lambda value: ascii(value)[:40])
 def test_bad_tools_are_refused_by_name(
     http: httpx.Client, fields: dict[str, Any], param: str
 ) -> None:
