@@ -83,7 +83,8 @@ class Pipeline:
             self.stages.group.broadcast(packed)
         else:
             self.stages.before.receive(packed)
-        self.give(packed)
+        if self.stages.after is not None:
+            self.give(packed.clone())  # the buffer may be written anew before it is sent
 
     def take(self, num_tokens: int, hidden_size: int) -> torch.Tensor | None:
         """The stage before's hidden states, [num_tokens, hidden]; None in the first stage."""

@@ -113,6 +113,21 @@ MIXES: list[tuple[int, int, str, dict[str, Any]]] = [
 ]
 
 
+def test_what_is_given_to_the_next_stage_is_not_written_anew() -> None:
+    """It may wait to be sent while rank 0 prepares further steps, and slices of prompts give nothing back
+    that would say that they were received."""
+    with pipeline(2, LLAMA, max_num_batched_tokens=7) as (engine, _):
+        given, give = [], engine.runner.pipeline.give
+
+        def noted(x: torch.Tensor) -> None:
+            given.append((x, x.clone()))
+            give(x)
+
+        with patch.object(engine.runner.pipeline, "give", noted):
+            Drive(engine, LLAMA).run(schedule(0))
+        assert len(given) > 20 and all(torch.equal(x, before) for x, before in given)
+
+
 @pytest.mark.parametrize(("num_stages", "size", "model", "flags"), MIXES, ids=str)
 def test_tokens_are_those_of_one_rank(
     num_stages: int, size: int, model: str, flags: dict[str, Any]
