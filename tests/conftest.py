@@ -37,10 +37,11 @@ settings.load_profile("house")
 # Files that take longest, the longest first: two workers that take whole files (`--dist loadfile
 # --no-loadscope-reorder`) then end at about the same time.
 LONGEST = (
-    "test_notebooks", "test_part09_faults", "test_contract", "test_distributed", "test_lifecycle",
-    "test_gpu_check", "test_kernel_cache", "test_part10_processes", "test_triton_kernels",
+    "test_part15_core", "test_notebooks", "test_part15_matrix", "test_part15_pipeline", "test_part09_faults", "test_contract", "test_distributed", "test_lifecycle",
+    "test_part15_tools", "test_gpu_check", "test_kernel_cache", "test_part10_processes", "test_triton_kernels",
     "test_part11_router", "test_part11_engines", "test_part10_ray", "test_http_input",
     "test_openai_client", "test_part08", "test_part14", "test_schedules", "test_part13_soak", "test_soak",
+    "test_part15_graphs", "test_part15_structured", "test_bench_attribution",
     "test_memory", "test_inspector_replay", "test_inspector", "test_inspector_engine", "test_metrics",
     "test_model_files_own", "test_part08_units", "test_moe", "test_part03", "test_kernels",
     "test_bench_speculative", "test_bench_router", "test_bench_parallel", "test_bench", "test_cli",

@@ -790,7 +790,14 @@ def test_five_kills_leave_nothing(start: Callable[..., Server]):
         server.nothing_left(family)
 
 
-@pytest.mark.parametrize("flags", [("--engine-core", "process"), ("--api-server-count", "2")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("--engine-core", "process"), marks=pytest.mark.long),
+        ("--api-server-count", "2"),
+    ],
+    ids=lambda flags: flags[0],
+)
 def test_a_core_that_does_not_start_is_one_line(flags: tuple[str, ...]):
     command = [sys.executable, "-m", "part15.server", "--port", "0", "--model", "/nowhere", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -452,6 +452,7 @@ def test_ranks_as_processes() -> None:
         engine.shutdown()
 
 
+@pytest.mark.long
 def test_stages_of_two_hosts() -> None:
     """Two processes as torchrun starts them, with gloo between them, and messages longer than what a
     socket holds: the prompt's hidden states, and the scores of all of its tokens."""

@@ -631,6 +631,7 @@ def test_hostile_outputs_take_linear_work(name: str) -> None:
 # The real model
 
 
+@pytest.mark.long
 def test_the_embedded_model_end_to_end() -> None:
     """OpenAI's client, the server in a process of its own, a template without tools."""
     with running_server(PART, "--model", "smollm2-135m", "--max-model-len", "1024") as url:
