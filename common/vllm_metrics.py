@@ -1,9 +1,9 @@
-"""vLLM's metrics, name by name: which of them the server has, and why it has not the others.
+"""vLLM's metrics, name by name: which of them the server has, and why it does not have the others.
 
-Read from the source of vLLM 0.32.0, the version that the benchmarks compare with, whose documentation
-lists most of them. Names are those of families: what Prometheus shows of a counter ends in `_total`.
-Metrics of an engine also have the labels `model_name` and `engine`, written here as `*`.
-`tests/test_part15_metrics.py` holds this table against what the server gives out.
+The names are from the source of vLLM 0.32.0, the version that the benchmarks compare with; its
+documentation lists most of them. Names are those of metric families: Prometheus shows a counter's
+samples with `_total` at the end. `*` stands for the labels of an engine's metrics, `model_name` and
+`engine`. `tests/test_part15_metrics.py` compares this table with what a running server gives out.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ ENGINE_LABELS = ("model_name", "engine")
 
 
 class VllmMetric(NamedTuple):
-    """A family of vLLM's: its type and its labels. absent: why there is none here, else empty."""
+    """A metric family of vLLM. absent: why the server does not have it; empty where it does."""
 
     name: str
     kind: str
@@ -22,7 +22,7 @@ class VllmMetric(NamedTuple):
 
 
 def _read(text: str, absent: str = "") -> list[VllmMetric]:
-    """Lines of: name, type, labels."""
+    """text: lines of a name, a type and labels."""
     metrics = []
     for line in text.strip().splitlines():
         name, kind, *labels = line.split()
@@ -75,7 +75,7 @@ http_request_duration_highr_seconds histogram
 http_request_duration_seconds histogram handler method
 """)
 
-# With the technique that each is about switched on, as in vLLM.
+# Shown when their technique is on, as in vLLM.
 HAD_WITH = {
     "speculation": _read("""
 vllm:spec_decode_num_drafts counter *
@@ -94,7 +94,7 @@ vllm:kv_offload_cpu_cache_usage_perc gauge *
 """),
 }
 
-# Its labels are fields of a configuration, of which ours has these.
+# In vLLM its labels are the fields of the cache configuration; these are the ones shown here.
 CACHE_CONFIG_INFO = VllmMetric(
     "vllm:cache_config_info", "gauge", frozenset({"block_size", "num_gpu_blocks", "engine"})
 )
@@ -240,7 +240,7 @@ vllm:rl_weight_update_operations_in_flight gauge operation
     ),
 ]
 
-# Under vLLM's prefix, as older versions of it had them, or as its names would be.
+# Under vLLM's prefix, but not in its 0.32.0: names of older versions, or in their manner.
 OWN = {
     "vllm:spec_decode_draft_acceptance_rate",
     "vllm:spec_decode_mean_accepted_length",

@@ -1,8 +1,9 @@
-"""What does not compose, with the reason: asked before anything is loaded.
+"""Which settings do not compose, and why: checked before anything is loaded.
 
-Techniques that no rule names run together: `tests/test_part15_matrix.py` runs all pairs of them. What
-depends on the model or on kernels is refused where these are known: experts that cannot be divided in
-`ranks.py`, a cache that kernels cannot take in `common/kernels`.
+Techniques that no rule names run together: `tests/test_part15_matrix.py` runs every pair of them.
+Refusals that depend on the model or on the kernels are elsewhere, where these are known: experts that
+cannot be divided over the ranks in `ranks.py`, cache formats that kernels cannot read in
+`common/kernels`.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 Rule = tuple[Callable[["EngineConfig"], bool], str]
 
-# (whether it is refused, why); {a setting} is written as its value.
+# (whether a configuration is refused, why); {setting} stands for that setting's value.
 RULES: tuple[Rule, ...] = (
     (
         lambda c: bool(c.async_scheduling) and c.speculative != "off",
@@ -58,7 +59,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def check_composition(config: "EngineConfig") -> None:
-    """Raises ValueError, with the reason, for techniques that do not go together."""
+    """Raises ValueError with the reason where two settings do not compose."""
     for is_refused, reason in RULES:
         if is_refused(config):
             raise ValueError(reason.format(**vars(config)))
@@ -66,7 +67,7 @@ def check_composition(config: "EngineConfig") -> None:
 
 
 def check_machine(config: "EngineConfig") -> None:
-    """Raises ValueError where there are fewer GPUs than ranks, before a model is downloaded for them."""
+    """Raises ValueError where there are fewer GPUs than ranks, before a model is downloaded."""
     device, _ = resolve_device(config.device, config.dtype)
     tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
     first = device.index or 0

@@ -1,11 +1,10 @@
-"""torch.compile in the place of our own small kernels, or over whole layers.
+"""torch.compile in place of our own small kernels, or over whole layers.
 
-`ops`: norms and activation are what `torch.compile` makes of their reference; products and attention stay.
-`layers`: each layer is two pieces with attention between them, and a piece is compiled as a whole, so that
-what is small may be fused with what comes before and after. What is compiled has sizes that are not
-known, and serves every layer: one for a single token, one for any other number.
-
-Beside kernels that are fused by hand it has to earn its place; the README says where it does.
+`ops`: norms and activation are compiled from their reference operations; matrix products and attention
+stay as they are.
+`layers`: a layer is two pieces with attention between them. Each piece is compiled as a whole, so that
+norms and activation may be fused with the products before and after them. Shapes are dynamic: one
+compiled piece serves every layer, in a version for a single token and one for any other number.
 """
 
 import os
@@ -29,7 +28,7 @@ REFERENCE = ReferenceOps()
 
 
 def check_compiler(config: EngineConfig, device: torch.device) -> None:
-    """Raises ValueError where nothing can be compiled."""
+    """Raises ValueError where `compile` is asked for and there is no compiler."""
     variable, *names = COMPILERS[device.type]
     found = os.environ.get(variable, ""), *map(shutil.which, names)
     if config.compile != "off" and not any(found):
@@ -41,13 +40,13 @@ def check_compiler(config: EngineConfig, device: torch.device) -> None:
 
 
 def compile_operations(ops: Ops) -> None:
-    """From now on `ops` has compiled norms and activation."""
+    """Replace the norms and the activation of `ops` by compiled ones."""
     for name in OPERATIONS:
         setattr(ops, name, torch.compile(getattr(REFERENCE, name), dynamic=True))
 
 
 def compile_layers(model: CausalLM) -> None:
-    """From now on a model's layers run in compiled pieces. Raises ValueError for what is not compiled."""
+    """Replace a model's layers by compiled ones. Raises ValueError for layers that cannot be compiled."""
     for number, layer in enumerate(model.layers):
         weights = []
         if isinstance(layer.mlp, MLP):
@@ -73,7 +72,7 @@ def before_attention(
 def after_attention(
     x: Tensor, residual: Tensor, norm: Tensor, eps: float, weights: list[tuple[Tensor, Any]]
 ) -> Tensor:
-    """weights: of attention's output, gate and up, down."""
+    """weights: (weight, bias) of attention's output, of gate and up, of down."""
     out, gate_up, down = weights
     x = REFERENCE.add_rms_norm(F.linear(x, *out), residual, norm, eps)
     return F.linear(REFERENCE.silu_and_mul(F.linear(x, *gate_up)), *down)
@@ -81,7 +80,7 @@ def after_attention(
 
 @dataclass
 class CompiledLayer:
-    """A decoder layer of a dense model, called as it is."""
+    """A decoder layer of a dense model, in compiled pieces; it is called like `DecoderLayer`."""
 
     layer: DecoderLayer
 

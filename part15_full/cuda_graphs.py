@@ -1,18 +1,18 @@
-"""Forwards of decode steps, launched as one.
+"""Decode steps whose launches are captured once and replayed as one.
 
-A step of decoding makes some hundred launches, always the same ones. On a GPU a launch costs the host some
-microseconds, more than the kernel takes where a model or a batch is small, so the device waits for the
-host. A CUDA graph is a list of launches that was captured once: replaying it costs one. What is launched
-again finds its input where it was, so input buffers, block tables and the batch's size are fixed: there is
-a graph for each of some sizes, and a batch is padded up to the next. They are captured at the start, the
-largest first, into one pool of memory, since one runs at a time.
+A decode step makes some hundred launches, always the same ones. On a GPU a launch costs the host some
+microseconds. Where the model or the batch is small that is longer than the kernel runs, and the device
+waits for the host. A CUDA graph is a captured list of launches, and replaying it costs one launch. A
+replay reads the captured addresses, so input buffers, block tables and the batch's size are fixed. So
+there is a graph for each of some batch sizes, and a batch is padded up to the next. The graphs are
+captured at the start, the largest first. They share one memory pool, since one runs at a time.
 
-On a CPU the launches are calls of kernels, and what costs is Python: `common.kernels.cpu.launches` notes
-the calls of a step and makes them again from machine code. A step is noted when its size first comes, and
-is not padded: there a row more costs what it computes.
+On a CPU the launches are calls of kernels, and Python is what they cost. `common.kernels.cpu.launches`
+records the calls of a step and repeats them from machine code. A step is recorded the first time its
+size occurs. It is not padded, because on a CPU each extra row costs its arithmetic.
 
-Steps with prompts run as they are (their sizes do not repeat), and so do those whose ranks exchange what
-the host has to look at: experts that are spread over ranks.
+Steps with prompt tokens are launched from Python: their sizes rarely repeat. `Graphs.why_not` lists the
+engines that launch every step from Python.
 """
 
 from collections.abc import Callable
@@ -34,22 +34,22 @@ from .input_batch import Batch, Bucket
 if TYPE_CHECKING:
     from .model_runner import ModelRunner, Runnable
 
-MOST_RECORDINGS = 512  # of a CPU's steps: each takes some 60 KB
+MOST_RECORDINGS = 512  # of steps, on a CPU; each takes some 60 KB
 
 
 def sizes_to_capture(most: int) -> list[int]:
-    """Batch sizes, as vLLM chooses them: 1, 2, 4, and every eighth."""
+    """Batch sizes, as vLLM chooses them: 1, 2, 4, the multiples of 8, and `most`."""
     return [size for size in (1, 2, 4, *range(8, most + 1, 8)) if size < most] + [most]
 
 
 class CudaGraph:
-    """A captured forward. Calling it gives its result, which lies where it lay."""
+    """A captured forward. Each call writes its result into the same tensor, and returns it."""
 
     def __init__(self, run: Callable[[], torch.Tensor], pool: Any) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()  # workspaces are made here
+            run()  # libraries allocate their workspaces here
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
@@ -61,7 +61,7 @@ class CudaGraph:
 
 
 class RecordedSteps:
-    """The same on a CPU: a list of kernels' launches. Making it has computed the first result."""
+    """The same on a CPU: a list of kernel launches. The recorded run has computed the first result."""
 
     def __init__(self, run: Callable[[], torch.Tensor], arena: Any) -> None:
         from common.kernels.cpu.launches import Recording, unowned
@@ -75,21 +75,21 @@ class RecordedSteps:
 
 
 class Graphs:
-    """The captured forwards of a runner: of its model, and of the one that drafts."""
+    """The captured forwards of a runner: those of its model, and those of the draft model."""
 
     def __init__(self, config: EngineConfig, device: torch.device, ops: Ops) -> None:
         self.on_gpu = device.type == "cuda"
         self.reason = self.why_not(config, ops)
         self.most_drafts = config.num_speculative_tokens or 0
         self.sizes = sizes_to_capture(config.max_num_seqs)
-        self.max_seq_len = 0  # of any sequence; known when the cache is there
+        self.max_seq_len = 0  # of any sequence; 0 until the KV cache is built
         self.captured: dict[tuple[Any, ...], Callable[[], torch.Tensor]] = {}
-        self.pool: Any = None  # of memory, which all of them share: one runs at a time
-        self.input: PackedFields | None = None  # on a CPU, where the host's buffers take turns
+        self.pool: Any = None  # memory that all graphs share, since one runs at a time
+        self.input: PackedFields | None = None  # a CPU's fixed input; the host's buffers take turns
         self.num_replays = 0
 
     def why_not(self, config: EngineConfig, ops: Ops) -> str | None:
-        """The reason for which every step is launched by Python, or None."""
+        """Why every step is launched from Python; None where decode steps are captured."""
         if config.enforce_eager:
             return "enforce_eager is on"
         if config.enable_expert_parallel:
@@ -105,7 +105,7 @@ class Graphs:
         return None
 
     def group(self, group: Group) -> Group:
-        """The same ranks, as a model that is to be captured asks them for sums."""
+        """The same ranks, with sums that a recording can repeat where steps are recorded."""
         if self.on_gpu or self.reason is not None or group.size == 1:
             return group
         from common.distributed.recorded import RecordedGroup
@@ -113,8 +113,8 @@ class Graphs:
         return RecordedGroup(group)
 
     def bucket(self, counts: list[int]) -> Bucket | None:
-        """What a batch is padded to in which every sequence runs so many tokens, all of them drawn
-        after; None where no graph serves it."""
+        """The bucket for a batch in which each sequence runs counts[i] tokens and needs the logits
+        after all of them; None where no graph serves it."""
         each = counts[0]
         if self.reason is not None or not self.max_seq_len or any(c != each for c in counts):
             return None
@@ -126,8 +126,8 @@ class Graphs:
         return Bucket(num_seqs, self.max_seq_len, each)
 
     def run(self, batch: Batch, what: "Runnable") -> torch.Tensor | None:
-        """The logits after every token of a batch in a bucket, padding left out; None on ranks that
-        have none."""
+        """The logits after every token of a batch in a bucket, without padding; None on ranks that do
+        not have the logits."""
         key = (batch.bucket, what.model, what.kv_data.data_ptr(), what.layers is None)
         if self.input is not None:
             self.input.words[: len(batch.packed)].copy_(batch.packed)
@@ -145,12 +145,12 @@ class Graphs:
         return what.model.logits(result[: len(batch.logits_indices)])
 
     def has_logits(self, what: "Runnable") -> bool:
-        """Whether logits are part of what is captured. On a GPU they are not: each graph would hold its
-        own. With several ranks one of them gathers them, into new tensors each time."""
+        """Whether the captured forward includes the logits. On a GPU it does not, because each graph
+        would keep a tensor of them. With several ranks, one gathers them into new tensors each time."""
         return not self.on_gpu and what.model.group.size == 1
 
     def forward(self, batch: Batch, what: "Runnable") -> torch.Tensor:
-        """Logits of every token, or hidden states."""
+        """The logits after every token, or the hidden states where logits are not captured."""
         token_ids, positions, metadata = batch.token_ids, batch.positions, batch.metadata
         if self.input is not None:
             fields = self.input.tensors(batch.shape.lengths())
@@ -170,7 +170,7 @@ class Graphs:
         return RecordedSteps(forward, self.pool)
 
     def prepare(self, runner: "ModelRunner") -> None:
-        """Begin to serve steps; on a GPU every graph is captured now."""
+        """Serve steps from now on, over the runner's KV cache; on a GPU all graphs are captured now."""
         self.max_seq_len = runner.max_model_len
         if not self.on_gpu:
             self.input = PackedFields(*runner.inputs.buffers.sizes, runner.device)
@@ -183,7 +183,7 @@ class Graphs:
 
     @property
     def num_bytes(self) -> int:
-        """Of a CPU's input and arena; a GPU's pool is the allocator's."""
+        """Bytes of a CPU's input and arena. 0 on a GPU, whose pool the allocator counts."""
         if self.on_gpu or self.input is None:
             return 0
         return self.input.words.nbytes + (self.pool.num_bytes if self.pool else 0)
@@ -196,6 +196,6 @@ class Graphs:
         }
 
     def forget(self) -> None:
-        """What was captured reads memory that is gone."""
+        """Drop all graphs: the memory that they read is gone."""
         self.captured.clear()
         self.pool = None

@@ -1,12 +1,12 @@
-"""The engine core: the loop that takes requests and aborts, runs steps, and hands on what they bring.
+"""The engine core: a loop that takes requests and aborts, runs steps, and hands on their outputs.
 
     --engine-core thread                       --engine-core process
     event loop --inbox--> EngineCore.run       HTTP process --ZeroMQ--> inbox --> EngineCore.run
         ^------------- emit --'                     ^----------- ZeroMQ -- emit --'
 
-In a thread of the HTTP process it shares the interpreter with all that clients cost: tokenizing, templates,
-JSON. In a process of its own (`python -m part15.engine_core`) a step waits for none of that. The loop is
-the same. What it is given and gives are messages in both cases.
+In a thread of the HTTP process the loop shares the interpreter with tokenising, chat templates and JSON.
+In a process of its own (`python -m part15.engine_core`) a step waits for none of these. The loop is the
+same in both forms, and exchanges the same messages.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class AbortRequest:
 
 
 class Shutdown:
-    """The loop is to end."""
+    """Ends the loop."""
 
 
 Emit = Callable[[StepRecord | None, list[RequestOutput]], None]
@@ -70,19 +70,22 @@ class EngineCore:
         self.put(Shutdown())
 
     def problem(self) -> str | None:
-        """Which rank is lost, or None while all live."""
+        """Which rank is lost; None while all ranks live."""
         return self.engine.problem()
 
     async def call(self, run: Callable[[], Any], end: Callable[[], str | None]) -> Any:
-        """What `run` gives between two steps. end: why it never will, if so; then RankError is raised."""
+        """Call `run` between two steps; returns its result.
+
+        end: says why the loop has ended, or None while it runs. Raises RankError when it has.
+        """
         self.put(call := Call(run))
         return await call.answered(end)
 
     async def refresh(self) -> None:
-        """The engine's numbers are of this moment."""
+        """Nothing to do: in this process the engine's numbers are always current."""
 
     def run(self, emit: Emit) -> None:
-        """Take what is in the inbox, wait when idle, step; `emit` gets each step's record and outputs.
+        """Take messages from the inbox, wait when idle, step; `emit` gets each step's record and outputs.
 
         Raises RankError when a rank is lost.
         """
@@ -106,7 +109,7 @@ class EngineCore:
         self.put(request)
 
     def _messages(self) -> list[Any]:
-        """What has come in; waits for something when the engine is idle."""
+        """The messages in the inbox; waits for one when the engine is idle."""
         messages = []
         with contextlib.suppress(queue.Empty):
             if not self.engine.has_unfinished():
@@ -140,7 +143,7 @@ class EngineCore:
 
 
 def describe(engine: LLMEngine) -> dict[str, Any]:
-    """What HTTP processes must know of an engine."""
+    """What an HTTP process must know about an engine."""
     return {
         "config": asdict(engine.config),
         "max_model_len": engine.max_model_len,

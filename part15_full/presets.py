@@ -1,7 +1,7 @@
-"""Settings for four deployments: `--preset chat`, and what is given beside it goes before.
+"""Settings for four deployments, as in `--preset chat`; flags on the command line win over them.
 
-Each is written for GPUs and a model of the size that its name says. On a machine without a GPU it is the
-same idea at a size that a CPU can run, with the embedded model, so that it can be tried.
+Each preset is written for GPUs and a model of the named size. On a machine without a GPU it has other
+values: the same idea at a size that a CPU can run, so that it can be tried.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from common.device import resolve_device
 
 @dataclass(frozen=True)
 class Preset:
-    """Values for flags that are not given."""
+    """Values for flags that are not on the command line."""
 
     about: str
     on_gpu: dict[str, Any]
     on_cpu: dict[str, Any]
 
     def values(self, device: str) -> dict[str, Any]:
-        """Those for a device by its name. Raises ValueError."""
+        """The values for a device, by its name. Raises ValueError for a device that is not here."""
         kind, _ = resolve_device(device)
         return self.on_gpu if kind.type == "cuda" else self.on_cpu
 
@@ -27,7 +27,7 @@ class Preset:
 PRESETS = {
     "chat": Preset(
         "an 8B model's chats: turns come back with all before them, and tokens must come evenly",
-        # A small budget keeps a step with someone's prompt short for all who read along.
+        # A small budget keeps the steps with a prompt short for the streams beside it.
         on_gpu={
             "model": "Qwen/Qwen3-8B",
             "max_model_len": 32768,
@@ -53,7 +53,7 @@ PRESETS = {
     ),
     "long-documents": Preset(
         "questions about documents of up to 128K tokens: KV memory first, answers that quote",
-        # A document leaves half of a step to others, and is kept on the host for the next question.
+        # A document takes at most half of a step, and stays on the host for the next question.
         on_gpu={
             "model": "Qwen/Qwen3-4B-Instruct-2507",
             "max_model_len": 131072,
@@ -82,7 +82,7 @@ PRESETS = {
             "eplb": True,
             "max_num_seqs": 256,
         },
-        # The embedded model has no experts: part 11's README says how to make some of it.
+        # The embedded model has no experts: part 11's README says how to make a mixture of it.
         on_cpu={
             "model": "random:tiny-qwen3-moe",
             "tensor_parallel_size": 2,

@@ -1,14 +1,13 @@
-"""Structured output: an output follows its grammar, since no other token can be drawn.
+"""Structured output: an output follows its grammar, because no other token can be drawn.
 
-After each token the grammar tells which tokens may come next. These masks are made in a thread of
-their own, beside the forward whose logits they are for, and joined before sampling. A mask needs all
-tokens before it, and the step is launched before the last of them is read. So the thread has an
-order of its own: the masks of a step, then the tokens that the step has drawn, then the masks of the
-next. The step's forward does not wait for it; its sampling does, and only in a batch that has a
-sequence with a grammar.
+After each token the grammar says which tokens may come next. A thread makes these masks beside the
+forward whose logits they are for, and sampling waits for them. A mask depends on all tokens before it,
+but a step is launched before the last of these tokens is read. So the thread works in the order of the
+steps: the masks of a step, then the tokens that the step has drawn, then the masks of the next. Only
+the sampling of a batch that has a sequence with a grammar waits for it; a forward never does.
 
-A draft token moves its sequence on in the grammar, so each place of a draft has a mask of its own.
-A draft that the grammar forbids is rejected, as it cannot be drawn.
+Each draft token advances its sequence in the grammar, so each place of a draft has a mask of its own.
+A draft token that the grammar forbids cannot be drawn, and so is rejected.
 
 A grammar is compiled in another thread before its sequence joins the queue.
 """
@@ -39,15 +38,15 @@ Masks = tuple[np.ndarray, np.ndarray]  # rows of logits, [num_masked]; a mask fo
 
 @dataclass(frozen=True)
 class Constrained:
-    """A sampled sequence that has a grammar. Its matcher belongs to the thread of the masks."""
+    """A sampled sequence that has a grammar. Only the mask thread may use its matcher."""
 
-    number: int  # which of those that are sampled
+    number: int  # its place among the sampled sequences
     matcher: Matcher
     draft_token_ids: list[int]
 
     @staticmethod
     def of(sampled: Iterable[Sequence]) -> "list[Constrained]":
-        """Those among the sampled sequences that have a grammar."""
+        """The sampled sequences that have a grammar."""
         return [
             Constrained(number, sequence.matcher, list(sequence.draft_token_ids))
             for number, sequence in enumerate(sampled)
@@ -56,14 +55,14 @@ class Constrained:
 
 
 class MaskThread:
-    """Makes masks, and tells matchers what was drawn, in the order of the steps."""
+    """Makes masks and advances matchers by what was drawn, in the order of the steps."""
 
     def __init__(self, vocab_size: int) -> None:
         self.num_words = num_words(vocab_size)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     def begin(self, batch: "Batch") -> "Batch":
-        """The batch, with masks on their way for the sequences that have a grammar."""
+        """The batch, with its masks begun where sequences have a grammar."""
         if not batch.constrained:
             return batch
         lengths = np.array(batch.draft_lengths) + 1
@@ -71,7 +70,7 @@ class MaskThread:
         return replace(batch, masks=self.thread.submit(self.fill, batch.constrained, begins))
 
     def fill(self, constrained: list[Constrained], begins: np.ndarray) -> Masks:
-        """A mask for each place. begins: the first place of each sampled sequence."""
+        """A mask for each row of logits of these sequences. begins: each sampled sequence's first row."""
         counts = [1 + len(row.draft_token_ids) for row in constrained]
         pairs = zip(constrained, counts, strict=True)
         places = [begins[row.number] + np.arange(count) for row, count in pairs]
@@ -84,8 +83,8 @@ class MaskThread:
 
     @staticmethod
     def join(batch: "Batch", device: torch.device) -> SamplingBatch:
-        """What decides about each token, with the masks as soon as they are made. On the device's
-        side, with the forward launched."""
+        """The batch's sampling parameters, with its masks. Waits until they are made; called in the
+        device's queue, after the forward is launched."""
         if batch.masks is None:
             return batch.sampling
         rows, masks = batch.masks.result()
@@ -95,7 +94,7 @@ class MaskThread:
         return replace(batch.sampling, masks=masks)
 
     def follow(self, batch: "Batch", work: Work) -> None:
-        """What the work draws is known to the matchers before the next masks are made."""
+        """Advance the matchers by the tokens that `work` draws, before the next masks are made."""
         if batch.constrained:
             self.thread.submit(self.advance, batch.constrained, work)
 
@@ -109,7 +108,7 @@ class MaskThread:
 
 
 class Grammars:
-    """The engine's grammars, and the sequences that wait until theirs is compiled."""
+    """The engine's grammars, and the sequences that wait for theirs to be compiled."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -118,27 +117,27 @@ class Grammars:
         self.waiting: dict[Sequence, Future[Any]] = {}
 
     def check(self, grammar: Grammar | None) -> None:
-        """Compile a grammar now. Raises ValueError where it cannot be."""
+        """Compile a grammar now. Raises ValueError where it cannot be compiled."""
         if grammar is not None:
             self.compiler.compile(grammar).result()
 
     def ending_token_ids(self, request: Request) -> frozenset[int]:
-        """What ends a request's output. Where a grammar is complete, nothing but the model's own end
-        can be drawn, and `ignore_eos` does not apply."""
+        """The tokens that end a request's output. Where a grammar is complete, only the model's end
+        token can be drawn, so that token ends the output even with `ignore_eos`."""
         eos = self.engine.eos_token_ids
         ends = request.params.ending_token_ids(eos)
         return ends if request.grammar is None else ends | frozenset(eos)
 
     def add(self, sequence: Sequence) -> None:
-        """Let a new sequence wait for its grammar, or join the queue. Raises ValueError where the
-        model has no text."""
+        """Put a new sequence into the queue, or let it wait for its grammar first. Raises ValueError
+        where the model has no tokeniser."""
         if sequence.request.grammar is None:
             self.engine.scheduler.add(sequence)
         else:
             self.waiting[sequence] = self.compiler.compile(sequence.request.grammar)
 
     def admit(self) -> None:
-        """Sequences whose grammars are compiled join the queue; those whose are wrong end."""
+        """Put sequences whose grammars are compiled into the queue; end those whose grammars failed."""
         for sequence in [s for s, compiled in self.waiting.items() if compiled.done()]:
             try:
                 state = self.waiting[sequence].result()
@@ -151,12 +150,12 @@ class Grammars:
             self.engine.scheduler.add(sequence)
 
     def forget(self, sequence: Sequence) -> bool:
-        """A sequence ends. Whether it was waiting here, and nowhere else."""
+        """Drop a sequence that ends. Returns whether it was still waiting for its grammar."""
         return self.waiting.pop(sequence, None) is not None
 
     @staticmethod
     def error_of(sequence: Sequence) -> str | None:
-        """Why no token could be drawn, where that is the grammar's doing."""
+        """Why a grammar let no token be drawn; None where the grammar is not the reason."""
         least, matcher = sequence.params.min_tokens, sequence.matcher
         if matcher is None or matcher.error is not None or len(sequence.output_token_ids) > least:
             return matcher and matcher.error

@@ -1,4 +1,4 @@
-"""A group whose sums are part of what is recorded: see `common.kernels.cpu.launches`."""
+"""A group whose sums a recording repeats: see `common.kernels.cpu.launches`."""
 
 from threading import get_ident
 from typing import Any
@@ -10,8 +10,8 @@ from common.kernels.cpu.jit import LISTENERS
 
 
 class RecordedGroup(Group):
-    """Another group, whose `all_reduce` a recording calls again at each replay. What gives new tensors
-    cannot be recorded."""
+    """Wraps a group, so that a recording calls its `all_reduce` again at each replay. The other
+    collectives return new tensors, and are not recorded."""
 
     def __init__(self, group: Group) -> None:
         self.group, self.rank, self.size = group, group.rank, group.size

@@ -2,9 +2,9 @@
 
     rank 0 --pipe--> rank 2     stage 0: ranks 0 and 1, a group
     rank 1 --pipe--> rank 3     stage 1: ranks 2 and 3, a group
-      0 <----back---- 2         what the last stage gives, to the first one's first rank
+      0 <----back---- 2         results: the last stage's first rank to rank 0
 
-A pipe is a group of two ranks, the sender first. Each group moves on by itself: a stage that is some
+A pipe is a group of two ranks, the sender first. Each group works by itself: a stage that is some
 steps ahead of another does not wait in a collective of all ranks.
 """
 
@@ -21,7 +21,7 @@ GroupMaker = Callable[[str, list[int]], Group]  # a name, and the engine's ranks
 
 @dataclass(frozen=True)
 class Stages:
-    """One rank's place in the pipeline. Without one, it is the only stage."""
+    """One rank's place in the pipeline. Without a pipeline there is one stage, of all ranks."""
 
     number: int
     size: int
@@ -37,7 +37,8 @@ class Stages:
 
 
 def members_of(num_stages: int, size: int) -> dict[str, list[int]]:
-    """The groups of `size` ranks in so many stages, by name, in the order in which ranks meet."""
+    """The ranks of each group, by name, for `size` ranks in `num_stages` stages. All ranks join their
+    groups in this order."""
     width = size // num_stages
     if num_stages == 1:
         return {}
@@ -50,7 +51,7 @@ def members_of(num_stages: int, size: int) -> dict[str, list[int]]:
 
 
 def join_stages(num_stages: int, rank: int, everyone: Group, make: GroupMaker) -> Stages:
-    """For each rank to call. make: is called for the groups that this rank is in."""
+    """Form the groups; every rank calls it. make: called for each group that this rank is in."""
     if num_stages == 1:
         return Stages(0, 1, everyone)
     members = members_of(num_stages, everyone.size)
@@ -70,8 +71,8 @@ def join_stages(num_stages: int, rank: int, everyone: Group, make: GroupMaker) -
 
 
 def first_word(stages: Stages, device: torch.device) -> None:
-    """Send something through every pipe: NCCL connects two ranks when they first meet, and needs the
-    store for it."""
+    """Send one number through every pipe and group, because NCCL connects two ranks only at their first
+    transfer, and needs the store for that."""
     word, is_first = torch.zeros(1, device=device), stages.number == 0
     if stages.group.size > 1:
         stages.group.all_reduce(word)

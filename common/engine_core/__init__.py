@@ -1,10 +1,10 @@
-"""An engine in a process of its own, and what lies between it and the processes that speak HTTP.
+"""An engine in a process of its own, and the links between it and the HTTP processes.
 
     HTTP process: requests, aborts --ZeroMQ--> engine core
          ^  RemoteEngine                          | CoreServer
          '------- outputs of each step -----------'
 
-`child` starts and watches processes, `messages` is all that is said, `client` and `link` are the HTTP process's
-end, `serving` is the core's, `connections` what the core knows of each HTTP process. Needs pyzmq and msgspec, which
-are imported where they are first used.
+`child` starts and watches processes. `messages` defines every message. `client` and `link` are the HTTP
+process's end, `serving` is the core's, and `connections` is what the core knows of each HTTP process.
+pyzmq and msgspec are needed, and imported where they are first used.
 """

@@ -1,7 +1,8 @@
 """A process that this one starts and watches: `python -m module`, with lines of JSON in both directions.
 
-A child's standard input brings its job, later orders, and ends when this process does, however it ends. On
-its standard output it says how it fares. What it prints goes to standard error, as this process's does.
+The parent writes the child's job and later orders to its standard input, which closes when the parent
+ends, in whatever way. The child reports on its standard output. What its code prints goes to standard
+error instead.
 """
 
 import contextlib
@@ -20,9 +21,10 @@ Line = dict[str, Any]
 
 
 class Child:
-    """One such process. on_line and on_end are called in a thread of its own.
+    """A child process. on_line and on_end are called in a thread that reads its output.
 
-    The system kills it when the thread that has started it ends: start it in one that stays.
+    The system kills the child when the thread that has started it ends, so start it in a thread that
+    stays.
     """
 
     def __init__(
@@ -34,7 +36,8 @@ class Child:
         on_end: Callable[[str], None],
         descriptors: Sequence[int] = (),
     ) -> None:
-        """name: in `on_end`'s text. descriptors: files that it inherits. Raises OSError."""
+        """name: what `on_end`'s text calls the child. descriptors: files that it inherits. Raises
+        OSError."""
         self.name, self.on_line, self.on_end = name, on_line, on_end
         self.process = subprocess.Popen(
             [sys.executable, "-m", module],
@@ -48,12 +51,12 @@ class Child:
         self._reader.start()
 
     def tell(self, **order: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it has ended: `on_end` says so
+        with contextlib.suppress(OSError, ValueError):  # the child has ended: `on_end` says so
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
             self.process.stdin.flush()
 
     def end(self, seconds: float) -> None:
-        """Let it end by itself, for so long; then kill it."""
+        """Close its input, so that it ends by itself; kill it after these seconds."""
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
@@ -81,16 +84,16 @@ class Child:
 
 
 class Parent:
-    """The process that has started this one, which ends with it."""
+    """The parent, as the child sees it. When the parent ends, so does this process."""
 
     descriptor = 0  # standard input, where orders come
 
     def __init__(self) -> None:
-        """Reads the job. Ends this process where nobody gives it one."""
+        """Reads the job. Ends this process where standard input brings none."""
         sys.stdout.flush()
         self._out = os.dup(1)
         os.set_inheritable(self._out, False)
-        os.dup2(2, 1)  # what anything prints
+        os.dup2(2, 1)  # whatever is printed goes to standard error
         self._rest = b""
         try:
             lines: list[Line] = []
@@ -105,7 +108,7 @@ class Parent:
             os._exit(1)
 
     def orders(self) -> list[Line]:
-        """Wait for what is on standard input: what came of it, at times nothing. Raises EOFError."""
+        """Wait for input, and return its whole lines, at times none. Raises EOFError at its end."""
         received = os.read(self.descriptor, 1 << 16)
         if not received:
             raise EOFError
@@ -113,10 +116,10 @@ class Parent:
         return [json.loads(line) for line in lines]
 
     def early_orders(self) -> list[Line]:
-        """What came together with the job."""
+        """The orders that came in the same read as the job."""
         early, self._early = self._early, []
         return early
 
     def say(self, **line: Any) -> None:
-        with contextlib.suppress(OSError):  # it is about to end
+        with contextlib.suppress(OSError):  # the parent has ended, and this process is about to
             os.write(self._out, json.dumps(line).encode() + b"\n")

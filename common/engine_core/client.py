@@ -1,8 +1,8 @@
-"""An engine whose process is another, as an HTTP process sees it.
+"""An engine in another process, as an HTTP process sees it.
 
-It has what a server asks of an `LLMEngine`: settings, tokenizer, trace, `stats`, `sleep`; and what
-`AsyncEngine` asks of the engine's loop: `put`, `run`, `call`. What is known of the engine is what the core
-has said last, at most half a second ago.
+It has what a server asks of an `LLMEngine` (settings, tokeniser, trace, `stats`, `sleep`) and what
+`AsyncEngine` asks of the engine's loop (`put`, `run`, `call`). Its numbers are those of the core's last
+message, which comes every half second.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from common.requests import Request
 from common.structured.compiler import GrammarCompiler
 from common.trace import StepRecord, Trace
 
-REFRESH_SECONDS = 2.0  # for the core to answer; then the last numbers must do
+REFRESH_SECONDS = 2.0  # to wait for the core's numbers; after that the last ones are shown
 ERRORS = {"SleepError": SleepError, "RankError": RankError}
 
 Emit = Callable[[StepRecord | None, list[RequestOutput]], None]
@@ -43,8 +43,8 @@ class RemoteEngine:
         config: Any,
         release: Callable[[], None] = lambda: None,
     ) -> None:
-        """connect, health: as `Link` takes them. config: the part's, as the core was given it.
-        release: called when the core is not needed any more. Raises ValueError."""
+        """connect, health: as `Link` takes them. config: the part's EngineConfig, as the core was given
+        it. release: called when the core is not needed any more. Raises ValueError when it is lost."""
         from common.engine_core import messages
         from common.engine_core.link import Link
 
@@ -61,7 +61,7 @@ class RemoteEngine:
         self.vocab_size: int = self.about["vocab_size"]
         self.sampling_defaults: dict[str, Any] = self.about["sampling_defaults"]
         self.tokenizer = Tokenizer.load(resolve(self.config.model))
-        # What is refused here never gets to the core, which compiles anew what is not.
+        # Grammars that fail here never reach the core. The core compiles the others again.
         compiler = GrammarCompiler(self.tokenizer, self.vocab_size, self.about["eos_token_ids"])
         self.grammars = SimpleNamespace(compiler=compiler)
         self.trace = Trace(state=welcome.state)
@@ -72,8 +72,8 @@ class RemoteEngine:
             ticket_of=lambda header: accept_ticket(header, secret),
         )
         self.numbers = itertools.count(1)
-        self.calls: dict[int, Future[Any]] = {}  # what the core has been asked, by number
-        self.metrics: EngineMetrics | None = None  # of this process, from when it runs
+        self.calls: dict[int, Future[Any]] = {}  # questions to the core, by number
+        self.metrics: EngineMetrics | None = None  # of this process; set when it begins to serve
         self.status: dict[str, Any] = {}
         self._beat(0)
         while not self.status:  # so that there are numbers from the first scrape on
@@ -98,13 +98,13 @@ class RemoteEngine:
         return self._ask("wake_up")
 
     async def _ask(self, method: str, *arguments: int) -> Any:
-        """What a method of the engine returns. Raises SleepError and RankError."""
+        """Call a method of the engine; returns its result. Raises SleepError and RankError."""
         call, number = self._expect()
         self.link.send(self.messages.Ask(number, method, list(arguments)))
         return await call.answered(self.problem)
 
     async def refresh(self) -> None:
-        """Have the numbers of this moment, where the core answers in time."""
+        """Get the core's current numbers, where it answers in time."""
         call, number = self._expect()
         with contextlib.suppress(TimeoutError, RankError):
             self._beat(number)
@@ -119,22 +119,23 @@ class RemoteEngine:
     # What AsyncEngine asks of a loop.
 
     def problem(self) -> str | None:
-        """Why the core is lost, or None while it lives."""
+        """Why the core is lost; None while it lives."""
         return self.health.problem
 
     def put(self, message: Any) -> None:
-        """A request, or an abort, which has only an id. When the core is lost, `run` says so."""
+        """Send a request, or an abort (an object with a request_id). When the core is lost, `run`
+        raises."""
         make = self.messages.Add if isinstance(message, Request) else self.messages.Abort
         with contextlib.suppress(RankError):
             argument = message if isinstance(message, Request) else message.request_id
             self.link.send(make(argument))
 
     async def call(self, run: Callable[[], Awaitable[Any]], end: Callable[[], str | None]) -> Any:
-        """What `sleep` or `wake_up` gives, when the core has answered."""
+        """Await `sleep` or `wake_up`; returns the core's answer."""
         return await run()
 
     def run(self, emit: Emit) -> None:
-        """Hand on what the core says, until `stop`. Raises RankError when the core is lost."""
+        """Hand on the core's messages until `stop`. Raises RankError when the core is lost."""
         self.link.on_look = lambda: self._beat(0)
         for message in self.received:
             self._handle(message, emit)
@@ -159,7 +160,7 @@ class RemoteEngine:
             case self.messages.Answer(number, value, error, raised):
                 failed = ERRORS.get(raised, RuntimeError)(error) if raised else None
                 self._settle(number, value, failed)
-            case self.messages.Welcome():  # it had lost this process
+            case self.messages.Welcome():  # the core had taken this process as lost
                 self.trace.restart(message.state)
 
     def _settle(self, number: int, value: Any, error: Exception | None = None) -> None:
@@ -172,5 +173,5 @@ class RemoteEngine:
         self.link.close()
 
     def close(self) -> None:
-        """When `run` has ended."""
+        """Release the core, after `run` has ended."""
         self.release()

@@ -1,4 +1,4 @@
-"""What the core knows of one HTTP process: its two sockets, its requests, and how much it has not read."""
+"""What the core knows of one HTTP process: its two sockets, its state, and how much it has not read."""
 
 import threading
 from enum import Enum, auto
@@ -9,33 +9,32 @@ import zmq
 from common.engine_core.messages import Message, encoder
 from common.metrics import Counts
 
-MOST_UNREAD = (
-    64 << 20
-)  # bytes that may wait for one HTTP process: what it costs while it stands still
+# Bytes that may wait for one HTTP process: the memory that a process costs which has stopped reading.
+MOST_UNREAD = 64 << 20
 
 
 class State(Enum):
     JOINING = auto()  # a Welcome is under way
-    OPEN = auto()  # it is told of every step
-    LOST = auto()  # it does not read: nothing is sent to it until it speaks again
+    OPEN = auto()  # it is sent every step
+    LOST = auto()  # it does not read: it is sent nothing until it sends something
 
 
 class Connection:
-    """Requests are read in the core's thread for messages, steps are sent in the engine's."""
+    """The core's message thread reads requests from it; the engine's thread sends it steps."""
 
     def __init__(self, context: zmq.Context, folder: str) -> None:
-        """folder: where the HTTP process has bound both."""
+        """folder: where the HTTP process has bound both sockets."""
         self.folder, self.state = folder, State.JOINING
         self.requests = context.socket(zmq.PULL)
         self.requests.connect(f"ipc://{folder}/requests")
         self.outputs = context.socket(zmq.PUSH)
-        # No limit of messages, of which sizes differ: `num_unread` counts bytes. So a send never waits.
+        # No limit on the number of messages, so a send never waits. `num_unread` counts bytes instead.
         self.outputs.setsockopt(zmq.SNDHWM, 0)
         self.outputs.setsockopt(zmq.LINGER, 0)
         self.outputs.connect(f"ipc://{folder}/outputs")
         self.lock = threading.Lock()  # of `outputs`
         self.num_sent = self.num_received = 0  # bytes
-        self.num_silent = 0  # looks in a row at which it had said nothing
+        self.num_silent = 0  # checks in a row that found no message from it
         self.ended: list[str] = []  # requests that ended while it was lost
         self.counts: Counts = {}
 
@@ -58,7 +57,7 @@ class Connection:
             return None
 
     def close(self) -> None:
-        """What waits to be read is dropped with it."""
+        """Close the output socket; unread messages are dropped."""
         with self.lock:
             self.outputs.close()
 

@@ -1,4 +1,4 @@
-"""What a server's `main` calls. pyzmq and msgspec are imported here, where an engine core is asked for."""
+"""Starts an engine core for a server's `main`. Only then are pyzmq and msgspec imported."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ from common.http.run import ServerConfig
 
 
 def check_packages() -> None:
-    """Raises ValueError where what processes talk with is not installed."""
+    """Raises ValueError where pyzmq or msgspec is not installed."""
     for module, package in (("zmq", "pyzmq"), ("msgspec", "msgspec")):
         if importlib.util.find_spec(module) is None:
             raise ValueError(
@@ -20,9 +20,9 @@ def check_packages() -> None:
 
 
 def launch_core(package: str, config: Any) -> RemoteEngine:
-    """An engine in a process of its own, which ends with this one. Call it in a thread that stays.
+    """Start an engine in a process of its own, which ends with this one. Call it in a thread that stays.
 
-    package: its `engine_core` is started. Raises ValueError.
+    package: the part, whose `engine_core` is started. Raises ValueError when it does not start.
     """
     check_packages()
     from common.engine_core.process import CoreProcess
@@ -34,8 +34,8 @@ def launch_core(package: str, config: Any) -> RemoteEngine:
 def serve_workers(package: str, config: Any, server: ServerConfig) -> NoReturn:
     """`config.api_server_count` HTTP processes in front of one core, until SIGTERM or Ctrl+C.
 
-    package: its `engine_core` and `api_server` are started. What does not start ends the process with
-    one line and status 1.
+    package: the part, whose `engine_core` and `api_server` are started. When one of them does not
+    start, this process ends with one line and status 1.
     """
     try:
         check_packages()

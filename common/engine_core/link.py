@@ -14,22 +14,22 @@ import zmq
 from common.distributed.health import Health
 from common.engine_core.messages import Message, encoder, from_core
 
-LOOKS = 0.5  # seconds between two signs of life
-MOST_READ = 1 << 20  # bytes, after which the core is told at once that they are read
-MOST_REQUESTS = 10_000  # messages that the core may not have taken yet
-LONGEST_PATH = 100  # bytes: what a socket's address has room for
+LOOKS = 0.5  # seconds between two checks, at which a sign of life is sent
+MOST_READ = 1 << 20  # bytes; after as many the core is told at once that they are read
+MOST_REQUESTS = 10_000  # messages that may wait for the core
+LONGEST_PATH = 100  # bytes that fit into a socket's address
 
 
 class Link:
     """Requests go out from any thread; one thread reads what comes back.
 
-    The sockets are files in a folder that only this user may enter, and only until the core has found
-    them: nobody comes in later, and nothing is left over.
+    The sockets are files in a folder that only this user may enter. The folder is removed once the core
+    is connected, so no other process can connect later, and no file is left over.
     """
 
     def __init__(self, connect: Callable[[str], None], health: Health, timeout: float) -> None:
-        """connect: let the core connect to a folder's sockets. health: the core's. timeout: seconds of
-        silence after which it is taken to be lost. Raises RankError when it is."""
+        """connect: makes the core connect to a folder's sockets. health: the core's. timeout: seconds
+        of silence after which the core is taken as lost. Raises RankError when it is."""
         self.health, self.most_silent = health, timeout / LOOKS
         self.closing = False
         self.lock = threading.Lock()  # of `requests`
@@ -49,7 +49,7 @@ class Link:
                 health.check()
 
     def send(self, message: Message) -> None:
-        """Raises RankError when the core takes nothing."""
+        """Raises RankError when MOST_REQUESTS messages wait for the core."""
         data = encoder.encode(message)
         with self.lock:
             if self.requests.closed:
@@ -60,8 +60,8 @@ class Link:
                 raise self.health.report("the engine core takes no requests") from None
 
     def receive(self) -> Iterator[Message]:
-        """What the core says, until this side is closed. What is no message is dropped. Raises RankError
-        when the core is lost. Between messages `on_look` is called again and again."""
+        """The core's messages, until `close`. Bytes that are not a message are dropped. `on_look` is
+        called every LOOKS seconds and after MOST_READ bytes. Raises RankError when the core is lost."""
         try:
             while not self.closing:
                 self.health.check()
@@ -79,7 +79,7 @@ class Link:
             self.outputs.close()
 
     def _look(self) -> None:
-        """Looks are counted, and not seconds: who was stopped himself must not blame the core."""
+        """Counts checks and not seconds: a process that was itself stopped must not blame the core."""
         self.num_silent += 1
         if self.num_silent > self.most_silent:
             seconds = self.num_silent * LOOKS
@@ -89,12 +89,12 @@ class Link:
         self.on_look()
 
     def num_read(self) -> int:
-        """Bytes of all messages until now, to be told."""
+        """Bytes of all messages read so far, to be reported to the core."""
         self.num_told = self.num_received
         return self.num_told
 
     def close(self) -> None:
-        """End `receive`, soon. What was not sent is dropped."""
+        """End `receive` soon. Unsent messages are dropped."""
         self.closing = True
         with self.lock:
             self.requests.close()

@@ -1,7 +1,7 @@
-"""What HTTP processes and the engine core say to each other: numbers, texts and lists. Nothing that runs.
+"""The messages between HTTP processes and the engine core: numbers, texts and lists, never code.
 
-Requests, outputs and records are the engine's own dataclasses, so a new field of theirs passes unopened.
-msgspec checks types while it decodes; what is no message is dropped by whoever gets it.
+Requests, outputs and records are the engine's own dataclasses, so a new field of theirs needs no change
+here. msgspec checks types while it decodes; the receiver drops bytes that are not a message.
 """
 
 import dataclasses
@@ -20,29 +20,29 @@ from common.trace import EngineState, StepRecord
 
 _HINTS = typing.get_type_hints(RequestOutput)
 _NAMES = [field.name for field in dataclasses.fields(RequestOutput)]
-# One output without the names of its fields: a step of many requests is a fifth as long.
+# One output without its fields' names: the message of a step with many requests is a fifth as long.
 OutputFields = tuple[tuple(_HINTS[name] for name in _NAMES)]  # type: ignore[misc]
 _fields_of = operator.attrgetter(*_NAMES)
 
 
 class Message(Struct, tag=True, forbid_unknown_fields=True, frozen=True):
-    """A message says its type's name."""
+    """Carries its type's name, which the decoder goes by."""
 
 
 class Add(Message):
-    """HTTP: run this."""
+    """From HTTP: run this request."""
 
     request: Request
 
 
 class Abort(Message):
-    """HTTP: end this, if it runs."""
+    """From HTTP: abort this request, if it runs."""
 
     request_id: str
 
 
 class Ask(Message):
-    """HTTP: call this method of the engine, between two steps."""
+    """From HTTP: call this method of the engine, between two steps."""
 
     number: int
     method: Literal["sleep", "wake_up"]
@@ -50,9 +50,9 @@ class Ask(Message):
 
 
 class Beat(Message):
-    """HTTP: I live, and have read so much.
+    """From HTTP: a sign of life, with the bytes read so far.
 
-    number: what the answer is to bear. counts: what this process has counted for `/metrics`.
+    number: repeated in the Status that answers it. counts: this process's, for `/metrics`.
     """
 
     number: int
@@ -61,21 +61,21 @@ class Beat(Message):
 
 
 class Welcome(Message):
-    """Core: what there is to know of the engine, and its state before the first step that comes."""
+    """From the core: facts about the engine, and its state before the first Step that follows."""
 
     about: dict[str, Any]
     state: EngineState
 
 
 class Step(Message):
-    """Core: what the last step brought. records: all steps since the last message."""
+    """From the core: the last step's outputs. records: of all steps since the last message."""
 
     records: list[StepRecord]
     outputs: list[OutputFields]
 
 
 class Status(Message):
-    """Core: I live. counts: what the core and all other HTTP processes have counted."""
+    """From the core: a sign of life. counts: those of the core and of all other HTTP processes."""
 
     number: int
     stats: dict[str, Any]
@@ -83,7 +83,7 @@ class Status(Message):
 
 
 class Answer(Message):
-    """Core, to Ask: what the method has returned, or what it has raised (its type's name)."""
+    """From the core, to Ask: what the method returned; or the error's text and its type's name."""
 
     number: int
     value: dict[str, Any]
@@ -97,7 +97,7 @@ from_core = msgspec.msgpack.Decoder(Welcome | Step | Status | Answer)
 
 
 def encode_records(records: Iterable[StepRecord]) -> Raw:
-    """The `records` of a Step, encoded once for all who get it."""
+    """The `records` of a Step, encoded once for all HTTP processes."""
     return Raw(encoder.encode(list(records)))
 
 

@@ -1,4 +1,4 @@
-"""Starting the core, and being it."""
+"""The core's process: how a parent starts it, and what it runs."""
 
 import os
 import signal
@@ -16,10 +16,10 @@ from common.engine_core.serving import END_SECONDS
 
 
 class CoreProcess:
-    """The core as a child of this process, which it ends with."""
+    """The core as a child of this process, with which it ends."""
 
     def __init__(self, module: str, settings: Line, on_lost: Callable[[str], None] = print) -> None:
-        """settings: the engine's. on_lost: told the folder of an HTTP process that does not read.
+        """settings: the engine's. on_lost: given the folder of an HTTP process that does not read.
 
         Raises ValueError, one line, when the core does not start.
         """
@@ -29,7 +29,7 @@ class CoreProcess:
             module, {"engine": settings}, "the engine core", self._listen, self._ended
         )
         self.health.state_of = lambda rank: process_state(self.child.process.pid)
-        self.health.when_lost(self.child.kill)  # one that is stopped would stay
+        self.health.when_lost(self.child.kill)  # a stopped process would not end by itself
         try:
             while not self.ready.wait(0.1):
                 self.health.check()
@@ -56,10 +56,11 @@ class CoreProcess:
 
 
 def run_core(serve: Callable[[Parent, dict[str, Any]], None]) -> NoReturn:
-    """The whole life of the core. serve: given its settings, returns when the parent has ended. What
-    goes wrong is told to the parent, with status 1. Call it in the main thread."""
+    """The core's `main`. serve: given the parent and the engine's settings, returns when the parent has
+    ended. An error is reported to the parent, and the status is 1. Call it in the main thread."""
     parent = Parent()
-    for number in (signal.SIGTERM, signal.SIGINT):  # may be sent to all: requests are ended first
+    # A signal may reach all processes at once. The parent ends this one, after the running requests.
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     status = 1
     try:

@@ -1,9 +1,9 @@
-"""The core's side: HTTP processes join, send requests and leave, and each is told what a step brought.
+"""The core's side: HTTP processes join, send requests, get the outputs of these, and leave.
 
-A thread of its own reads what they say, so that they hear of the core also during a long step. Steps are
-sent by the engine's thread, which never waits: what a process has not read is counted, and one that has
-64 MB before it, or has said nothing for `timeout` seconds, is lost. Its requests are aborted, and it gets
-nothing more until it speaks again.
+A message thread reads what they send, so that the core also answers during a long step. The engine's
+thread sends the steps, and never waits: the bytes that a process has not read are counted. A process with
+64 MiB unread, or silent for `timeout` seconds, is taken as lost. Its requests are aborted, and it is sent
+nothing more until it sends a message again.
 """
 
 import logging
@@ -41,10 +41,10 @@ from common.requests import Request
 from common.trace import StepRecord
 
 logger = logging.getLogger(__name__)
-LOOKS = 0.5  # seconds between two looks at who is silent
-MESSAGES = 64  # of one process, before others have their turn
-RECORDS = 1 << 16  # steps that one message may have to tell of: a sleep runs some by itself
-END_SECONDS = 20.0  # for the engine to end once its parent has
+LOOKS = 0.5  # seconds between two checks for silent processes
+MESSAGES = 64  # read from one process before the next has its turn
+RECORDS = 1 << 16  # records that one message may carry: going to sleep runs several steps
+END_SECONDS = 20.0  # for the engine to end after its parent
 
 
 class CoreServer:
@@ -60,22 +60,22 @@ class CoreServer:
         abort: Callable[[str], None],
         stop: Callable[[], None],
     ) -> None:
-        """about: what HTTP processes must know of the engine. put, abort, stop: what the engine's loop
-        takes from other threads."""
+        """about: what HTTP processes must know about the engine. put, abort, stop: methods of the
+        engine's loop that any thread may call."""
         self.parent, self.engine, self.about = parent, engine, about
         self.put, self.abort, self.stop = put, abort, stop
         self.most_silent = timeout / LOOKS
         self.context = zmq.Context.instance()
         self.connections: dict[str, Connection] = {}  # by folder
-        self.owners: dict[str, Connection] = {}  # of requests under way
-        self.gone: Counts = {}  # what processes that have left had counted
-        self.metrics = EngineMetrics(engine.stats, engine.max_model_len)  # of steps
+        self.owners: dict[str, Connection] = {}  # of running requests, by id
+        self.gone: Counts = {}  # the counts of processes that have left
+        self.metrics = EngineMetrics(engine.stats, engine.max_model_len)  # counts steps
         self.poller = zmq.Poller()
         self.closing = False
         self.thread = threading.Thread(target=self._serve, name="messages", daemon=True)
 
     def run(self, loop: Callable[[Callable[..., None]], None]) -> None:
-        """Run the engine's loop, which is given `emit`. Raises what it raises."""
+        """Run the engine's loop with `emit` as its argument. Raises what the loop raises."""
         with self.engine.trace.follow(RECORDS) as self.records:
             self.thread.start()
             self.parent.say(ready=True)
@@ -88,7 +88,7 @@ class CoreServer:
     # In the engine's thread.
 
     def emit(self, record: StepRecord | None, outputs: list[RequestOutput]) -> None:
-        """Tell each process of the steps, and of the outputs that are its own."""
+        """Send each process the steps' records, and the outputs of its own requests."""
         self.metrics.on_step(record)
         own: dict[Connection, list[RequestOutput]] = {}
         for output in outputs:
@@ -106,8 +106,8 @@ class CoreServer:
                     self._lose(connection, f"has {connection.num_unread} bytes unread")
 
     def _welcome(self, connection: Connection) -> None:
-        """From here on it is told of every step. What it had running when it was lost has ended."""
-        self.emit(None, [])  # steps that others have not been told of are in the state
+        """Send it every step from here on. Requests that ended while it was lost end with an error."""
+        self.emit(None, [])  # send the others the steps that its Welcome already contains
         connection.send(Welcome(self.about, self.engine.trace.catch_up(deque())))
         connection.state = State.OPEN
         ended, connection.ended = connection.ended, []
@@ -133,11 +133,11 @@ class CoreServer:
         ids = [id for id, owner in list(self.owners.items()) if owner is connection]
         for request_id in ids:
             self.owners.pop(request_id, None)
-            self.abort(request_id)  # behind the request itself, which may not have been taken yet
+            self.abort(request_id)  # queued behind the request, which may still be in the inbox
         return ids
 
     def _answer(self, connection: Connection, number: int, done: Future[Any]) -> None:
-        """All know the engine's new state before the answer is known."""
+        """Answer an Ask, after all processes have been sent the engine's new state."""
         for other in list(self.connections.values()):
             if other.state is State.OPEN:
                 other.send(self._status(other, 0))
@@ -147,7 +147,7 @@ class CoreServer:
             answer = Answer(number, done.result())
         connection.send(answer)
 
-    # In the thread for messages.
+    # In the message thread.
 
     def _serve(self) -> None:
         self.poller.register(self.parent.descriptor, zmq.POLLIN)
@@ -165,7 +165,7 @@ class CoreServer:
                 self._look()
 
     def _read_orders(self) -> bool:
-        """Returns whether there is a parent yet."""
+        """Returns False when the parent has ended."""
         try:
             self._obey(self.parent.orders())
         except EOFError:
@@ -189,7 +189,7 @@ class CoreServer:
                 self.put(Call(partial(self._leave, connection)))
 
     def _read(self, connection: Connection) -> None:
-        """A few of its messages. What is no message is dropped."""
+        """Handle up to MESSAGES of its messages. Bytes that are not a message are dropped."""
         for _ in range(MESSAGES):
             if (frames := connection.receive()) is None:
                 return
@@ -204,7 +204,7 @@ class CoreServer:
                 self.put(Call(partial(self._welcome, connection)))
             try:
                 self._handle(connection, message)
-            except Exception:  # the next message is to be read whatever this one was
+            except Exception:  # one bad message must not stop the next from being read
                 logger.exception("a message of an HTTP process failed")
 
     def _handle(self, connection: Connection, message: Message) -> None:

@@ -1,10 +1,9 @@
-"""HTTP requests counted, and the last completions among them with the time of each of their stages.
+"""Counts HTTP requests, and keeps the times of each stage of the last completions.
 
-The counts have the names and labels that vLLM's server has from prometheus-fastapi-instrumentator.
-The log is a ring of `Life`s, which `GET /trace.requests.jsonl` gives out: what happened to a request
-on this side of the engine. With the engine's own trace, whose times are of the same clock, it is the
-request's whole life; `python -m common.bench life` draws it. A life holds times, counts and ids, and
-nothing of a prompt or an answer.
+The counts have the names and labels that vLLM's server gets from prometheus-fastapi-instrumentator.
+The log is a ring of `Life`s, served by `GET /trace.requests.jsonl`: the times of a request outside of
+the engine. The engine's own trace has its times inside, by the same clock. `python -m common.bench life`
+draws both as one picture. A life holds times, counts and ids, and no text of a prompt or an answer.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from common.http.responses import Job
 
 CAPACITY = 256  # lives kept
-NOT_COUNTED = {"/metrics", "/health", "/version"}  # as in vLLM: they are asked for again and again
+NOT_COUNTED = {"/metrics", "/health", "/version"}  # as in vLLM: monitoring polls them
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # a client may invent others
 # fmt: off
 FINE_BOUNDS = (
@@ -36,9 +35,10 @@ OPERATION_BOUNDS = (0.01, 0.1, 1, 10, 30, 60, 120, 300, 600)
 
 @dataclass
 class Life:
-    """One HTTP request on its way, in seconds of `time.perf_counter`.
+    """The times of one HTTP request, in seconds of `time.perf_counter`.
 
-    sent: when each piece of its answer had gone to the socket. job: a completion's.
+    sent: when each piece of the answer was handed to the socket. job: the completion's; None for other
+    requests.
     """
 
     path: str
@@ -50,7 +50,7 @@ class Life:
     job: Job | None = None
 
     def to_json(self) -> str:
-        """One line; of a completion only."""
+        """One line of JSON. Only a completion has one."""
         assert self.job is not None
         job = self.job
         values = {
@@ -71,7 +71,7 @@ class Life:
 
 
 class Instruments:
-    """What is counted of HTTP requests, in a registry."""
+    """The metrics of HTTP requests, in a registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         own: dict[str, Any] = {"registry": registry}
@@ -115,8 +115,8 @@ class Instruments:
             self.operations.labels(operation)
 
     def count(self, scope: Scope, life: Life) -> None:
-        """A request has ended."""
-        handler = getattr(scope.get("route"), "path", "none")  # no label that a client makes up
+        """Count a request that has ended."""
+        handler = getattr(scope.get("route"), "path", "none")  # not the path: clients invent those
         if handler in NOT_COUNTED:
             return
         method = scope["method"] if scope["method"] in METHODS else "other"
@@ -130,7 +130,7 @@ class Instruments:
 
     @contextlib.contextmanager
     def timed(self, operation: str) -> Iterator[None]:
-        """A sleep or a wake-up, whether it succeeds or not."""
+        """Measure a sleep or a wake-up, whether it succeeds or not."""
         begin = time.perf_counter()
         with self.operations.labels(operation).track_inprogress():
             try:
@@ -141,7 +141,7 @@ class Instruments:
 
 
 class RequestLog:
-    """Stands before all else that an app has: refused requests are requests too."""
+    """The outermost middleware of an app, so that refused requests are counted too."""
 
     def __init__(self, app: ASGIApp, instruments: Instruments, lives: deque[Life]) -> None:
         self.app, self.instruments, self.lives = app, instruments, lives
@@ -169,15 +169,16 @@ class RequestLog:
 
 
 def add_request_log(app: FastAPI, registry: CollectorRegistry | None) -> Instruments:
-    """Count an app's requests into a registry, and add `GET /trace.requests.jsonl`.
+    """Count an app's requests in a registry, and add `GET /trace.requests.jsonl`.
 
-    registry: None where the next scrape may meet another process: what is counted is not shown.
+    registry: None with several HTTP processes. The next scrape may then be answered by another process,
+    so the counts are not shown.
     """
     instruments, lives = Instruments(registry), deque[Life](maxlen=CAPACITY)
     app.add_middleware(RequestLog, instruments=instruments, lives=lives)
 
     async def download() -> Response:
-        """The last completions that have ended, oldest first, a line of JSON each."""
+        """The last completions that ended, oldest first, a line of JSON each."""
         text = "".join(life.to_json() for life in list(lives))
         return Response(text, media_type="application/x-ndjson")
 

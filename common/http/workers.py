@@ -4,8 +4,9 @@
         |                    ^ |  ZeroMQ
         '--starts--> HTTP process 0, 1, …    all accept from one socket
 
-The supervisor serves nothing. It starts an HTTP process again that has ended, and kills one that the core says
-does not read. When the core is lost, the HTTP processes say so at /health. SIGTERM drains all.
+The supervisor serves no requests. It restarts an HTTP process that has ended, and kills one that the core
+reports as not reading. When the core is lost, the HTTP processes say so at /health. At SIGTERM they finish
+their running requests.
 """
 
 import contextlib
@@ -33,28 +34,29 @@ from common.http.app import Seat
 from common.http.run import BACKLOG, ServerConfig, announce, bind, exit_once, serve
 from common.requests import name_requests
 
-BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.25, 30.0  # before an HTTP process is started again
+BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.25, 30.0  # before an HTTP process is restarted
 STEADY_SECONDS = 60.0  # of life after which earlier deaths are forgotten
-GRACE_SECONDS = 10.0  # beyond their own time to finish, for HTTP processes to end
+GRACE_SECONDS = 10.0  # for HTTP processes to end, beyond their own shutdown timeout
 
 
 def shared_places(descriptor: int, count: int) -> MutableSequence[int]:
-    """A number for each process, in a file that all have inherited."""
+    """A number for each process, in a shared file whose descriptor all have inherited."""
     return memoryview(mmap.mmap(descriptor, 8 * count)).cast("q")  # type: ignore[return-value]
 
 
 class Worker:
-    """One HTTP process, and those started after it in its place."""
+    """One of the HTTP processes, and its successors after a restart."""
 
     def __init__(self, index: int) -> None:
         self.index, self.num_deaths, self.began = index, 0, 0.0
-        self.child: Child | None = None  # None: it is to be started
+        self.child: Child | None = None  # None: not started yet, or to be restarted
         self.folder: str | None = None  # of its sockets
         self.is_ready = False
 
 
 class Supervisor:
-    """All that happens comes as a function in a queue, and is done in the main thread."""
+    """Starts and watches core and HTTP processes. Every event is a function in a queue, which the main
+    thread calls."""
 
     def __init__(self, package: str, engine: Any, config: ServerConfig, count: int) -> None:
         self.package, self.engine, self.config = package, engine, config
@@ -89,7 +91,7 @@ class Supervisor:
         sys.exit(self.status)
 
     def _when(self, handle: Callable[..., None], *first: Any) -> Callable[..., None]:
-        """A callback for any thread that has it done in the main one."""
+        """A callback for any thread, which the main thread then runs."""
         return lambda *more: self.events.put(partial(handle, *first, *more))
 
     def start(self, worker: Worker) -> None:
@@ -114,9 +116,7 @@ class Supervisor:
         if (folder := line.get("connect")) is not None:
             worker.folder = folder
             self.core.connect(folder)
-        if (
-            problem := line.get("problem")
-        ) is not None:  # it stands still, perhaps: others hear of it
+        if (problem := line.get("problem")) is not None:  # the core may hang: tell the others
             self.core.health.report(problem)
         worker.is_ready |= "ready" in line
         if not self.is_ready and all(worker.is_ready for worker in self.workers):
@@ -124,7 +124,7 @@ class Supervisor:
             announce(self.sock, self.config, self.begin)
 
     def bury(self, worker: Worker, reason: str) -> None:
-        """It has ended. Its requests end, others have its places, and it starts again."""
+        """An HTTP process has ended: end its requests, free its share of the queue, and restart it."""
         worker.child = None
         if worker.folder is not None:
             self.core.disconnect(worker.folder)
@@ -145,7 +145,7 @@ class Supervisor:
         timer.start()
 
     def lose(self, folder: str) -> None:
-        """The core has given an HTTP process up: it is stopped, or hangs."""
+        """Kill an HTTP process that the core takes as lost: it is stopped, or hangs."""
         for worker in self.workers:
             if worker.folder == folder and worker.child is not None:
                 worker.child.kill()
@@ -156,7 +156,7 @@ class Supervisor:
                 worker.child.tell(problem=self.core.health.problem)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Let the HTTP processes finish what runs; asked a second time by Ctrl+C, or late, kill them."""
+        """Let the HTTP processes finish their requests. A second Ctrl+C, or the timer, kills them."""
         if number == signal.SIGINT:
             self.status = 130
         for worker in self.workers:
@@ -175,9 +175,9 @@ class Supervisor:
 
 
 def run_worker(config_class: type, create_app: Callable[..., FastAPI]) -> None:
-    """The whole life of an HTTP process that the supervisor has started.
+    """The `main` of an HTTP process that the supervisor has started.
 
-    config_class: the part's EngineConfig. create_app: given the engine, ServerConfig and Seat.
+    config_class: the part's EngineConfig. create_app: takes the engine, a ServerConfig and a Seat.
     """
     parent, health = Parent(), Health()
     job = parent.job

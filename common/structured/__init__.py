@@ -1,5 +1,5 @@
-"""Structured output: grammars that an output is to follow, compiled, and matched token by token.
+"""Structured output: grammars that outputs must follow, compiled, and matched token by token.
 
-llguidance does the parsing. It is imported where a grammar is compiled: an engine that is asked for
-none runs without it.
+llguidance does the parsing. It is imported when the first grammar is compiled, so an engine without
+grammars runs without it.
 """

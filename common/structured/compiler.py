@@ -1,9 +1,9 @@
-"""Grammars to matchers: compiled in a thread, within limits, and kept while there is room.
+"""Turns grammars into matchers: compiles them in a thread, within limits, and keeps some compiled ones.
 
-A grammar comes from a client, so what it may cost is bounded: the parser's steps are counted (its
-`fuel`), one thread compiles one grammar after the other, few may wait for it, and what is kept is
-bounded in number and in characters. A grammar whose compilation takes longer than COMPILE_SECONDS is
-refused; the parser then ends by its own limits.
+A grammar comes from a client, so its cost is bounded. The parser counts its steps (its `fuel`). One
+thread compiles one grammar after the other, and at most MAX_WAITING wait for it. The kept grammars are
+bounded in number and in characters. A grammar that takes longer than COMPILE_SECONDS is refused; its
+compilation then ends by the parser's own limits.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ from common.structured.matcher import NO_TOKEN_LEFT, Matcher, first_line, num_wo
 
 COMPILE_SECONDS = 10.0
 MAX_KEPT = 128  # grammars
-MAX_KEPT_CHARACTERS = 1 << 19  # of all of them; a compiled one takes some 250 bytes for each
-MAX_WAITING = 64  # to be compiled
+MAX_KEPT_CHARACTERS = 1 << 19  # of all kept; a compiled grammar takes some 250 bytes a character
+MAX_WAITING = 64  # grammars that wait to be compiled
 
 # llguidance's defaults are two to five times as large.
 LIMITS = {
@@ -33,7 +33,7 @@ LIMITS = {
     "step_max_items": 50_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 200_000,
-    "verbose_errors": False,  # they show the output
+    "verbose_errors": False,  # they would quote the output
 }
 
 
@@ -42,12 +42,12 @@ class GrammarsBusy(Exception):
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer. For several threads at once."""
+    """Compiles grammars for one tokeniser. Safe to call from several threads."""
 
     def __init__(
         self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Collection[int]
     ) -> None:
-        """vocab_size: the model's, which its tokenizer may not fill."""
+        """vocab_size: the model's; its tokeniser may have fewer tokens."""
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.eos_token_ids = sorted(id for id in eos_token_ids if id < vocab_size)
         self._compiled: OrderedDict[Grammar, Future[Any]] = OrderedDict()
@@ -57,9 +57,9 @@ class GrammarCompiler:
         self._vocabulary: Any = None
 
     def compile(self, grammar: Grammar) -> Future[Any]:
-        """The grammar's first state, when it is there; its result raises ValueError.
+        """A future of the grammar's first state. Its result raises ValueError where the grammar fails.
 
-        Raises GrammarsBusy, and ValueError where a model has no text.
+        Raises GrammarsBusy, and ValueError where the model has no tokeniser or no end token.
         """
         if self.tokenizer is None:
             raise ValueError("needs a tokenizer, and this model has none")
@@ -79,12 +79,12 @@ class GrammarCompiler:
         return future
 
     def prepare(self) -> None:
-        """Make now what the first grammar would wait for."""
+        """Prepare the vocabulary now, so that the first grammar need not wait for it."""
         if self.tokenizer is not None and self.eos_token_ids:
             self._thread.submit(self._vocabulary_of)
 
     async def check(self, grammar: Grammar) -> None:
-        """Return when a grammar is compiled. Raises ValueError that says why it cannot be, and
+        """Wait until a grammar is compiled. Raises ValueError with the reason where it cannot be, and
         GrammarsBusy."""
         future = asyncio.wrap_future(self.compile(grammar))
         await asyncio.wait({future}, timeout=COMPILE_SECONDS)
@@ -93,11 +93,11 @@ class GrammarCompiler:
         future.result()
 
     def matcher(self, state: Any, ignore_eos: bool) -> Matcher:
-        """For one output. state: what `compile` has given."""
+        """A matcher for one output. state: the result of `compile`."""
         return Matcher(state.deep_copy(), self.eos_token_ids, ignore_eos)
 
     def _forget(self) -> None:
-        """Drop those that were used last long ago; what is being compiled stays."""
+        """Drop the least recently used grammars above the limits; those being compiled stay."""
         for grammar, future in list(self._compiled.items()):
             is_room = self._num_characters <= MAX_KEPT_CHARACTERS
             if len(self._compiled) <= MAX_KEPT and is_room:
@@ -113,7 +113,7 @@ class GrammarCompiler:
         text = to_llguidance(grammar)
         state = LLMatcher(self._vocabulary_of(), text, log_level=0, limits=limits)
         mask = np.zeros(num_words(self.vocab_size), np.int32)
-        if not state.is_error():  # the first mask may take longest: not while others wait for it
+        if not state.is_error():  # make the first mask here: it may take long
             state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if state.is_error():
             raise ValueError(f"cannot be used: {first_line(state)}")
@@ -140,8 +140,8 @@ class GrammarCompiler:
             special_token_ids = special_ids
 
             def __call__(self, text: bytes) -> list[int]:
-                """A text that the grammar forces, as the model would write it. Special tokens are
-                none of it, and nor is a space that a tokenizer puts before a text."""
+                """The tokens of a text that the grammar forces, as the model would write it: without
+                special tokens, and without the space that some tokenisers put before a text."""
                 ids = tokenizer.encode(text.decode(), False)
                 is_exact = b"".join(token_bytes[id] for id in ids if id < len(token_bytes)) == text
                 if is_exact and not special.keys() & ids:
@@ -155,7 +155,7 @@ class GrammarCompiler:
 
 
 def to_llguidance(grammar: Grammar) -> str:
-    """A grammar in llguidance's form. Raises ValueError."""
+    """A grammar in llguidance's form. Raises ValueError where it cannot be translated."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -180,7 +180,7 @@ def to_llguidance(grammar: Grammar) -> str:
 
 
 def lark_string(text: str) -> str:
-    """A text as a literal of Lark's."""
+    """A text as a string literal of a Lark grammar."""
     plain = (c if " " <= c <= "~" and c not in '"\\' else None for c in text)
     pairs = zip(text, plain, strict=True)
     return '"' + "".join(p or (c if c > "\uffff" else f"\\u{ord(c):04x}") for c, p in pairs) + '"'

@@ -1,4 +1,4 @@
-"""What an output is to be like, as plain data: it goes from process to process with its request."""
+"""The grammar of an output as plain data, which travels between processes with its request."""
 
 import json
 import re
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_GRAMMAR = 1 << 17  # characters; OpenAI's limit for a schema is about the same
-MAX_EBNF = 1 << 13  # characters: it is translated, in time that grows with the square of them
-MAX_DEPTH = 64  # of a schema: far below what the parser's own recursion takes
+MAX_EBNF = 1 << 13  # characters; the time to translate them grows with their square
+MAX_DEPTH = 64  # levels of a schema, far below the limit of the parser's own recursion
 MAX_REPEATS = 10_000  # the largest count in a regular expression, as in `a{3,10}`
 KINDS = ("json", "regex", "choice", "grammar", "lark")
 
-# White space that JSON may have between two tokens: none, one space, or a new line with its
-# indentation. Without a bound a model may write white space for ever.
+# White space that JSON may have between two pieces: none, one space, or a new line with its
+# indentation. Without a bound a model may write white space without end.
 WHITESPACE = r"[ ]?|\n[ \t]{0,32}"
 
 
@@ -21,7 +21,8 @@ class Grammar:
     """kind: `json` (text: a JSON schema), `regex` (a regular expression), `choice` (a JSON list of
     strings), `lark` (a grammar in Lark's form) or `grammar` (in that form, or EBNF with `::=`).
 
-    Raises ValueError for a text that is not looked into any further.
+    Raises ValueError for a text that is refused before it is parsed: too long, no valid Unicode, or a
+    regular expression with too large a count.
     """
 
     kind: str
@@ -46,18 +47,18 @@ class Grammar:
 
     @classmethod
     def of_schema(cls, schema: dict[str, Any] | bool) -> "Grammar":
-        """JSON that a schema admits. Raises ValueError."""
+        """The grammar of JSON that a schema admits. Raises ValueError for a schema nested too deep."""
         check_depth(schema)
         return cls("json", json.dumps(schema, separators=(",", ":")))
 
     @classmethod
     def of_choices(cls, choices: list[str]) -> "Grammar":
-        """One of these texts. Raises ValueError."""
+        """The grammar of one of these texts. Raises ValueError where they are too long."""
         return cls("choice", json.dumps(choices, separators=(",", ":")))
 
 
 def check_depth(value: Any) -> None:
-    """Raises ValueError where lists and objects lie in each other deeper than MAX_DEPTH."""
+    """Raises ValueError where lists and objects are nested deeper than MAX_DEPTH."""
     level, depth = [value], 0
     while level:
         containers = [item for item in level if isinstance(item, dict | list)]

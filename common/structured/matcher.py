@@ -1,4 +1,4 @@
-"""Where one output stands in its grammar, and which tokens may come next."""
+"""The position of one output in its grammar, and the tokens that may come next."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -11,19 +11,19 @@ NO_TOKEN_LEFT = "the grammar admits no token after this output"
 
 
 def num_words(vocab_size: int) -> int:
-    """Of 32 bits, a bit for each token."""
+    """Words of 32 bits in a mask, which has a bit for each token."""
     return -(-vocab_size // 32)
 
 
 class Matcher:
-    """For one thread at a time.
+    """Follows one output. For one thread at a time.
 
-    error: why nothing may come next; None while the output can go on or end.
+    error: why no token may come next; None while the output can go on or end.
     """
 
     def __init__(self, state: Any, eos_token_ids: Collection[int], ignore_eos: bool) -> None:
-        """state: llguidance's, at the beginning. ignore_eos: the output ends only where the grammar
-        admits nothing else."""
+        """state: llguidance's matcher, at the start of the grammar. ignore_eos: the output ends only
+        where the grammar admits no other token."""
         self.state, self.eos_token_ids, self.ignore_eos = (
             state,
             frozenset(eos_token_ids),
@@ -32,7 +32,7 @@ class Matcher:
         self.error: str | None = None
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """Tokens were added to the output. Those from its end on are not looked at."""
+        """Advance by new tokens of the output, up to its end token."""
         for token_id in token_ids:
             if token_id == NO_TOKEN or token_id in self.eos_token_ids:
                 return
@@ -41,10 +41,10 @@ class Matcher:
                 return
 
     def fill(self, masks: np.ndarray, draft_token_ids: Sequence[int] = ()) -> None:
-        """Write which tokens may come next, and which after each draft token.
+        """Write which tokens may come next, and which may come after each draft token.
 
         masks: [1 + drafts, num_words] int32, bit i % 32 of word i // 32 for token i. After a draft
-        that may not come, or that ends the output, there is nothing to say: all bits are set.
+        token that is forbidden or ends the output all bits are set, because nothing is drawn there.
         """
         masks[:] = -1
         num_consumed = 0
@@ -76,6 +76,6 @@ class Matcher:
 
 
 def first_line(state: Any) -> str:
-    """What llguidance says is wrong, short."""
+    """The first line of llguidance's error, at most 200 characters."""
     text = state.get_error().strip() or state.stop_reason()
     return text.splitlines()[0][:200]

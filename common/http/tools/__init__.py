@@ -1,1 +1,1 @@
-"""Tool calls in chat: what a request says of them, how models write them, and OpenAI's form."""
+"""Tool calls in chat: their fields in a request, the forms in which models write them, OpenAI's form."""

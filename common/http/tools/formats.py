@@ -1,4 +1,4 @@
-"""How models write the calls of tools, as their chat templates say it."""
+"""The forms in which models write tool calls, recognised from their chat templates."""
 
 import re
 import secrets
@@ -12,22 +12,22 @@ CALL_ID_CHARACTERS = string.ascii_letters + string.digits
 class ToolFormat:
     """One or more objects, `{"name": …, "arguments": {…}}`, between two marks.
 
-    is_marked: calls stand between the marks alone, and text may stand around them. Else an output
-        that begins with an object or a list is one of calls too: the mark is a special token there,
-        which leaves no text, or there is none.
-    between: what stands between two calls, and around them.
+    is_marked: calls stand only between the marks, and text may stand around them. Where it is False, an
+        output that begins with an object or a list also consists of calls: the model's mark is a
+        special token, which leaves no text, or is missing.
+    between: characters that may stand between two calls, and around them.
     """
 
     name: str
     begin: str
     end: str
     between: str
-    arguments: str  # their key in an object
+    arguments: str  # the key of a call's arguments
     is_marked: bool
     id_length: int = 24
 
     def new_id(self) -> str:
-        """Of a call. Mistral's templates want nine letters or digits."""
+        """A new id of a call. Mistral's templates want nine letters or digits."""
         text = "".join(secrets.choice(CALL_ID_CHARACTERS) for _ in range(self.id_length))
         return text if self.id_length == 9 else f"call_{text}"
 
@@ -47,8 +47,8 @@ def format_of(template: str | None, parser: str) -> tuple[ToolFormat, bool]:
     """(the format of a model's calls, whether its template describes tools to it).
 
     template: the model's chat template. parser: one of PARSERS; `auto` goes by the template's text.
-    A template that knows no tools, or writes calls in another way, is not given any: then a system
-    message describes them, and calls are in the form of hermes.
+    A template that knows no tools, or writes calls in another form, is not given any: a system message
+    describes the tools instead, and calls have the form of hermes.
     """
     text = template or ""
     knows_tools = re.search(r"\btools\b", text) is not None

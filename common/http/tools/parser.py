@@ -1,8 +1,8 @@
-"""From an output's text to calls, piece by piece as it is born.
+"""Turns an output's text into calls, piece by piece as it is generated.
 
-Each character is looked at once or twice, so 100 KB of hostile output takes as long as any 100 KB;
-depth is counted and not recursed into, and nothing is evaluated. What turns out to be no call is
-content, as it was written.
+Each character is looked at once or twice, so 100 KB of hostile output takes as long as any 100 KB.
+Nesting depth is counted, without recursion, and nothing is evaluated. Text that turns out not to be a
+call is passed on as content, unchanged.
 """
 
 import json
@@ -19,8 +19,8 @@ ARGUMENTS = ("arguments", "parameters")
 class CallReader:
     """Reads one call's object, character by character.
 
-    name: when it is known. `take` gives what is new of the arguments: an object's text as it is
-    written, of a string what is in it.
+    name: None until it is known. `take` gives the new part of the arguments: an object's text as it is
+    written, or a string's contents.
     """
 
     def __init__(self) -> None:
@@ -29,8 +29,8 @@ class CallReader:
         self.is_done = self.is_broken = False
         self._where = "start"
         self._key = ""
-        self._value: list[str] = []  # the string or value that is being read
-        self._new: list[str] = []  # of the arguments
+        self._value: list[str] = []  # the string or value being read
+        self._new: list[str] = []  # the part of the arguments that `take` gives next
         self._depth = 0  # within a value
         self._in_string = self._is_escaped = False
 
@@ -39,7 +39,7 @@ class CallReader:
         return new
 
     def push(self, character: str) -> None:
-        """Not after the end, and not after what is broken."""
+        """Read one character. Not to be called once the call is done or broken."""
         self.raw.append(character)
         if self._in_string or self._where == "value":
             self._read(character)
@@ -47,7 +47,7 @@ class CallReader:
             self._step(character)
 
     def _step(self, character: str) -> None:
-        """Between two values."""
+        """A character between two values."""
         match self._where, character:
             case "start", "{":
                 self._where = "key"
@@ -63,7 +63,7 @@ class CallReader:
                 self.is_broken = True
 
     def _read(self, character: str) -> None:
-        """In a string or a value."""
+        """A character in a string or a value."""
         if self._in_string:
             self._keep(character)
             if self._is_escaped:
@@ -90,7 +90,7 @@ class CallReader:
                     self._ended()
 
     def _keep(self, character: str) -> None:
-        """Arguments that are an object are given out as they come, and nothing of them is kept."""
+        """Keep a character. Arguments that are an object are given out at once instead of being kept."""
         is_first = not self._value
         if is_first or self._key not in ARGUMENTS or self._value[0] != "{":
             self._value.append(character)
@@ -127,19 +127,19 @@ class ToolParser:
     """Follows one output. `push` and `end` give OpenAI's deltas, in order."""
 
     def __init__(self, shape: ToolFormat, names: Collection[str], is_parallel: bool) -> None:
-        """names: of the tools. Where calls need no mark, an object with another name is an answer
-        in JSON and no call."""
+        """names: of the tools. Where calls need no mark, an object with any other name is taken as an
+        answer in JSON, and not as a call."""
         self.shape, self.names, self.is_parallel = shape, frozenset(names), is_parallel
         self.num_calls = 0
         self._mode: Callable[[str, int], int] = self._text if shape.is_marked else self._begin
-        self._held = ""  # what may become a mark
-        self._raw: list[str] = []  # what is content if no call comes
-        self._is_kept = True  # whether what stands around calls is; not after the first
-        self._space: list[str] = []  # white space that is content if content comes after it
+        self._held = ""  # text that may be the beginning of a mark
+        self._raw: list[str] = []  # text that is content if no call follows
+        self._is_kept = True  # whether text around calls goes into `_raw`; not after the first
+        self._space: list[str] = []  # white space that is content if content follows
         self._is_marked = shape.is_marked
         self._reader: CallReader | None = None
-        self._is_open = False  # whether the reader's call was told
-        self._has_arguments = False  # whether some of them were
+        self._is_open = False  # whether the reader's call was given out
+        self._has_arguments = False  # whether some of its arguments were
         self._deltas: list[dict[str, Any]] = []
 
     def push(self, text: str) -> list[dict[str, Any]]:
@@ -150,7 +150,7 @@ class ToolParser:
         return self._take()
 
     def end(self) -> list[dict[str, Any]]:
-        """The output has ended. The beginning of a further call is dropped."""
+        """The last deltas of an output. The beginning of a further, unfinished call is dropped."""
         if self._reader is not None and not self._is_open:
             self._raw += self._reader.raw
         if not self.num_calls:
@@ -164,10 +164,10 @@ class ToolParser:
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    # Each mode looks at a text from a place on, and gives the place where the next one goes on.
+    # Each mode reads a text from a place on, and returns the place where the next mode goes on.
 
     def _begin(self, text: str, place: int) -> int:
-        """Nothing but white space has come yet."""
+        """Only white space has come so far."""
         if text[place] in WHITE:
             self._raw.append(text[place])
             return place + 1
@@ -198,7 +198,7 @@ class ToolParser:
         return len(text)
 
     def _between(self, text: str, place: int) -> int:
-        """Among calls, and not in one."""
+        """Before, between or after calls."""
         character, end = text[place], self.shape.end
         if character == "{":
             self._reader, self._is_open, self._mode = CallReader(), False, self._call
@@ -242,7 +242,7 @@ class ToolParser:
         return place
 
     def _nothing(self, text: str, place: int) -> int:
-        """What follows the only call."""
+        """Drop everything after the only call."""
         return len(text)
 
     def _open(self, name: str | None) -> None:
@@ -268,7 +268,7 @@ class ToolParser:
 
 
 def suffix_size(text: str, mark: str) -> int:
-    """How much of a text's end may be the beginning of a mark."""
+    """How many characters at a text's end may be the beginning of a mark."""
     for size in range(min(len(text), len(mark) - 1), 0, -1):
         if mark.startswith(text[-size:]):
             return size

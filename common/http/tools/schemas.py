@@ -1,4 +1,4 @@
-"""Chat requests with tools: what `tools`, `tool_choice` and messages of calls may look like."""
+"""Chat requests with tools: the schemas of `tools`, `tool_choice` and messages with calls."""
 
 import json
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,7 +11,7 @@ from common.http.schemas import MAX_MESSAGES, ChatCompletionRequest, Message, Te
 from common.structured.grammar import check_depth
 
 MAX_TOOLS = 128
-MAX_CALLS = 128  # of one message
+MAX_CALLS = 128  # in one message
 Name = Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 TOOL_MESSAGE = {name: rule for name, rule in neutral.MESSAGE.items() if name[:5] != "tool_"}
 
@@ -21,7 +21,7 @@ class _Plain(_Object):
 
 
 class Function(_Plain):
-    """strict: arguments keep to the parameters, wherever a call is forced."""
+    """strict: accepted, and changes nothing. Forced calls keep to the parameters in any case."""
 
     name: Name
     description: StrictStr | None = None
@@ -34,7 +34,7 @@ class Tool(_Plain):
     function: Function
 
     def as_dict(self) -> dict[str, Any]:
-        """As templates know it."""
+        """The tool as chat templates expect it."""
         function = self.function.model_dump(exclude_none=True, exclude={"strict"})
         function.setdefault("parameters", {"type": "object", "properties": {}})
         return {"type": "function", "function": function}
@@ -61,7 +61,7 @@ class ToolCall(_Plain):
 
 
 class ToolMessage(Message):
-    """A message that may also be a model's calls, or what one of them has given."""
+    """A message that may also hold a model's calls, or the result of one."""
 
     rules = TOOL_MESSAGE
 
@@ -73,7 +73,7 @@ class ToolMessage(Message):
     tool_call_id: StrictStr | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Raises ValueError where arguments are no JSON object."""
+        """Raises ValueError where arguments are not a JSON object."""
         text = super().as_dict() if self.content is not None else {"role": self.role, "content": ""}
         message: dict[str, Any] = dict(text)
         if self.tool_calls:
@@ -94,7 +94,7 @@ class ToolMessage(Message):
 
 
 def arguments_of(text: str) -> dict[str, Any]:
-    """A call's arguments as templates want them. Raises ValueError."""
+    """A call's arguments as chat templates expect them. Raises ValueError."""
     try:
         value = json.loads(text or "{}")
     except RecursionError:
@@ -142,7 +142,7 @@ class ToolChatRequest(ChatCompletionRequest):
             raise ApiError(400, text, param="tool_choice")
 
     def _check_messages(self) -> None:
-        """Raises ApiError for a message that cannot be where it is."""
+        """Raises ApiError for a message that may not stand where it does."""
         may_answer = False
         for i, message in enumerate(self.messages):
             path = f"messages[{i}]"

@@ -1,4 +1,4 @@
-"""The tools of one chat: how the model is told of them, how a call is forced, and who reads it."""
+"""The tools of one chat: the text that describes them, the grammar that forces a call, the parser."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from common.http.tools.schemas import NamedTool, ToolChatRequest
 from common.structured.compiler import lark_string
 from common.structured.grammar import WHITESPACE, Grammar
 
-MOST_FORCED = 16  # calls of one output: a model that is forced to call may not find the end
+MOST_FORCED = 16  # calls in one output; a model that is forced to call may not stop by itself
 INTRODUCTION = (
     "You can call functions. Each line here describes one, with its parameters as a JSON schema:"
 )
@@ -23,8 +23,8 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class ToolUse:
-    """format, is_told: as `format_of` has them. may_call: the functions that may be called; is_forced:
-    one of them must be."""
+    """format, is_told: as `format_of` returns them. may_call: the functions that may be called.
+    is_forced: one of them must be called."""
 
     tools: list[dict[str, Any]]
     format: ToolFormat
@@ -35,7 +35,7 @@ class ToolUse:
 
     @classmethod
     def of(cls, request: ToolChatRequest, form: ToolFormat, is_told: bool) -> "ToolUse | None":
-        """What a request wants; None where nothing may be called."""
+        """The tools of a request; None where no function may be called."""
         choice = request.tool_choice or "auto"
         if not request.tools or choice == "none":
             return None
@@ -51,13 +51,13 @@ class ToolUse:
         )
 
     def parser(self) -> ToolParser:
-        """For one output."""
+        """A parser for one output."""
         names = [tool["function"]["name"] for tool in self.tools]
         return ToolParser(self.format, names, self.is_parallel)
 
     def grammar(self) -> tuple[str, Grammar]:
-        """The field that forces a call, and the grammar of outputs that are calls and nothing else, in
-        the model's own form. Raises ApiError."""
+        """(the field that a refusal names, a grammar of outputs that consist of calls in the model's own
+        form). Raises ApiError where the grammar would be too large."""
         rules, starts, number = [], [], 0
         for tool in self.tools:
             function = tool["function"]
@@ -87,8 +87,8 @@ class ToolUse:
 
 
 def told(messages: list[dict[str, Any]], use: ToolUse | None) -> list[dict[str, Any]]:
-    """A chat for a template that knows no tools: a system message describes them, and calls and what
-    they gave are texts."""
+    """A chat for a template that knows no tools: a system message describes the tools, and calls and
+    their results become text."""
     plain: list[dict[str, Any]] = []
     for message in messages:
         text = message["content"]
