@@ -44,7 +44,8 @@ class RemoteEngine:
         release: Callable[[], None] = lambda: None,
     ) -> None:
         """connect, health: as `Link` takes them. config: the part's EngineConfig, as the core was given
-        it. release: called when the core is not needed any more. Raises ValueError when it is lost."""
+        it. release: called when the core is not needed any more. Raises ValueError where the core is
+        lost."""
         from common.engine_core import messages
         from common.engine_core.link import Link
 
