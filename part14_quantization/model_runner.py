@@ -148,7 +148,7 @@ class ModelRunner:
         """Read a model's weights again, in the place of those that it has. Raises ValueError."""
         fresh = self.load_model(*self.sources[model])
         del self.sources[fresh]
-        vars(model).update(vars(fresh))
+        vars(model).update(vars(fresh) | {"on_saved": model.on_saved})
 
     def expert_parallel(self, shape: ModelConfig) -> ExpertParallel | None:
         """This rank's part in a model's experts, where they are spread. Raises ValueError."""

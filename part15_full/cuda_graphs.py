@@ -7,7 +7,7 @@ replay reads the captured addresses, so input buffers, block tables and the batc
 there is a graph for each of some batch sizes, and a batch is padded up to the next. The graphs are
 captured at the start, the largest first. They share one memory pool, since one runs at a time.
 
-On a CPU the launches are calls of kernels, and Python is what they cost. `common.kernels.cpu.launches`
+On a CPU the launches are calls of kernels, and Python is what they cost. `common.kernels.recording`
 records the calls of a step and repeats them from machine code. A step is recorded the first time its
 size occurs. It is not padded, because on a CPU each extra row costs its arithmetic.
 
@@ -34,11 +34,13 @@ from .input_batch import Batch, Bucket
 if TYPE_CHECKING:
     from .model_runner import ModelRunner, Runnable
 
+LARGEST_SIZE = 512
 MOST_RECORDINGS = 512  # of steps, on a CPU; each takes some 60 KB
 
 
 def sizes_to_capture(most: int) -> list[int]:
-    """Batch sizes, as vLLM chooses them: 1, 2, 4, the multiples of 8, and `most`."""
+    """Batch sizes, as vLLM chooses them: 1, 2, 4, the multiples of 8, and `most`, up to 512."""
+    most = min(most, LARGEST_SIZE)
     return [size for size in (1, 2, 4, *range(8, most + 1, 8)) if size < most] + [most]
 
 
@@ -52,7 +54,8 @@ class CudaGraph:
             run()  # libraries allocate their workspaces here
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # Other threads wait for events and copies meanwhile.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.result = run()
 
     def __call__(self) -> torch.Tensor:
@@ -64,10 +67,10 @@ class RecordedSteps:
     """The same on a CPU: a list of kernel launches. The recorded run has computed the first result."""
 
     def __init__(self, run: Callable[[], torch.Tensor], arena: Any) -> None:
-        from common.kernels.cpu.launches import Recording, unowned
+        """Raises CannotRecordError."""
+        from common.kernels.recording import record
 
-        with Recording(arena) as self.recording:
-            self.result = unowned(run())
+        self.recording, self.result = record(arena, run)
 
     def __call__(self) -> torch.Tensor:
         self.recording()
@@ -78,7 +81,7 @@ class Graphs:
     """The captured forwards of a runner: those of its model, and those of the draft model."""
 
     def __init__(self, config: EngineConfig, device: torch.device, ops: Ops) -> None:
-        self.on_gpu = device.type == "cuda"
+        self.on_gpu, self.ops = device.type == "cuda", ops
         self.reason = self.why_not(config, ops)
         self.most_drafts = config.num_speculative_tokens or 0
         self.sizes = sizes_to_capture(config.max_num_seqs)
@@ -100,7 +103,7 @@ class Graphs:
             return f"role is {config.role}: keys and values are told layer by layer"
         if not self.on_gpu and config.compile != "off":
             return f"compile is {config.compile}: what it launches on a CPU is not seen"
-        if not self.on_gpu and ops.name != "cpu":
+        if ops.name not in (("triton", "flash") if self.on_gpu else ("cpu",)):
             return f"kernels is {ops.name}"
         return None
 
@@ -122,6 +125,8 @@ class Graphs:
             return None
         num_seqs = len(counts)
         if self.on_gpu:
+            if num_seqs > self.sizes[-1]:
+                return None
             num_seqs = next(size for size in self.sizes if size >= num_seqs)
         return Bucket(num_seqs, self.max_seq_len, each)
 
@@ -135,14 +140,28 @@ class Graphs:
         if key in self.captured:
             self.num_replays += 1
             result = self.captured[key]()
-        else:
-            if len(self.captured) >= MOST_RECORDINGS:
-                self.captured.pop(next(iter(self.captured)))
+        elif self.on_gpu:
             self.captured[key] = graph = self.capture(forward)
-            result = graph() if self.on_gpu else graph.result
+            result = graph()
+        else:
+            result = self.recorded(key, forward)
         if self.has_logits(what):
             return result
         return what.model.logits(result[: len(batch.logits_indices)])
+
+    def recorded(self, key: tuple[Any, ...], forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A forward's result, noted while it runs on a CPU; where that cannot be, no step is from now
+        on. What was computed until then is computed again, and so it is on every rank."""
+        from common.kernels.recording import CannotRecordError
+
+        if len(self.captured) >= MOST_RECORDINGS:
+            self.captured.pop(next(iter(self.captured)))
+        try:
+            self.captured[key] = graph = self.capture(forward)
+            return graph.result
+        except CannotRecordError as error:
+            self.reason = f"a step cannot be recorded: {error}"
+            return forward()
 
     def has_logits(self, what: "Runnable") -> bool:
         """Whether the captured forward includes the logits. On a GPU it does not, because each graph
@@ -164,10 +183,11 @@ class Graphs:
         if self.on_gpu:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             return CudaGraph(forward, self.pool)
-        from common.kernels.cpu.launches import Arena
+        from common.kernels.recording import Arena, without_reference
 
         self.pool = self.pool or Arena()
-        return RecordedSteps(forward, self.pool)
+        with without_reference(self.ops):
+            return RecordedSteps(forward, self.pool)
 
     def prepare(self, runner: "ModelRunner") -> None:
         """Serve steps from now on, over the runner's KV cache; on a GPU all graphs are captured now."""

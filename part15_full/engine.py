@@ -208,7 +208,8 @@ class LLMEngine:
     ) -> None:
         """Put what is new of a sequence into the outbox."""
         output = RequestOutput(sequence.request_id, token_ids, logprobs, finish_reason)
-        output.prompt_logprobs = sequence.prompt_logprobs
+        if len(sequence.output_token_ids) <= len(token_ids):  # once: they may be megabytes
+            output.prompt_logprobs = sequence.prompt_logprobs
         output.num_cached_tokens = sequence.num_cached_tokens or 0
         output.draft_counts, output.error = sequence.draft_counts, error
         self.outbox.append(output)

@@ -141,7 +141,7 @@ class Grammars:
         for sequence in [s for s, compiled in self.waiting.items() if compiled.done()]:
             try:
                 state = self.waiting[sequence].result()
-            except ValueError as error:
+            except Exception as error:  # also a library that is not there
                 self.engine.finish(sequence)
                 self.engine.emit(sequence, [], [], "error", f"the grammar {error}")
                 continue

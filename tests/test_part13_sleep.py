@@ -56,6 +56,16 @@ def test_either_may_sleep_at_any_step(
     both.settle()
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_prefill_worker_that_has_slept_tells_its_layers_again(both: Pair, level: int) -> None:
+    both.prefill.sleep(level)
+    both.prefill.wake_up()
+    before = both.decode.stats()["num_kv_fetched"]
+    Drive(both, MODEL).run([Event(LONG, 8, None, None, 3)])
+    assert both.decode.stats()["num_kv_fetched"] > before, "its prompt was computed again"
+    both.settle()
+
+
 def is_empty(engine: Any) -> bool:
     """Whether the cache's whole pages are zeros; at its edges are others' bytes."""
     data = engine.kv.data

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from common.kernels.cpu import launches
 from common.kernels.cpu.jit import LISTENERS
-from common.kernels.cpu.launches import Arena, Launches, Recording, unowned
+from common.kernels.cpu.launches import Launches
 from common.kernels.cpu.ops import CpuOps
+from common.kernels.recording import Arena, CannotRecordError, record
 from common.sampling import SamplingParams
 from common.testing.parts import ROOT, make_engine
 
@@ -40,14 +41,6 @@ def expected() -> list[list[int]]:
     return outputs(make_engine(15, TINY, enforce_eager=True))
 
 
-def record(function):
-    """A recording of a function, and where its result lies."""
-    recording = Recording(Arena())
-    with recording:
-        result = unowned(function())
-    return recording, result
-
-
 def test_a_recording_computes_again_from_what_is_in_its_inputs_now() -> None:
     x, weight = torch.randn(4, 64), OPS.prepare_weight(torch.randn(96, 64))
     norm, residual = torch.randn(64), torch.zeros(4, 64)
@@ -56,7 +49,7 @@ def test_a_recording_computes_again_from_what_is_in_its_inputs_now() -> None:
         hidden = OPS.add_rms_norm(x, residual, norm, 1e-5)
         return OPS.silu_and_mul(OPS.linear(hidden, weight)) * 2
 
-    recording, result = record(forward)
+    recording, result = record(Arena(), forward)
     assert recording.num_launches == 3 and len(recording.steps) == 2
     for _ in range(3):
         x.copy_(torch.randn(4, 64))
@@ -72,25 +65,69 @@ def test_floats_and_integers_reach_a_kernel_as_they_were() -> None:
     """eps is a float among integers; a wrong order of registers would give another norm."""
     x, weight = torch.randn(3, 32), torch.randn(32)
     for eps in (1e-6, 0.5, 1e9):
-        recording, result = record(lambda eps=eps: OPS.rms_norm(x, weight, eps))
+        recording, result = record(Arena(), lambda eps=eps: OPS.rms_norm(x, weight, eps))
         result.zero_()
         recording()
         assert torch.allclose(result, OPS.reference.rms_norm(x, weight, eps), atol=1e-6)
 
 
-def test_a_number_that_is_read_cannot_be_recorded() -> None:
-    with pytest.raises(RuntimeError, match="read from a tensor"):
-        record(lambda: torch.ones(3) * torch.ones(3).sum().item())
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda x: x * x.sum().item(),
+        lambda x: x if x.any() else -x,
+        lambda x: x[x > 0],
+        lambda x: x[x.nonzero()[:, 0]],
+        lambda x: x.unique(),
+    ],
+    ids=["item", "bool", "mask", "nonzero", "unique"],
+)
+def test_what_depends_on_numbers_in_a_tensor_cannot_be_recorded(mode, reads) -> None:
+    with mode(), pytest.raises(CannotRecordError, match="depends on numbers"):
+        record(Arena(), lambda: reads(torch.ones(3)))
     assert not LISTENERS
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize(
+    "copies",
+    [
+        lambda x: x.to(torch.bfloat16).float() + 1,
+        lambda x: x.t().contiguous() + 1,
+        lambda x: x.t().reshape(-1),
+        lambda x: torch.cat([x, x])[:3].float(),
+        lambda x: x.add_(1).to(torch.float8_e4m3fn).float(),
+        lambda x: x.softmax(-1).topk(2).values,
+        lambda x: x[torch.tensor([1, 0])].flatten(),
+    ],
+    ids=["to", "contiguous", "reshape", "slice", "in place", "topk", "index"],
+)
+def test_operations_of_pytorch_are_repeated_though_they_look_like_views(mode, copies) -> None:
+    """In inference mode `to`, `contiguous` and `reshape` say that they give views."""
+    with mode():
+        x, arena = torch.randn(3, 4), Arena()
+        recording, result = record(arena, lambda: copies(x))
+        gc.collect()
+        assert not arena.taken, "a step holds memory of the arena"
+        for _ in range(3):
+            start = torch.randn(3, 4)
+            wanted = copies(start.clone())
+            x.copy_(start)
+            recording()
+            assert torch.equal(result, wanted)
 
 
 def test_only_the_recording_thread_is_listened_to() -> None:
     x, weight = torch.randn(2, 32), torch.randn(32)
-    recording = Recording(Arena())
-    with recording:
+
+    def run() -> torch.Tensor:
         other = threading.Thread(target=lambda: OPS.rms_norm(x, weight, 1e-5))
         other.start()
         other.join()
+        return x
+
+    recording, _ = record(Arena(), run)
     assert recording.steps == []
 
 
@@ -127,6 +164,7 @@ def test_no_two_tensors_of_an_arena_share_memory(requests: list[tuple[int, bool]
         {"speculative": "self", "kv_cache_dtype": "int8"},
         {"num_blocks": 12, "prefix_cache": "radix"},  # which preempts
         {"quantization": "int4", "activations": "int8"},
+        {"quantization": "int8", "activations": "fp8"},
     ],
     ids=lambda flags: " ".join(flags) or "plain",
 )
@@ -159,6 +197,22 @@ def test_a_replay_that_computes_nothing_changes_tokens(expected: list[list[int]]
     for graph in engine.runner.graphs.captured.values():
         graph.recording.steps.clear()
     assert outputs(engine) != expected
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        (TINY, {"dtype": "bfloat16"}),
+        ("random:tiny-qwen3-moe", {"quantization": "int4", "activations": "int8"}),
+    ],
+    ids=["bfloat16", "experts in turns"],
+)
+def test_what_cannot_be_recorded_is_launched_from_python(model: str, flags: dict) -> None:
+    """Also the step in which that is found."""
+    engine = make_engine(15, model, **flags)
+    assert outputs(engine) == outputs(make_engine(15, model, enforce_eager=True, **flags))
+    assert engine.runner.graphs.reason.startswith("a step cannot be recorded: ")
+    assert engine.stats()["num_graph_replays"] == 0
 
 
 def test_eager_engines_capture_nothing() -> None:
@@ -201,6 +255,8 @@ def test_ranks_replay_side_by_side(expected: list[list[int]]) -> None:
         assert outputs(engine) == expected
         assert outputs(engine) == expected
         assert engine.stats()["num_graph_replays"] > 0
+        gc.collect()
+        assert not engine.runner.graphs.pool.taken, "sums of ranks hold memory"
     finally:
         engine.shutdown()
 

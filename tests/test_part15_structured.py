@@ -1,5 +1,6 @@
 """Structured output: outputs follow their grammars, whatever else the engine does meanwhile."""
 
+import ctypes
 import itertools
 import json
 import re
@@ -24,7 +25,7 @@ from common.sampling import SamplingParams
 from common.structured import compiler as compilers
 from common.structured.compiler import GrammarCompiler, GrammarsBusy
 from common.structured.grammar import MAX_DEPTH, MAX_GRAMMAR, Grammar
-from common.structured.matcher import num_words
+from common.structured.matcher import Matcher, num_words
 from common.testing.parts import PARTS, make_engine
 from common.testing.structured import EOS, write_model
 
@@ -537,3 +538,21 @@ def test_sequences_end_while_masks_are_made(engine: Any) -> None:
                 break
             assert time.monotonic() < deadline
         assert tokens == expected.token_ids
+
+
+class AllAllowed:
+    """In the place of llguidance's matcher: every token may come next."""
+
+    def unsafe_compute_mask_ptr(self, address: int, num_bytes: int) -> None:
+        ctypes.memset(address, 0xFF, num_bytes)
+
+    def is_error(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("eos", [0, 30, 31, 63])
+def test_every_bit_of_a_word_may_be_the_end_that_is_ignored(eos: int) -> None:
+    masks = np.zeros((1, 2), np.int32)
+    Matcher(AllAllowed(), {eos}, ignore_eos=True).fill(masks)
+    bits = np.unpackbits(masks.view(np.uint8), bitorder="little")
+    assert np.flatnonzero(bits == 0).tolist() == [eos]

@@ -1,4 +1,4 @@
-"""A group whose sums a recording repeats: see `common.kernels.cpu.launches`."""
+"""A group whose sums a recording repeats: see `common.kernels.recording`."""
 
 from threading import get_ident
 from typing import Any

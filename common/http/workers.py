@@ -110,7 +110,10 @@ class Supervisor:
         }
         name, module = f"HTTP process {worker.index}", f"{self.package}.api_server"
         on_line, on_end = self._when(self.hear, worker), self._when(self.bury, worker)
-        worker.child = Child(module, job, name, on_line, on_end, (job["socket"], job["memory"]))
+        try:
+            worker.child = Child(module, job, name, on_line, on_end, (job["socket"], job["memory"]))
+        except OSError as error:  # no memory, or no descriptor: it is tried again
+            self.bury(worker, str(error))
 
     def hear(self, worker: Worker, line: Line) -> None:
         if (folder := line.get("connect")) is not None:

@@ -68,11 +68,11 @@ class Matcher:
         elif not mask.any():
             self.error = NO_TOKEN_LEFT
         elif self.ignore_eos:
-            others = mask.copy()
+            others = mask.view(np.uint32).copy()
             for token_id in self.eos_token_ids:
-                others[token_id // 32] &= ~np.int32(1 << (token_id % 32) & 0xFFFFFFFF)
+                others[token_id // 32] &= np.uint32(0xFFFFFFFF ^ 1 << token_id % 32)
             if others.any():
-                mask[:] = others
+                mask.view(np.uint32)[:] = others
 
 
 def first_line(state: Any) -> str:

@@ -1,39 +1,26 @@
 """A list of launches, run again in one call: on a CPU, what a CUDA graph is on a GPU.
 
 A decode step of 30 layers makes 270 calls from Python, each of some microseconds, and for each it wants
-the interpreter's lock, which the thread that prepares the next step wants too. A `Recording` notes what
-a thread launches: which kernel, with which numbers. `replay` then makes the same calls from machine code,
-in the same order, over the same memory, without the lock.
-
-What is launched again finds its tensors where they were: memory that a recording asks for comes from an
-`Arena`, in which what Python lets go of is used again, as by any allocator; but nobody else gets it.
-PyTorch's own operations in between are noted as well, and called again from Python.
+the interpreter's lock, which the thread that prepares the next step wants too. `Launches` holds which
+kernels are to be called, with which arguments; `replay` calls them from machine code, in that order,
+without the lock. `common.kernels.recording` notes them.
 """
 
-import ctypes
 import struct
-import weakref
-from collections.abc import Callable
 from functools import cache
-from threading import get_ident
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-from common.kernels.cpu.jit import KERNELS, LISTENERS, Kernel, int64_array, kernel
+from common.kernels.cpu.jit import KERNELS, Kernel, int64_array, kernel
 
 HEAD = 3  # words of a launch before its arguments: kind of signature, address, words in all
 WORD, STATUS = ir.IntType(64), ir.IntType(32)
 RETURNS_NONE = -2  # numba's status of a function that returns None; 0: of others
-LINE = 64
-CHUNK = 16 << 20  # bytes that an arena asks for at once; those never written take no memory
 
 
 @cache
@@ -120,141 +107,3 @@ class Launches:
         failed = replay(self.packed.ctypes.data, len(self.names))
         if failed >= 0:
             raise RuntimeError(f"launch {failed} of {len(self.names)} failed: {self.names[failed]}")
-
-
-class Arena:
-    """Memory for what recordings compute, at addresses that stay. One recording at a time; their
-    replays take turns, and use the same memory."""
-
-    def __init__(self) -> None:
-        self.chunks: list[torch.Tensor] = []
-        self.taken: dict[tuple[int, int], int] = {}  # (chunk, begin): end, in bytes
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(chunk.nbytes for chunk in self.chunks)
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor. Its place is free when no tensor is left that lies there."""
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        number, begin = self.find(-(-max(size, 1) // LINE) * LINE)
-        array = self.chunks[number].numpy()[begin : begin + size]
-        weakref.finalize(array, self.taken.pop, (number, begin), None).atexit = False
-        return torch.from_numpy(array).view(dtype).view(shape)
-
-    def has(self, x: torch.Tensor) -> bool:
-        """Whether a tensor lies here."""
-        address = x.untyped_storage().data_ptr()
-        begins = [(chunk.data_ptr(), chunk.nbytes) for chunk in self.chunks]
-        return any(begin <= address < begin + size for begin, size in begins)
-
-    def find(self, size: int) -> tuple[int, int]:
-        """The first place with so many bytes that nobody has, and take it."""
-        for number, chunk in enumerate(self.chunks):
-            place = 0
-            for (_, begin), end in sorted(t for t in self.taken.items() if t[0][0] == number):
-                if begin - place >= size:
-                    break
-                place = end
-            if place + size <= len(chunk):
-                self.taken[number, place] = place + size
-                return number, place
-        self.chunks.append(torch.empty(max(CHUNK, size), dtype=torch.uint8))
-        return self.find(size)
-
-
-class Recording(TorchDispatchMode):
-    """A context in which what the thread computes is noted; calling it afterwards computes it again.
-
-    Memory asked for meanwhile comes from the arena. What was computed lies where it lay, until the
-    next recording or replay over that arena. A tensor that is to be read after each replay must not
-    hold its memory, which others would then go without: see `unowned`.
-    """
-
-    def __init__(self, arena: Arena) -> None:
-        super().__init__()
-        self.arena = arena
-        self.steps: list[Callable[[], None]] = []
-        self.is_paused = False
-
-    def __enter__(self) -> "Recording":
-        LISTENERS[get_ident()] = self.launched
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        del LISTENERS[get_ident()]
-
-    def __call__(self) -> None:
-        for step in self.steps:
-            step()
-
-    @property
-    def num_launches(self) -> int:
-        """Of kernels; the other steps are PyTorch's operations."""
-        return sum(len(step.names) for step in self.steps if isinstance(step, Launches))
-
-    def launched(self, what: Kernel, arguments: tuple[Any, ...]) -> None:
-        if self.is_paused:
-            return
-        if not (self.steps and isinstance(self.steps[-1], Launches)):
-            self.steps.append(Launches())
-        self.steps[-1].add(what, arguments)
-
-    def outside(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function of Python now and at each replay. What it computes goes into the tensors
-        that it is given."""
-        self.steps.append(lambda: function(*arguments))
-        self.is_paused = True
-        try:
-            return function(*arguments)
-        finally:
-            self.is_paused = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.is_paused:
-            return func(*args, **kwargs)
-        if func is torch.ops.aten.empty.memory_format and kwargs.get("pin_memory") is not True:
-            dtype = kwargs.get("dtype") or torch.get_default_dtype()
-            return self.arena.take(tuple(args[0]), dtype)
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError(
-                "a number was read from a tensor: it would be the same at each replay"
-            )
-        out = func(*args, **kwargs)
-        if not func.is_view:
-            args, kwargs = tree_map_only(torch.Tensor, self.to_keep, (args, kwargs))
-            self.steps.append(Again(func, args, kwargs, out))
-        return out
-
-    def to_keep(self, x: torch.Tensor) -> torch.Tensor:
-        """A tensor as a step may keep it."""
-        return unowned(x) if self.arena.has(x) else x
-
-
-class Again:
-    """An operation of PyTorch, whose results lie at each replay where they lay."""
-
-    def __init__(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        self.func, self.args, self.kwargs = func, args, kwargs
-        self.outputs = list(out) if isinstance(out, list | tuple) else [out]
-
-    def __call__(self) -> None:
-        new = self.func(*self.args, **self.kwargs)
-        for old, fresh in zip(
-            self.outputs, new if isinstance(new, list | tuple) else [new], strict=True
-        ):
-            if isinstance(old, torch.Tensor) and old.data_ptr() != fresh.data_ptr():
-                old.copy_(fresh)
-
-
-def unowned(x: torch.Tensor) -> torch.Tensor:
-    """The same tensor, which does not hold its memory."""
-    storage = x.untyped_storage()
-    memory = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
-    whole = torch.from_numpy(np.ctypeslib.as_array(memory)).view(x.dtype)
-    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
