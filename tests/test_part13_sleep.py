@@ -58,11 +58,12 @@ def test_either_may_sleep_at_any_step(
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_prefill_worker_that_has_slept_tells_its_layers_again(both: Pair, level: int) -> None:
-    both.prefill.sleep(level)
-    both.prefill.wake_up()
-    before = both.decode.stats()["num_kv_fetched"]
+    for engine in (both.prefill, both.decode):  # which then knows no prompt either
+        engine.sleep(level)
+        engine.wake_up()
+    before = both.decode.stats()["num_kv_tokens"]
     Drive(both, MODEL).run([Event(LONG, 8, None, None, 3)])
-    assert both.decode.stats()["num_kv_fetched"] > before, "its prompt was computed again"
+    assert both.decode.stats()["num_kv_tokens"] > before, "its prompt was computed again"
     both.settle()
 
 
