@@ -63,7 +63,8 @@ class RequestOutput:
     token_ids: after them NO_TOKEN where no token could be drawn, with the reason `error`.
     finish_reason: `stop`, `length`, `abort` or `error` on the last output of a request, else None.
         With `stop` the last token ended the output.
-    prompt_logprobs: where asked for, of all tokens of the prompt but the first.
+    prompt_logprobs: where asked for, of all tokens of the prompt but the first; in a request's first
+        output, and in later ones at the engine's choice.
     num_cached_tokens: how many of its prompt's tokens were not computed but found.
     draft_counts: what became of its drafts so far. Of new tokens the drafts come first.
     error: what went wrong, where the engine knows.

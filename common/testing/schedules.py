@@ -140,7 +140,8 @@ class Drive:
             for output in self.engine.step():
                 assert output.request_id not in self.reasons, f"{output} after its end"
                 self.outputs[output.request_id] += output.token_ids
-                self.scores[output.request_id] = getattr(output, "prompt_logprobs", None) or []
+                scores = getattr(output, "prompt_logprobs", None) or []
+                self.scores[output.request_id] = scores or self.scores.get(output.request_id, [])
                 if output.finish_reason is not None:
                     self.reasons[output.request_id] = output.finish_reason
             self.engine.check_integrity()
