@@ -145,9 +145,8 @@ class Graphs:
             result = graph()
         else:
             result = self.recorded(key, forward)
-        if self.has_logits(what):
-            return result
-        return what.model.logits(result[: len(batch.logits_indices)])
+        result = result[: len(batch.logits_indices)]
+        return result if self.has_logits(what) else what.model.logits(result)
 
     def recorded(self, key: tuple[Any, ...], forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A forward's result, noted while it runs on a CPU; where that cannot be, no step is from now
@@ -192,10 +191,13 @@ class Graphs:
     def prepare(self, runner: "ModelRunner") -> None:
         """Serve steps from now on, over the runner's KV cache; on a GPU all graphs are captured now."""
         self.max_seq_len = runner.max_model_len
-        if not self.on_gpu:
-            self.input = PackedFields(*runner.inputs.buffers.sizes, runner.device)
-        if not self.on_gpu or self.reason is not None:
+        if self.reason is not None:
             return
+        if not self.on_gpu:
+            from common.kernels.cpu.launches import Launches
+
+            self.input = PackedFields(*runner.inputs.buffers.sizes, runner.device)
+            return Launches()()  # the kernel that replays is loaded now, and not in a step
         for size in tqdm(self.sizes[::-1], desc="CUDA graphs", disable=runner.ranks.rank > 0):
             for what in filter(None, (runner.target, runner.drafter)):
                 for each in sorted({1, 1 + self.most_drafts if what is runner.target else 1}):

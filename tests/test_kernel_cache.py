@@ -29,7 +29,8 @@ from common.kernels.cpu.pool import threads_of_pool
 CpuOps(1)
 load_kernels()
 threads_of_pool(2)
-cpu_compile.compile_kernel("copy_pieces")
+for name in ("copy_pieces", "replay"):
+    cpu_compile.compile_kernel(name)
 stats = [k.stats for k in cpu_compile.KERNELS.values()]
 print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.values()) for s in stats))
 """

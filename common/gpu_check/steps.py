@@ -45,7 +45,7 @@ def checks(job: dict[str, Any]) -> Iterator[Check]:
             yield name, lambda size=size: captured(engine()[0], job, size)
     if captures_itself(job["part"]):
         for size in sizes:
-            name = f"{job['name']}, launched from Python, batch {size}"
+            name = f"{job['name']}, without graphs, batch {size}"
             yield name, lambda size=size: launched(engine()[0], job, size)
     for size in sizes[::3]:
         name = f"{job['name']}, launches, batch {size}"
