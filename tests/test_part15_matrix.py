@@ -2,8 +2,8 @@
 other, or is refused in the words of the README's table.
 
 The right tokens are those of part 01, which the oracle has checked; of rounded weights those that part 01
-gives with them in float32. Where inputs or the cache are rounded as well, nine in ten must be those of the
-reference operations, one batch and no technique.
+gives with them in float32. Where inputs or the cache are rounded as well, each greedy token must lie near the
+largest logit that the reference operations give at its place, without any technique.
 """
 
 import atexit
