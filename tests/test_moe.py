@@ -393,7 +393,9 @@ class TestRouter:
         shape = ModelConfig.from_transformers(config, 100, moe=True)
         layer = max(shape.sparse_layers)
         source, shard = open_weights(tmp_path), module.Shard.of(shape)
-        weights = module.Weights(source, torch.float32, shard, OneRank(), None)
+        weights = module.Weights(
+            source, torch.float32, shard, OneRank(), None, module.Stage.of(shape)
+        )
         own = module.MoE(shape, CpuOps(1), layer, weights)
         x = torch.randn(50, shape.hidden_size)
         with torch.inference_mode():
@@ -419,7 +421,9 @@ class TestRouter:
         tensors["model.layers.0.mlp.gate.weight"] = gate
         readers = {name: partial(read_part, tensor) for name, tensor in tensors.items()}
         source = WeightSource(readers, {name: tuple(size) for name, size in shapes.items()})
-        weights = module.Weights(source, torch.bfloat16, module.Shard.of(shape), OneRank(), None)
+        weights = module.Weights(
+            source, torch.bfloat16, module.Shard.of(shape), OneRank(), None, module.Stage.of(shape)
+        )
         own = module.MoE(shape, ReferenceOps(), 0, weights)
         x = torch.zeros(1, hidden, dtype=torch.bfloat16)
         x[0, 0], x[0, 1] = 256.0, 4.0

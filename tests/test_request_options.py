@@ -293,7 +293,8 @@ def test_add_request_refuses_what_its_part_has_not(part: int) -> None:
     while engine.has_unfinished():
         outputs += engine.step()
     assert [output.request_id for output in outputs] == ["a", "a"] and outputs[-1].finished
-    assert (outputs[-1].prompt_logprobs is not None) == (part in SCORING)
+    scored = [output for output in outputs if output.prompt_logprobs is not None]
+    assert bool(scored) == (part in SCORING)  # part 15 sends them once, with the first token
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     job = peer_job(args, points)
     args.settings = [("threads", job["threads"]), *args.settings]
     entrants = [
-        part_entrant(args.part, points, args, args.pairs),
+        part_entrant(args.part, points, args, args.pairs, {}),
         *(variant_entrant(*chosen, points, args) for chosen in args.variants),
         *(peer_entrant(peer, job, args) for peer in peers),
     ]
@@ -166,7 +166,7 @@ def variant_entrant(
     changed = argparse.Namespace(**vars(args))
     changed.model = settings.get("model", args.model)
     changed.settings = [*args.settings, *own.items()]
-    entrant = part_entrant(args.part, points, changed, args.pairs)
+    entrant = part_entrant(args.part, points, changed, args.pairs, {})
     plain = entrant.run
     entrant.name = f"{entrant.name}, {name}"
     entrant.run = lambda runs: plain(runs) | {"dtype": in_words(settings)}
