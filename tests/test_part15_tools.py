@@ -4,7 +4,6 @@ import asyncio
 import json
 import random
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -123,14 +122,16 @@ def client(url: str) -> openai.OpenAI:
 
 
 def say(engine: Any, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """Let the model answer this, whatever it is asked; one request at a time."""
-    while engine.has_unfinished():  # a step of the request before, whose token is not needed
-        time.sleep(0.01)
+    """Let the model answer this, whatever it is asked; one request at a time. A step of one token
+    before the prompt's is the request's before, whose token is not needed."""
     script = [*engine.tokenizer.encode(text), EOS]
+    has_begun = False
 
-    def around(_: list[int], num_rows: int, real: Any) -> Any:
+    def around(token_ids: list[int], num_rows: int, real: Any) -> Any:
+        nonlocal has_begun
         logits = real()
-        if num_rows:
+        has_begun = has_begun or len(token_ids) > 1
+        if num_rows and has_begun:
             logits[:] = -30.0
             logits[0, script.pop(0) if script else EOS] = 30.0
         return logits
