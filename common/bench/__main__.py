@@ -15,6 +15,7 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
     "ladder": ("ladder", "all parts on the same work, side by side"),
     "compare": ("compare", "a part beside transformers, vLLM or llama.cpp"),
     "serve": ("serving.serve", "load on an OpenAI-compatible server: TTFT, ITL, TPOT, E2E"),
+    "servers": ("serving.servers", "a part's server beside vLLM's, under vLLM's load generator"),
     "engine-core": (
         "serving.engine_core",
         "a server's engine in a thread and in a process of its own",

@@ -98,15 +98,16 @@ class AddPeer(argparse.Action):
         setattr(namespace, self.dest, peers)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--part", type=positive, required=True, help="part number")
+def add_peer_arguments(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
     parser.add_argument(
-        "--peer", dest="peers", action=AddPeer, choices=PEERS, required=True, help="may be repeated"
+        "--peer", dest="peers", action=AddPeer, choices=names, required=True, help="may be repeated"
     )
     parser.add_argument(
         "--peer-python", dest="peers", action=AddPeer, metavar="PATH", help="the peer's Python"
     )
-    add_engine_arguments(parser)
+
+
+def add_variant_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant",
         dest="variants",
@@ -116,6 +117,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:KEY=VALUE,…",
         help="the part once more, with these fields of its EngineConfig; may be repeated",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--part", type=positive, required=True, help="part number")
+    add_peer_arguments(parser, list(PEERS))
+    add_engine_arguments(parser)
+    add_variant_argument(parser)
     parser.add_argument("--gguf", type=Path, help="llama.cpp's file (the embedded model's)")
     parser.add_argument("--threads", type=positive, help="CPU threads (all usable cores)")
     parser.add_argument("--batch-sizes", type=positive, nargs="+", help="of decode (1 4 16 32)")

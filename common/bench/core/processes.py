@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from common.bench import BenchError
 from common.bench.core.noise import OtherWork
@@ -101,8 +101,8 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-class PartServer:
-    """`python -m partNN.server --port 0` as a context manager.
+class Server:
+    """A server's process as a context manager.
 
     `url`, `pid` and `ready_s`, the seconds from the start of the process to the first 200 of
     /health. On leaving, SIGTERM, and SIGKILL to its process group if that takes too long.
@@ -110,16 +110,16 @@ class PartServer:
 
     def __init__(
         self,
-        part: int,
-        model: str,
-        settings: dict[str, Any] | None = None,
+        name: str,
+        command: list[str],
+        environment: dict[str, str] | None = None,
         timeout: float = 300,
         verbose: bool = False,
     ) -> None:
-        package = part_package(part)
-        self.name = f"{package}.server"
-        flags = ["--model", model, "--port", "0", *as_flags(settings or {})]
-        self.command = [sys.executable, "-m", self.name, *flags]
+        """command: prints the server's address once it is known. environment: by default that of a
+        child of this process."""
+        self.name, self.command = name, command
+        self.environment = child_environment() if environment is None else environment
         self.timeout = timeout
         self.verbose = verbose
         self.url = ""
@@ -131,14 +131,14 @@ class PartServer:
     def pid(self) -> int:
         return self._child.pid
 
-    def __enter__(self) -> "PartServer":
+    def __enter__(self) -> Self:
         start = time.perf_counter()
         self._child = subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=child_environment(),
+            env=self.environment,
             text=True,
             start_new_session=True,
         )
@@ -190,6 +190,23 @@ class PartServer:
                 os.killpg(self._child.pid, signal.SIGKILL)
                 self._child.wait()
         self._reader.join(5)
+
+
+class PartServer(Server):
+    """`python -m partNN.server --port 0`."""
+
+    def __init__(
+        self,
+        part: int,
+        model: str,
+        settings: dict[str, Any] | None = None,
+        timeout: float = 300,
+        verbose: bool = False,
+    ) -> None:
+        name = f"{part_package(part)}.server"
+        flags = ["--model", model, "--port", "0", *as_flags(settings or {})]
+        command = [sys.executable, "-m", name, *flags]
+        super().__init__(name, command, timeout=timeout, verbose=verbose)
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:

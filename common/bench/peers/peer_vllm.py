@@ -1,5 +1,7 @@
 """vLLM's offline `LLM`: compiled (enforce_eager=False), without prefix caching.
 
+With the arguments `serve`, threads and flags it is vLLM's OpenAI server instead, as it comes.
+
 Its own environment, on a CPU with a C++ compiler:
 
     pip install torch==2.13.0
@@ -16,7 +18,7 @@ import os
 import sys
 from ctypes.util import find_library
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from peer_protocol import Generate, has_weights, main
 
@@ -40,13 +42,25 @@ def preload() -> None:
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
-def start(job: dict[str, Any]) -> tuple[Generate, str]:
-    settings: dict[str, Any] = {}
+def set_up(device: str, threads: int) -> None:
+    """What vLLM reads from the environment. A caller's own settings stay."""
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    if job["device"] == "cpu":
-        cores = sorted(os.sched_getaffinity(0))[: job["threads"]]
+    if device == "cpu":
+        cores = sorted(os.sched_getaffinity(0))[:threads]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", KV_CACHE_GIB)
+
+
+def serve(threads: str, *flags: str) -> NoReturn:
+    """Become vLLM's server. flags: its own."""
+    set_up("cpu" if package() == "vllm-cpu" else "cuda", int(threads))
+    module = "vllm.entrypoints.openai.api_server"
+    os.execv(sys.executable, [sys.executable, "-m", module, *flags])
+
+
+def start(job: dict[str, Any]) -> tuple[Generate, str]:
+    settings: dict[str, Any] = {}
+    set_up(job["device"], job["threads"])
     if not has_weights(job):
         settings = {"load_format": "dummy", "skip_tokenizer_init": True}
     from vllm import LLM, SamplingParams
@@ -76,4 +90,6 @@ def start(job: dict[str, Any]) -> tuple[Generate, str]:
 
 if __name__ == "__main__":
     preload()
+    if sys.argv[1:2] == ["serve"]:
+        serve(*sys.argv[2:])
     main(package(), start)

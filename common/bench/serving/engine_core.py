@@ -10,7 +10,6 @@ import asyncio
 import statistics
 from typing import Any
 
-from common.bench import BenchError
 from common.bench.core.arguments import (
     add_engine_arguments,
     add_output_arguments,
@@ -19,16 +18,12 @@ from common.bench.core.arguments import (
     progress,
     settings_of,
 )
-from common.bench.core.latencies import percentile
 from common.bench.core.noise import OtherWork, disturbance
 from common.bench.core.pairs import paired_ratio
 from common.bench.core.processes import PartServer, run_worker
 from common.bench.core.report import plural
 from common.bench.core.results import column, make_result
-from common.bench.core.workload import Lengths, random_work
-from common.bench.serving.client import Target
-from common.bench.serving.load import run_load, served_model
-from common.bench.serving.serve import latency_samples
+from common.bench.serving.servers import MEASURES, Samples, add_load_arguments, measure
 
 FORMS: dict[str, dict[str, Any]] = {
     "thread": {"engine_core": "thread"},
@@ -45,24 +40,13 @@ COLUMNS = [
     column("ratio_low", "95% from", digits=2),
     column("ratio_high", "to", digits=2),
 ]
-Samples = dict[tuple[str, int], dict[int, dict[str, float]]]  # by form and streams, then by round
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", type=positive, default=15, help="default: 15")
     add_engine_arguments(parser)
-    parser.add_argument(
-        "--streams", type=positive, nargs="+", default=[1, 16, 64], help="default: 1 16 64"
-    )
-    parser.add_argument("--prompt-len", type=positive, default=128, help="default: 128")
-    parser.add_argument("--output-len", type=positive, default=64, help="default: 64")
-    parser.add_argument(
-        "--requests", type=positive, default=2, help="of each stream, at least 4 in all (2)"
-    )
-    parser.add_argument("--rounds", type=positive, default=5, help="servers of each (default: 5)")
+    add_load_arguments(parser, rounds=5)
     parser.add_argument("--http-processes", type=positive, help="a third form, with so many")
-    parser.add_argument("--vocab-size", type=positive, default=1000, help="default: 1000")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     add_output_arguments(parser)
 
 
@@ -93,33 +77,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def measure(url: str, count: int, number: int, args: argparse.Namespace) -> dict[str, float]:
-    """One load on one server; the work depends on the round and the number of streams alone."""
-    target = Target(url, model="", stream=True, body={"temperature": 0, "ignore_eos": True})
-    target = Target(**{**vars(target), "model": await served_model(target)})
-    total = max(4, args.requests * count)
-    lengths = Lengths([args.prompt_len] * total, [args.output_len] * total)
-    work = random_work(lengths, args.vocab_size, f"{args.seed} {number} {count}")
-    short = Lengths([args.prompt_len] * count, [4] * count)
-    warmup = random_work(short, args.vocab_size, f"{args.seed} {number} {count} warm-up")
-    await run_load(target, warmup, concurrency=count)
-    report = await run_load(target, work, concurrency=count)
-    for record in report.requests:
-        if record.error:
-            raise BenchError(f"{count} streams: {record.error}: {record.detail}")
-    latencies = latency_samples(report)
-    return {
-        "rate": report.token_rate("completion") or 0.0,
-        "ttft_p50": percentile(latencies["TTFT"], 50),
-        "itl_p50": percentile(latencies["ITL"], 50),
-        "itl_p99": percentile(latencies["ITL"], 99),
-    }
-
-
 def row(form: str, count: int, samples: Samples) -> dict[str, Any]:
     rounds = samples[form, count]
-    names = ("rate", "ttft_p50", "itl_p50", "itl_p99")
-    medians = {n: statistics.median(found[n] for found in rounds.values()) for n in names}
+    medians = {n: statistics.median(found[n] for found in rounds.values()) for n in MEASURES}
     both = [
         {number: found["rate"] for number, found in samples[one, count].items()}
         for one in (form, "thread")
