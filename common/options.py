@@ -252,6 +252,7 @@ def parse(
     blank = argparse.Namespace(**dict.fromkeys(preset, NOT_GIVEN))  # argparse lets it be
     values = vars(parser.parse_args(words, blank))
     values = {n: tuple(value) if type(value) is list else value for n, value in values.items()}
+    given = {name for name, value in values.items() if value is not NOT_GIVEN}
     fill_in(values, preset, config_classes)
     configs = []
     try:
@@ -263,5 +264,8 @@ def parse(
             parser.exit(0)
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
+        named = {n: v for n, v in preset.items() if n in str(error) and n not in given}
+        told = ", ".join(f"{n} {v}" for n, v in named.items())
+        rest += f" (--preset {peek('preset', words)} has {told})" if told else ""
         parser.exit(2, f"{parser.prog}: error: --{name.replace('_', '-')} {rest}\n")
     return configs

@@ -47,19 +47,23 @@ def sizes_to_capture(most: int) -> list[int]:
 class CudaGraph:
     """A captured forward. Each call writes its result into the same tensor, and returns it."""
 
-    def __init__(self, run: Callable[[], torch.Tensor], pool: Any) -> None:
+    def __init__(self, run: Callable[[], torch.Tensor], pool: Any, group: Group) -> None:
+        """group: the ranks that the forward runs on."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()  # libraries allocate their workspaces here
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.group = torch.cuda.CUDAGraph(), group
+        before = group.num_bytes_sent
         # Other threads wait for events and copies meanwhile.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.result = run()
+        self.num_bytes, group.num_bytes_sent = group.num_bytes_sent - before, before
 
     def __call__(self) -> torch.Tensor:
         self.graph.replay()
+        self.group.num_bytes_sent += self.num_bytes
         return self.result
 
 
@@ -141,14 +145,16 @@ class Graphs:
             self.num_replays += 1
             result = self.captured[key]()
         elif self.on_gpu:
-            self.captured[key] = graph = self.capture(forward)
+            self.captured[key] = graph = self.capture(forward, what.model.group)
             result = graph()
         else:
-            result = self.recorded(key, forward)
+            result = self.recorded(key, forward, what.model.group)
         result = result[: len(batch.logits_indices)]
         return result if self.has_logits(what) else what.model.logits(result)
 
-    def recorded(self, key: tuple[Any, ...], forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def recorded(
+        self, key: tuple[Any, ...], forward: Callable[[], torch.Tensor], group: Group
+    ) -> torch.Tensor:
         """A forward's result, noted while it runs on a CPU; where that cannot be, no step is from now
         on. What was computed until then is computed again, and so it is on every rank."""
         from common.kernels.recording import CannotRecordError
@@ -156,7 +162,7 @@ class Graphs:
         if len(self.captured) >= MOST_RECORDINGS:
             self.captured.pop(next(iter(self.captured)))
         try:
-            self.captured[key] = graph = self.capture(forward)
+            self.captured[key] = graph = self.capture(forward, group)
             return graph.result
         except CannotRecordError as error:
             self.reason = f"a step cannot be recorded: {error}"
@@ -178,10 +184,12 @@ class Graphs:
         hidden = what.model.forward(token_ids, positions, what.kv_data, metadata, what.layers)
         return what.model.logits(hidden) if self.has_logits(what) else hidden
 
-    def capture(self, forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def capture(
+        self, forward: Callable[[], torch.Tensor], group: Group
+    ) -> Callable[[], torch.Tensor]:
         if self.on_gpu:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            return CudaGraph(forward, self.pool)
+            return CudaGraph(forward, self.pool, group)
         from common.kernels.recording import Arena, without_reference
 
         self.pool = self.pool or Arena()
@@ -198,6 +206,15 @@ class Graphs:
 
             self.input = PackedFields(*runner.inputs.buffers.sizes, runner.device)
             return Launches()()  # the kernel that replays is loaded now, and not in a step
+        try:
+            self.capture_all(runner)
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                "gpu_memory_utilization leaves no room for CUDA graphs: lower it, or enforce_eager"
+            ) from None
+
+    def capture_all(self, runner: "ModelRunner") -> None:
+        """Capture each size's graphs, the largest first: the others fit into its memory."""
         for size in tqdm(self.sizes[::-1], desc="CUDA graphs", disable=runner.ranks.rank > 0):
             for what in filter(None, (runner.target, runner.drafter)):
                 for each in sorted({1, 1 + self.most_drafts if what is runner.target else 1}):

@@ -265,6 +265,10 @@ def test_the_settings_are_printed_as_json(capsys: pytest.CaptureFixture[str]) ->
         (["--preset", "fast"], "invalid choice: 'fast'"),
         (["--preset", "chat", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N"),
         (
+            ["--preset", "long-documents", "--device", "cpu", "--async-scheduling"],
+            "one step is in flight (--preset long-documents has speculative ngram)",
+        ),
+        (
             ["--async-scheduling", "--speculative=self"],
             "--async-scheduling is on: speculative self",
         ),

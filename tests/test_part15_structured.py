@@ -1,5 +1,6 @@
 """Structured output: outputs follow their grammars, whatever else the engine does meanwhile."""
 
+import asyncio
 import ctypes
 import itertools
 import json
@@ -463,11 +464,31 @@ def test_few_wait_and_equal_ones_share(folder: str, monkeypatch: pytest.MonkeyPa
     grammars = [Grammar("regex", f"a{{1,{i + 1}}}") for i in range(4)]
     futures: list[Future[Any]] = [compiler.compile(grammar) for grammar in grammars[:3]]
     assert compiler.compile(grammars[0]) is futures[0]
-    with pytest.raises(GrammarsBusy):
-        compiler.compile(grammars[3])
+    with pytest.raises(GrammarsBusy, match=r"^3 grammars are being compiled$"):
+        asyncio.run(compiler.check(grammars[3]))
     release.set()
     assert all(future.result() for future in futures)
-    compiler.compile(grammars[3]).result()
+    asyncio.run(compiler.check(grammars[3]))
+
+
+def test_a_grammar_behind_others_is_not_to_blame(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come again; one that is itself slow may not."""
+    compiler = GrammarCompiler(Tokenizer.load(Path(folder)), 288, [EOS])
+    asyncio.run(compiler.check(Grammar("regex", "a+")))
+    monkeypatch.setattr(compilers, "COMPILE_SECONDS", 0.2)
+    release = threading.Event()
+    compiler._thread.submit(release.wait, 60)
+    with pytest.raises(GrammarsBusy, match=r"waits behind others' for 0\.2 s"):
+        asyncio.run(compiler.check(Grammar("regex", "b+")))
+    release.set()
+    asyncio.run(compiler.check(Grammar("regex", "b+")))
+    real, slow = compilers.to_llguidance, threading.Event()
+    monkeypatch.setattr(compilers, "to_llguidance", lambda g: [slow.wait(60), real(g)][1])
+    with pytest.raises(ValueError, match=r"takes longer than 0.2 s to compile"):
+        asyncio.run(compiler.check(Grammar("regex", "c+")))
+    slow.set()
 
 
 def test_masks_at_each_place_of_a_draft(folder: str) -> None:

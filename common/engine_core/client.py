@@ -102,14 +102,18 @@ class RemoteEngine:
         """Call a method of the engine; returns its result. Raises SleepError and RankError."""
         call, number = self._expect()
         self.link.send(self.messages.Ask(number, method, list(arguments)))
-        return await call.answered(self.problem)
+        return await call.answered(self._end)
+
+    def _end(self) -> str | None:
+        """Why no more messages are read; None while they are."""
+        return self.problem() or ("the server is shutting down" if self.link.closing else None)
 
     async def refresh(self) -> None:
         """Get the core's current numbers, where it answers in time."""
         call, number = self._expect()
         with contextlib.suppress(TimeoutError, RankError):
             self._beat(number)
-            await asyncio.wait_for(call.answered(self.problem), REFRESH_SECONDS)
+            await asyncio.wait_for(call.answered(self._end), REFRESH_SECONDS)
         self.calls.pop(number, None)
 
     def _expect(self) -> tuple[Call, int]:

@@ -1,5 +1,6 @@
 """What the core knows of one HTTP process: its two sockets, its state, and how much it has not read."""
 
+import contextlib
 import threading
 from enum import Enum, auto
 from typing import Any
@@ -26,11 +27,13 @@ class Connection:
         """folder: where the HTTP process has bound both sockets."""
         self.folder, self.state = folder, State.JOINING
         self.requests = context.socket(zmq.PULL)
+        self.requests.setsockopt(zmq.RECONNECT_IVL, -1)  # the sockets' files are removed at once
         self.requests.connect(f"ipc://{folder}/requests")
         self.outputs = context.socket(zmq.PUSH)
         # No limit on the number of messages, so a send never waits. `num_unread` counts bytes instead.
         self.outputs.setsockopt(zmq.SNDHWM, 0)
         self.outputs.setsockopt(zmq.LINGER, 0)
+        self.outputs.setsockopt(zmq.RECONNECT_IVL, -1)
         self.outputs.connect(f"ipc://{folder}/outputs")
         self.lock = threading.Lock()  # of `outputs`
         self.num_sent = self.num_received = 0  # bytes
@@ -43,8 +46,9 @@ class Connection:
         return self.num_sent - self.num_received
 
     def send(self, message: Message) -> None:
+        """Nothing is sent to a process that has ended."""
         data = encoder.encode(message)
-        with self.lock:
+        with self.lock, contextlib.suppress(zmq.Again):
             if not self.outputs.closed:
                 self.outputs.send(data, zmq.NOBLOCK)
                 self.num_sent += len(data)

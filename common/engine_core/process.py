@@ -1,5 +1,6 @@
 """The core's process: how a parent starts it, and what it runs."""
 
+import logging
 import os
 import signal
 import sys
@@ -14,17 +15,22 @@ from common.distributed.health import Health
 from common.engine_core.child import Child, Line, Parent
 from common.engine_core.serving import END_SECONDS
 
+logger = logging.getLogger(__name__)
+
 
 class CoreProcess:
     """The core as a child of this process, with which it ends."""
 
-    def __init__(self, module: str, settings: Line, on_lost: Callable[[str], None] = print) -> None:
-        """settings: the engine's. on_lost: given the folder of an HTTP process that does not read.
+    def __init__(
+        self, module: str, settings: Line, on_lost: Callable[[str], None] | None = None
+    ) -> None:
+        """settings: the engine's. on_lost: given the folder of an HTTP process that does not read;
+        without, a warning says that it is this process.
 
         Raises ValueError, one line, when the core does not start.
         """
         self.health, self.ready = Health(), threading.Event()
-        self.on_lost = on_lost
+        self.on_lost = on_lost or self._warn
         self.child = Child(
             module, {"engine": settings}, "the engine core", self._listen, self._ended
         )
@@ -50,6 +56,9 @@ class CoreProcess:
             self.ready.set()
         if (folder := line.get("lost")) is not None:
             self.on_lost(folder)
+
+    def _warn(self, folder: str) -> None:
+        logger.warning("this process does not read what the engine core sends")
 
     def _ended(self, reason: str) -> None:
         self.health.report(reason)

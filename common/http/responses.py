@@ -8,10 +8,10 @@ import operator
 import secrets
 import time
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from common.completions import Completion, Delta, OutputProcessor, TokenLogprobs
@@ -128,7 +128,8 @@ class Job:
         return [replace(r, kv_ticket=ticket.child(i)) for i, r in enumerate(requests)]
 
     def response(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """The whole answer, for `to_json`: log probabilities are functions that make them.
+        """The whole answer, for `to_json`: log probabilities, and messages that may have tool calls,
+        are functions that make them.
 
         Raises ApiError when a completion ended in an error.
         """
@@ -139,10 +140,10 @@ class Job:
             reason = self._reason(completion.finish_reason)
             choice: dict[str, Any] = {"index": index, "finish_reason": reason}
             if self.tools is not None:
-                message = whole_message(self.tools.parser(), completion.text)
+                message = cache(partial(whole_message, self.tools.parser(), completion.text))
                 choice["message"] = message
-                if reason == "stop" and "tool_calls" in message:
-                    choice["finish_reason"] = "tool_calls"
+                if reason == "stop":
+                    choice["finish_reason"] = partial(self._stop_reason, message)
             elif self.chat:
                 choice["message"] = {"role": "assistant", "content": completion.text}
             else:
@@ -170,6 +171,10 @@ class Job:
 
     def _shown(self, text: str) -> str:
         return "" if self.is_prompt_alone else text
+
+    def _stop_reason(self, message: Callable[[], dict[str, Any]]) -> str:
+        """Why a completion stopped by itself. message: makes the choice's message."""
+        return "tool_calls" if "tool_calls" in message() else "stop"
 
     def _reason(self, finish_reason: str | None) -> str | None:
         return "length" if self.is_prompt_alone and finish_reason else finish_reason

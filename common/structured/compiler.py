@@ -1,14 +1,15 @@
 """Turns grammars into matchers: compiles them in a thread, within limits, and keeps some compiled ones.
 
 A grammar comes from a client, so its cost is bounded. The parser counts its steps (its `fuel`). One
-thread compiles one grammar after the other, and at most MAX_WAITING wait for it. The kept grammars are
-bounded in number and in characters. A grammar that takes longer than COMPILE_SECONDS is refused; its
-compilation then ends by the parser's own limits.
+thread compiles one grammar after the other, and at most MAX_WAITING of clients wait for it. The kept
+grammars are bounded in number and in characters. A grammar that takes longer than COMPILE_SECONDS is
+refused; its compilation then ends by the parser's own limits.
 """
 
 import asyncio
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,7 +39,7 @@ LIMITS = {
 
 
 class GrammarsBusy(Exception):
-    """Too many grammars wait to be compiled."""
+    """Too many grammars wait to be compiled, or this one waits behind others for too long."""
 
 
 class GrammarCompiler:
@@ -55,11 +56,12 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._vocabulary: Any = None
+        self._begun = 0.0  # when the newest compilation began, in seconds of `time.monotonic`
 
     def compile(self, grammar: Grammar) -> Future[Any]:
         """A future of the grammar's first state. Its result raises ValueError where the grammar fails.
 
-        Raises GrammarsBusy, and ValueError where the model has no tokeniser or no end token.
+        Raises ValueError where the model has no tokeniser or no end token.
         """
         if self.tokenizer is None:
             raise ValueError("needs a tokenizer, and this model has none")
@@ -70,9 +72,6 @@ class GrammarCompiler:
             if found is not None:
                 self._compiled.move_to_end(grammar)
                 return found
-            num_waiting = sum(not future.done() for future in self._compiled.values())
-            if num_waiting >= MAX_WAITING:
-                raise GrammarsBusy(f"{num_waiting} grammars are being compiled")
             future = self._compiled[grammar] = self._thread.submit(self._compile, grammar)
             self._num_characters += len(grammar.text)
             self._forget()
@@ -84,13 +83,21 @@ class GrammarCompiler:
             self._thread.submit(self._vocabulary_of)
 
     async def check(self, grammar: Grammar) -> None:
-        """Wait until a grammar is compiled. Raises ValueError with the reason where it cannot be, and
-        GrammarsBusy."""
-        future = asyncio.wrap_future(self.compile(grammar))
+        """Wait until a client's grammar is compiled. Raises ValueError with the reason where it cannot
+        be, and GrammarsBusy."""
+        with self._lock:
+            is_new = grammar not in self._compiled
+            num_waiting = sum(not future.done() for future in self._compiled.values())
+        if is_new and num_waiting >= MAX_WAITING:
+            raise GrammarsBusy(f"{num_waiting} grammars are being compiled")
+        compiling = self.compile(grammar)
+        future = asyncio.wrap_future(compiling)
         await asyncio.wait({future}, timeout=COMPILE_SECONDS)
-        if not future.done():
+        if future.done():
+            return future.result()
+        if compiling.running() and time.monotonic() - self._begun >= 0.9 * COMPILE_SECONDS:
             raise ValueError(f"takes longer than {COMPILE_SECONDS:g} s to compile")
-        future.result()
+        raise GrammarsBusy(f"it waits behind others' for {COMPILE_SECONDS:g} s")
 
     def matcher(self, state: Any, ignore_eos: bool) -> Matcher:
         """A matcher for one output. state: the result of `compile`."""
@@ -109,6 +116,7 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar) -> Any:
         from llguidance import LLMatcher, LLParserLimits
 
+        self._begun = time.monotonic()
         limits = LLParserLimits(**LIMITS)
         text = to_llguidance(grammar)
         state = LLMatcher(self._vocabulary_of(), text, log_level=0, limits=limits)
