@@ -72,7 +72,7 @@ def test_medians_of_processes_in_a_table(
 
     monkeypatch.setattr(host, "run_worker", run_worker)
     path = tmp_path / "host.json"
-    flags = ["--parts", "5", "8", "--num-seqs", "4", "16", "--steps", "7", "--json", str(path)]
+    flags = ["--parts", "5", "8", "--sizes", "4", "16", "--steps", "7", "--json", str(path)]
     assert main(["host", *flags]) == 0
     assert jobs == [(5, 4), (5, 16), (8, 4), (8, 16)] * 3, "processes alternate"
     result = load_result(path)
@@ -84,6 +84,50 @@ def test_medians_of_processes_in_a_table(
     assert (
         "| 8 | 16 | 32 | 64 | 96 | 128 | 160 | 192 | 224 | 256 | 14.00 |" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("vary", "sizes", "names"),
+    [
+        ("waiting", [0, 30], ["num_seqs", "num_waiting"]),
+        ("blocks", [1300, 1500], ["num_seqs", "num_blocks"]),
+        ("context", [128, 2000], ["num_seqs", "context"]),
+    ],
+)
+def test_one_thing_grows(
+    vary: str,
+    sizes: list[int],
+    names: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Each engine is as it is said to be while it is measured."""
+    real, seen = host.decode_steps, []
+
+    def decode_steps(engine: Any, **job: Any) -> list[Any]:
+        cache = engine.scheduler.cache
+        free, cached = cache.num_free, len(cache.blocks)
+        records = real(engine, **job)
+        lengths = {len(sequence.prompt_token_ids) for sequence in engine.sequences.values()}
+        waiting = engine.stats()["num_waiting"]
+        seen.append({"waiting": waiting, "blocks": free, "context": max(lengths)}[vary])
+        if vary == "blocks":
+            assert cached > 0.8 * free, "nearly all hold something to evict"
+        engine.shutdown()
+        return records
+
+    monkeypatch.setattr(host, "decode_steps", decode_steps)
+    monkeypatch.setattr(host, "run_worker", lambda job, verbose: host.measure(job | {"steps": 3}))
+    path = tmp_path / "host.json"
+    flags = ["--parts", "15", "--vary", vary, "--sizes", *map(str, sizes), "--repeats", "1"]
+    assert main(["host", *flags, "--json", str(path)]) == 0
+    result = load_result(path)
+    assert [[row[name] for name in names] for row in result["rows"]] == [
+        [host.RUNNING[vary], size] for size in sizes
+    ]
+    assert seen == sizes
+    shown = {column["key"] for column in result["columns"]}
+    assert shown & {"num_waiting", "num_blocks", "context"} == {names[1]}
 
 
 def test_the_job_of_a_process() -> None:
@@ -99,6 +143,7 @@ def test_the_job_of_a_process() -> None:
     [
         (["--parts", "4"], "part 04 does its device's work itself: --parts from 05 on"),
         (["--parts", "99"], "there is no part 99 here"),
+        (["--parts", "15", "--vary", "blocks", "--sizes", "0"], "--sizes must be 1 or more, not 0"),
     ],
 )
 def test_parts_that_cannot_be_measured(

@@ -1,6 +1,7 @@
 """vLLM's offline `LLM`: compiled (enforce_eager=False), without prefix caching.
 
-With the arguments `serve`, threads and flags it is vLLM's OpenAI server instead, as it comes.
+With the arguments `serve`, threads and flags it is vLLM's OpenAI server instead, as it comes; with
+`bench` and flags it is `vllm bench serve`, whose command does not start without a package named vllm.
 
 Its own environment, on a CPU with a C++ compiler:
 
@@ -58,6 +59,16 @@ def serve(threads: str, *flags: str) -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-m", module, *flags])
 
 
+def bench(*flags: str) -> None:
+    """Put a load on a server. flags: those of `vllm bench serve`."""
+    from vllm.benchmarks import serve as benchmark
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    benchmark.add_cli_args(parser)
+    benchmark.main(parser.parse_args(list(flags)))
+
+
 def start(job: dict[str, Any]) -> tuple[Generate, str]:
     settings: dict[str, Any] = {}
     set_up(job["device"], job["threads"])
@@ -89,6 +100,8 @@ def start(job: dict[str, Any]) -> tuple[Generate, str]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench"]:
+        sys.exit(bench(*sys.argv[2:]))
     preload()
     if sys.argv[1:2] == ["serve"]:
         serve(*sys.argv[2:])

@@ -209,7 +209,7 @@ def vllm_load(
             "result-dir": folder,
             "result-filename": "result.json",
         }
-        command = [peer.python, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+        command = [*peer.command, "bench"]
         command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         command += ["--ignore-eos", "--save-result", "--disable-tqdm"]
         environment = peer_environment() | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
