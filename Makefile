@@ -6,13 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PART ?= $(shell ls -d part[0-9][0-9]_* | tail -n 1 | sed 's/part\([0-9]*\)_.*/\1/')
 PACKAGE := part$(shell printf '%02d' $$(echo $(PART) | sed 's/^0*//'))
-# The engines that part 4 is measured beside; more where they are installed, as in
+# The engines that parts 4 and 15 are measured beside; more where they are installed, as in
 # make bench PEERS="--peer transformers --peer vllm --peer-python /venvs/vllm/bin/python"
 PEERS ?= --peer transformers
-# Part 14 is measured beside llama.cpp, which the lock has not: LLAMA_CPP="--peer-python /venvs/llama/bin/python"
+# Parts 14 and 15 are measured beside llama.cpp and part 15's server beside vLLM's, which the lock has not:
+# LLAMA_CPP="--peer-python /venvs/llama/bin/python" VLLM="--peer-python /venvs/vllm/bin/python"
 LLAMA_CPP ?=
+VLLM ?=
 Q4_1 := model=smollm2-135m-q4_1
 R14 := part14_quantization/results
+R15 := part15_full/results
 # torch is installed first and by itself: what it needs besides differs between its builds (the one for
 # CUDA pins nvidia's packages and triton exactly, the one for the CPU has none of them). So the lock
 # is resolved beside this torch, but lists neither it nor nvidia's packages nor triton. The rest is
@@ -98,6 +101,17 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench formats --kv --json $(R14)/formats_kv.json
 	-$(BIN)/python -m common.bench compare --part 14 --peer llama-cpp $(LLAMA_CPP) --pairs 3 --prompt-len 64 --variant q4_1:$(Q4_1) --variant q4_1+int8:$(Q4_1),activations=int8 --variant int4+int8:quantization=int4,activations=int8 --json $(R14)/compare.json --plot $(R14)/compare.png
 	$(BIN)/python -m common.bench speculative --variants 14 14:draft=self-int4 --batches 1 --pairs 3 --json $(R14)/speculative.json
+	$(BIN)/python -m common.bench compare --part 15 $(PEERS) --pairs 3 --variant eager:enforce_eager=true --json $(R15)/compare.json --plot $(R15)/compare.png
+	-$(BIN)/python -m common.bench compare --part 15 --peer llama-cpp $(LLAMA_CPP) --pairs 3 --prompt-len 64 --variant q4_1+int8:$(Q4_1),activations=int8 --variant int4+int8:quantization=int4,activations=int8 --json $(R15)/compare_quantized.json --plot $(R15)/compare_quantized.png
+	-$(BIN)/python -m common.bench servers --peer vllm $(VLLM) --json $(R15)/servers.json
+	$(BIN)/python -m common.bench engine-core --json $(R15)/engine_core.json
+	$(BIN)/python -m common.bench life --json $(R15)/life.json --plot $(R15)/life.png
+	$(BIN)/python -m common.bench host --parts 15 --vary waiting --json $(R15)/host_waiting.json
+	$(BIN)/python -m common.bench host --parts 15 --vary blocks --json $(R15)/host_blocks.json
+	$(BIN)/python -m common.bench host --parts 15 --vary context --json $(R15)/host_context.json
+	$(BIN)/python -m common.bench ladder --workload mixed --requests 16 --pairs 3 --part-pairs 1=1 --part-pairs 2=1 --with 8:speculative=ngram --with 14:quantization=int8-g32 --json $(R15)/ladder_all.json --overview $(R15)/ladder_all.png
+	$(BIN)/python -m common.bench attribution --json $(R15)/attribution.json --plot $(R15)/attribution.png
+	$(BIN)/python -m common.bench attribution --without speculation --json $(R15)/attribution_async.json
 	$(BIN)/python -m common.bench report --all --write
 
 notebooks: $(VENV)/.dev
