@@ -12,7 +12,7 @@ import pytest
 
 from common.sampling import SamplingParams
 from common.testing.parts import make_engine
-from common.testing.server import RunningServer, server_process
+from common.testing.server import server_process
 from common.testing.soak import memory
 
 MODEL = "random:tiny-llama"
@@ -78,14 +78,6 @@ def metric(text: str, name: str) -> float:
     return sum(found)
 
 
-def size(server: RunningServer) -> int:
-    """Bytes that the server's processes hold."""
-    import psutil
-
-    process = psutil.Process(server.process.pid)
-    return sum(memory(one.pid) for one in (process, *process.children(recursive=True)))
-
-
 @pytest.mark.parametrize("count", MANY)
 @pytest.mark.parametrize("form", FORMS)
 def test_none_is_lost_or_mixed_up_and_memory_stays(count: int, form: tuple[str, ...]) -> None:
@@ -96,7 +88,7 @@ def test_none_is_lost_or_mixed_up_and_memory_stays(count: int, form: tuple[str, 
             ended = asyncio.run(all_at_once(server.base_url, given))
             assert {(one.status, one.is_whole) for one in ended} == {(200, True)}
             assert [one.text for one in ended] == wanted
-            sizes.append(size(server))
+            sizes.append(memory(server.process.pid))
         text = httpx.get(f"{server.base_url}/metrics").text
         assert metric(text, "vllm:num_requests_running") == 0
         assert metric(text, "vllm:num_requests_waiting{") == 0

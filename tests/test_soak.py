@@ -10,7 +10,6 @@ from common.testing.parts import PARTS
 from common.testing.server import server_process
 
 WARM_UP = 1.25  # between the second second and the last
-SMALL = ("--num-blocks", "80", "--block-size", "4", "--max-num-seqs", "8", "--threads", "1")
 
 
 @pytest.mark.parametrize("part", PARTS[-1:])
@@ -18,12 +17,19 @@ def test_a_short_soak(part: int) -> None:
     """No error, nothing left running, no block held, and memory within what a warm-up takes: a small
     leak is seen by test_memory and by the script, which have the time."""
     flags = ("--model", "random:tiny-llama", "--max-waiting", "5000")
-    with server_process(part, *flags, *SMALL) as server:
+    with server_process(part, *flags, *soak.SMALL) as server:
         run = soak.soak(server.base_url, server.process.pid, seconds=8, load=0.9, seed=part)
         result = asyncio.run(run)
     assert soak.complaints(result, growth=WARM_UP) == []
     assert result["done"]["left"] > 3 and result["done"]["whole"] > 10
     assert result["done"]["streamed"] > 10 and result["preemptions"] > 0
+
+
+@pytest.mark.long
+def test_everything_at_once_and_faults() -> None:
+    """The short form of the quarter of an hour that the README tells of."""
+    flags = ["--part", "15", "--everything", "--minutes", "1", "--fault-every", "10"]
+    assert soak.main(flags) == 0
 
 
 FINE = {

@@ -27,7 +27,7 @@ import psutil
 
 from common.testing.disagg_workers import DECODE, PREFILL, Workers, cut_connections
 from common.testing.server import RunningServer
-from common.testing.soak import memory, metric
+from common.testing.soak import metric, own_memory
 
 PART = 13
 NUM_PROMPTS, MAX_TOKENS = 24, 24
@@ -206,7 +206,7 @@ def held(pid: int) -> dict[str, int]:
     """Files, without connections by TCP, of which clients keep as many as they like; threads; bytes."""
     process = psutil.Process(pid)
     num_files = process.num_fds() - len(process.net_connections("tcp"))
-    return {"files": num_files, "threads": process.num_threads(), "bytes": memory(pid)}
+    return {"files": num_files, "threads": process.num_threads(), "bytes": own_memory(pid)}
 
 
 async def settle(server: RunningServer, workers: Workers) -> dict[str, float]:
