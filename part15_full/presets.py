@@ -26,7 +26,7 @@ class Preset:
 
 PRESETS = {
     "chat": Preset(
-        "an 8B model's chats: turns come back with all before them, and tokens must come evenly",
+        "chats with an 8B model: each turn brings all earlier ones, and tokens must come evenly",
         # A small budget keeps the steps with a prompt short for the streams beside it.
         on_gpu={
             "model": "Qwen/Qwen3-8B",
@@ -39,7 +39,7 @@ PRESETS = {
         on_cpu={"max_num_seqs": 8, "prefix_cache": "radix", "quantization": "int8-g32"},
     ),
     "api-70b": Preset(
-        "a 70B model over four GPUs, many short requests: tokens per second and euro",
+        "a 70B model on four GPUs for many short requests, at the lowest cost per token",
         on_gpu={
             "model": "Qwen/Qwen2.5-72B-Instruct",
             "tensor_parallel_size": 4,
@@ -52,7 +52,7 @@ PRESETS = {
         on_cpu={"tensor_parallel_size": 2, "kv_cache_dtype": "int8"},
     ),
     "long-documents": Preset(
-        "questions about documents of up to 128K tokens: KV memory first, answers that quote",
+        "documents of up to 128K tokens and answers that quote them: KV memory is the limit",
         # A document takes at most half of a step, and stays on the host for the next question.
         on_gpu={
             "model": "Qwen/Qwen3-4B-Instruct-2507",
@@ -73,7 +73,7 @@ PRESETS = {
         },
     ),
     "moe": Preset(
-        "a mixture of experts over two GPUs, each with half of the experts, placed as they are chosen",
+        "a mixture of experts on two GPUs, each with half of the experts, placed by their use",
         on_gpu={
             "model": "Qwen/Qwen3-30B-A3B-Instruct-2507",
             "max_model_len": 32768,

@@ -59,6 +59,40 @@ def test_langchain_chat(chat: Any) -> None:
     assert more.invoke(question).content == more.invoke(question).content
 
 
+WEATHER = {
+    "title": "get_weather",
+    "description": "The weather in a city.",
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("method", ["function_calling", "json_schema"])
+def test_langchain_structured_output(chat: Any, method: str) -> None:
+    """As a tool that must be called, and as a response_format."""
+    model = chat.model_copy(update={"max_tokens": 80})
+    structured = model.with_structured_output(WEATHER, method=method)
+    answer = structured.invoke("Will it rain in Paris for the next 3 days?")
+    assert answer.keys() == {"city", "days"} and isinstance(answer["days"], int)
+
+
+def test_langchain_tools(chat: Any) -> None:
+    """Whole and streamed; the call and its result go back into the conversation."""
+    model = chat.model_copy(update={"max_tokens": 80}).bind_tools([WEATHER], tool_choice="any")
+    asked: list[Any] = [("human", "Will it rain in Paris for the next 3 days?")]
+    whole = model.invoke(asked)
+    [call] = whole.tool_calls
+    assert call["name"] == "get_weather" and call["args"].keys() == {"city", "days"}
+    streamed = None
+    for chunk in model.stream(asked):
+        streamed = chunk if streamed is None else streamed + chunk
+    assert [c["args"] for c in streamed.tool_calls] == [call["args"]]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "Rain."}
+    assert chat.invoke([*asked, whole, result]).content
+
+
 def test_langchain_completions(url: str) -> None:
     module = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
     model = module.OpenAI(model=MODEL, base_url=url, api_key="none", temperature=0, max_tokens=6)
