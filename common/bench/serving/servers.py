@@ -20,6 +20,7 @@ import socket
 import statistics
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,10 @@ def run(args: argparse.Namespace) -> int:
     turns = [(n, name) for n in range(args.rounds) for name in names[:: -1 if n % 2 else 1]]
     others = OtherWork()
     for number, name in progress(turns, "servers"):
-        server = part_server(variants[name], args) if name in variants else peer_server(peer, args)
-        with server:
+        start = (
+            partial(part_server, variants[name]) if name in variants else partial(peer_server, peer)
+        )
+        with start(args) as server:
             for count in args.streams:
                 found = asyncio.run(measure(server.url, count, number, args, peer))
                 samples[name, count][number] = found
@@ -232,10 +235,10 @@ def row(name: str, peer: str, count: int, samples: Samples) -> dict[str, Any]:
     values: dict[str, Any] = {
         n: statistics.median(found[n] for found in rounds.values()) for n in MEASURES
     }
-    for measure_name in ("rate", "ttft_p50", "itl_p99") if name != peer else ():
+    for measured in ("rate", "ttft_p50", "itl_p99"):
         ours, theirs = (
-            {number: found[measure_name] for number, found in one.items()}
-            for one in (rounds, beside)
+            {number: found[measured] for number, found in one.items()} for one in (rounds, beside)
         )
-        values[f"over_{measure_name}"] = paired_ratio(ours, theirs).median
+        ratio = paired_ratio(ours, theirs).median if name != peer else None
+        values[f"over_{measured}"] = ratio
     return {"server": name, "streams": count, **values, "rounds": rounds}
