@@ -444,6 +444,21 @@ def test_compare_of_variants_in_one_run(
     assert "| over part 77 |" in capsys.readouterr().out
 
 
+def test_compare_of_variants_alone(
+    fake_parts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a peer the part is compared with itself."""
+    monkeypatch.setattr(ladder, "settings_of", lambda args: dict(args.settings[1:]))
+    path = tmp_path / "c.json"
+    text = "compare --part 77 --model random:tiny-llama --batch-sizes 2 --pairs 1 --variant a:max_num_seqs=2"
+    assert main([*text.split(), "--json", str(path)]) == 0
+    result = load_result(path)
+    assert [row["engine"] for row in result["rows"]] == ["part 77", "part 77, a"] * 2
+    assert not any(column["key"].startswith("peer") for column in result["columns"])
+    ours, one, *_ = result["rows"]
+    assert one["ratio"] == pytest.approx(one["rates"][0] / ours["rates"][0])
+
+
 @pytest.mark.skipif(3 not in PARTS, reason="part 03 is not there")
 def test_compare_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights, prompts and lengths: so the same tokens, in a batch too."""

@@ -13,7 +13,7 @@ EngineConfig, as in
 
     --variant "int4:quantization=int4,activations=int8" --variant q4_1:model=smollm2-135m-q4_1
 
-Then every engine's speed is given over the part as it comes, and over the first peer.
+Then every engine's speed is given over the part as it comes, and over the first peer, if there is one.
 
 A peer is an adapter in common/bench/peers, run by the Python that --peer-python names after it, so
 that it can live in an environment of its own:
@@ -98,9 +98,16 @@ class AddPeer(argparse.Action):
         setattr(namespace, self.dest, peers)
 
 
-def add_peer_arguments(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+def add_peer_arguments(
+    parser: argparse.ArgumentParser, names: Sequence[str], required: bool = True
+) -> None:
     parser.add_argument(
-        "--peer", dest="peers", action=AddPeer, choices=names, required=True, help="may be repeated"
+        "--peer",
+        dest="peers",
+        action=AddPeer,
+        choices=names,
+        required=required,
+        help="may be repeated",
     )
     parser.add_argument(
         "--peer-python", dest="peers", action=AddPeer, metavar="PATH", help="the peer's Python"
@@ -121,7 +128,7 @@ def add_variant_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", type=positive, required=True, help="part number")
-    add_peer_arguments(parser, list(PEERS))
+    add_peer_arguments(parser, list(PEERS), required=False)
     add_engine_arguments(parser)
     add_variant_argument(parser)
     parser.add_argument("--gguf", type=Path, help="llama.cpp's file (the embedded model's)")
@@ -139,8 +146,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     part_package(args.part)
-    peers = [peer for peer in args.peers if is_installed(peer)]
-    if not peers:
+    if not (args.peers or args.variants):
+        raise ValueError("nothing to compare the part with: give --peer or --variant")
+    peers = [peer for peer in args.peers or () if is_installed(peer)]
+    if args.peers and not peers:
         raise BenchError("none of these peers is installed")
     sizes = sorted(set(args.batch_sizes or BATCH_SIZES))
     points = [decode_point(size, args.prompt_len) for size in sizes]
@@ -248,19 +257,22 @@ def compare_result(
     ours = entrants[0]
     others = f"each measurement in a fresh process, engines in turns, medians of {plural(most_rounds(entrants), 'round')}."
     if args.variants:
-        peer = entrants[1 + len(args.variants)]
+        peers = entrants[1 + len(args.variants) :][:1]
         table = list(rows(entrants, points, limits, over(ours)))
-        beside = rows(entrants, points, limits, over(peer))
-        for row, more in zip(table, beside, strict=True):
-            row |= {f"peer_{key}": more[key] for key in RATIO}
+        columns = [COLUMNS[1], COLUMNS[0], *COLUMNS[2:4], *ratio_columns(ours.name)]
+        for row in table:
             if row["engine"].startswith(ours.name):
                 row["label"] = row["engine"]
-        columns = [COLUMNS[1], COLUMNS[0], *COLUMNS[2:4]]
-        columns += ratio_columns(ours.name) + ratio_columns(peer.name, "peer_") + [COLUMNS[-1]]
+        for peer in peers:
+            beside = rows(entrants, points, limits, over(peer))
+            for row, more in zip(table, beside, strict=True):
+                row |= {f"peer_{key}": more[key] for key in RATIO}
+            columns += ratio_columns(peer.name, "peer_")
+        columns.append(COLUMNS[-1])
+        names = " and over ".join(entrant.name for entrant in (ours, *peers))
         notes = [
-            f"Model {args.model}, greedy; {others} Ratios: this engine over {ours.name} and over"
-            f" {peer.name}, paired by round, with their 95% bootstrap intervals; same tokens: as"
-            f" {ours.name} gave.",
+            f"Model {args.model}, greedy; {others} Ratios: this engine over {names}, paired by round, with"
+            f" their 95% bootstrap intervals; same tokens: as {ours.name} gave.",
             *(f"{ours.name}, {name}: {in_words(chosen)}." for name, chosen in args.variants),
         ]
     else:
@@ -275,7 +287,8 @@ def compare_result(
     if args.prompt_len != DECODE_PROMPT:
         notes.append(f"Decoding begins after {args.prompt_len} tokens.")
     notes += remarks(entrants)
-    title = f"{ours.name.capitalize()} beside other engines"
+    other = "other engines" if args.peers else "itself with other settings"
+    title = f"{ours.name.capitalize()} beside {other}"
     return make_result(title, columns, table, limits=limits, parts=[args.part], notes=notes)
 
 
