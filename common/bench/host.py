@@ -38,7 +38,7 @@ FIRST_PART = 5  # the first whose device is a queue
 SIZES = {
     "sequences": [1, 16, 64, 256, 1024],
     "waiting": [0, 100, 1000, 10_000],
-    "blocks": [1000, 10_000, 100_000],
+    "blocks": [2000, 10_000, 100_000],
     "context": [128, 512, 2048, 7680],
 }
 RUNNING = {"waiting": 64, "blocks": 64, "context": 8}  # sequences, where these do not vary
