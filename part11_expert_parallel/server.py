@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
-from sse_starlette import EventSourceResponse
 
 from common.distributed import launched_rank
 from common.http import page
 from common.http.app import Admission, Frontend, unless_disconnected
 from common.http.errors import ApiError
+from common.http.events import EventStream
 from common.http.responses import Job, to_json
 from common.http.run import ServerConfig, serve
 from common.options import parse
@@ -39,10 +39,10 @@ def create_app(engine: LLMEngine, config: ServerConfig) -> FastAPI:
     )
     admission = Admission(config.max_waiting + engine.config.max_num_seqs)
 
-    async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
+    async def answer(job: Job, request: Request) -> dict[str, Any] | EventStream:
         admission.check(job.num_choices)
         if job.stream:
-            return EventSourceResponse(events(job), sep="\n", send_timeout=60)
+            return EventStream(events(job))
         return await unless_disconnected(request, whole(job))
 
     async def whole(job: Job) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
-from sse_starlette import EventSourceResponse
 
 from common.distributed import launched_rank
 from common.engine_core.client import RemoteEngine
@@ -15,6 +14,7 @@ from common.engine_core.launch import launch_core, serve_workers
 from common.http import page
 from common.http.app import ALONE, Admission, Frontend, Seat, unless_disconnected
 from common.http.errors import ApiError
+from common.http.events import EventStream
 from common.http.responses import Job, to_json
 from common.http.run import ServerConfig, serve
 from common.http.sleep_routes import add_sleep_routes, check_awake
@@ -48,12 +48,12 @@ def create_app(
     )
     admission = Admission(config.max_waiting + engine.config.max_num_seqs, seat)
 
-    async def answer(job: Job, request: Request) -> dict[str, Any] | EventSourceResponse:
+    async def answer(job: Job, request: Request) -> dict[str, Any] | EventStream:
         check_awake(engine, engine.config.sleep_requests)
         admission.check(job.num_choices)
         job.kv_ticket = engine.connector.ticket_of(request.headers.get(HEADER))
         if job.stream:
-            return EventSourceResponse(events(job), sep="\n", send_timeout=60)
+            return EventStream(events(job))
         return await unless_disconnected(request, whole(job))
 
     async def whole(job: Job) -> dict[str, Any]:

@@ -400,10 +400,11 @@ def test_a_stream_that_ends_early_is_retried_or_ends_in_an_error(end: int, cuts:
     assert exchange.streamed
 
 
-def test_a_comment_goes_through_before_the_first_token_and_a_retry_is_still_possible():
-    got, _, failures = relayed([OPENING, b": ping\n\n"], [OPENING, *TOKENS, DONE])
+@pytest.mark.parametrize("ping", [b": ping\n\n", b"\n\n"])
+def test_a_ping_goes_through_before_the_first_token_and_a_retry_is_still_possible(ping: bytes):
+    got, _, failures = relayed([OPENING, ping], [OPENING, *TOKENS, DONE])
     assert len(failures) == 1
-    assert got == b": ping\n\n" + OPENING + b"".join(TOKENS) + DONE
+    assert got == ping + OPENING + b"".join(TOKENS) + DONE
 
 
 def test_an_error_event_of_the_replica_is_a_failure_before_a_token_and_the_end_after_one():

@@ -9,15 +9,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
-from sse_starlette import EventSourceResponse
 from starlette.types import Message, Send
 
+from common.http.events import SEND_SECONDS, EventStream
 from common.trace import Trace, perfetto_events, to_json
 
 SECONDS = 0.05  # between looks at what is new
 EXPERT_SECONDS = 1.0
 LINES = 32  # written before others have their turn: about a millisecond
-SEND_SECONDS = 60.0  # for a client to take what it is sent
 
 
 class Download(StreamingResponse):
@@ -89,14 +88,14 @@ def add_trace_routes(app: FastAPI, trace: Trace, experts: ExpertStats | None = N
             await asyncio.sleep(0)
         yield "\n]}\n"
 
-    async def follow() -> EventSourceResponse:
+    async def follow() -> EventStream:
         """The steps as server-sent events, from now on.
 
         An event named `state` comes first, and again after steps that a slow reader has lost. One
         named `experts` says how often each expert was chosen since the start.
         This stream has no end of its own; it ends when the server is to end.
         """
-        return EventSourceResponse(events(), sep="\n", send_timeout=SEND_SECONDS)
+        return EventStream(events())
 
     async def download() -> Download:
         """The steps kept, as `Trace.save` writes them."""
