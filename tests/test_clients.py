@@ -80,7 +80,8 @@ def test_langchain_structured_output(chat: Any, method: str) -> None:
 
 def test_langchain_tools(chat: Any) -> None:
     """Whole and streamed; the call and its result go back into the conversation."""
-    model = chat.model_copy(update={"max_tokens": 80}).bind_tools([WEATHER], tool_choice="any")
+    once = {"tool_choice": "any", "parallel_tool_calls": False}
+    model = chat.model_copy(update={"max_tokens": 80}).bind_tools([WEATHER], **once)
     asked: list[Any] = [("human", "Will it rain in Paris for the next 3 days?")]
     whole = model.invoke(asked)
     [call] = whole.tool_calls
