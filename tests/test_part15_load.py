@@ -47,9 +47,9 @@ def expected(given: Sequence[list[int]]) -> list[str]:
     return [c.text for c in engine.generate(given, params, progress=False)]
 
 
-async def stream(client: httpx.AsyncClient, prompt: list[int]) -> Ended:
+async def stream(client: httpx.AsyncClient, prompt: list[int], max_tokens: int) -> Ended:
     body = {"prompt": prompt, "stream": True, "temperature": 0}
-    body |= {"max_tokens": NUM_TOKENS, "ignore_eos": True}
+    body |= {"max_tokens": max_tokens, "ignore_eos": True}
     begun, status, text, is_whole = time.monotonic(), 0, "", False
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -65,10 +65,12 @@ async def stream(client: httpx.AsyncClient, prompt: list[int]) -> Ended:
     return Ended(status, text, is_whole, time.monotonic() - begun)
 
 
-async def all_at_once(url: str, given: Sequence[list[int]]) -> list[Ended]:
+async def all_at_once(
+    url: str, given: Sequence[list[int]], max_tokens: int = NUM_TOKENS
+) -> list[Ended]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-        return await asyncio.gather(*(stream(client, prompt) for prompt in given))
+        return await asyncio.gather(*(stream(client, prompt, max_tokens) for prompt in given))
 
 
 def metric(text: str, name: str) -> float:
@@ -102,7 +104,7 @@ def test_overload_is_refused_at_once(count: int) -> None:
     given = prompts(count)
     room = ("--max-num-seqs", "8", "--max-waiting", "40")
     with server_process(15, "--model", MODEL, *room) as server:
-        ended = asyncio.run(all_at_once(server.base_url, given))
+        ended = asyncio.run(all_at_once(server.base_url, given, max_tokens=400))
     served = [one for one in ended if one.status == 200]
     refused = [one for one in ended if one.status == 503]
     assert len(served) + len(refused) == count and all(one.is_whole for one in served)
