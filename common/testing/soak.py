@@ -41,6 +41,7 @@ EVERYTHING = (
     *("--speculative", "ngram", "--prefix-cache", "radix", "--offload", "both"),
     *("--quantization", "int8", "--activations", "int8", "--kv-cache-dtype", "int8"),
     *("--engine-core", "process", "--api-server-count", "2"),
+    *("--num-blocks", "240"),  # a prompt with tools takes 90 of them
 )
 WORD = r"[a-z]{1,20}( [a-z]{1,20}){0,3}"
 TOOL = {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
