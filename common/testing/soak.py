@@ -32,6 +32,7 @@ from typing import Any
 import httpx
 import psutil
 
+from common.bench.serving.sse import SSEParser
 from common.testing.server import server_process
 
 GROWTH = 1.05  # of memory, between the first tenth and the end
@@ -95,12 +96,12 @@ class Soak:
             events: list[str] = []
             async with client.stream("POST", "/v1/completions", json=body, timeout=None) as answer:
                 wrong(answer.status_code == 200, str(answer.status_code))
-                async for line in answer.aiter_lines():
+                parser = SSEParser()  # a text may have what httpx takes for the end of a line
+                async for piece in answer.aiter_bytes():
+                    events += [event.data for event in parser.feed(piece)]
                     if patience is not None and len(events) >= patience:
                         self.done["left"] += 1
                         return
-                    if line.startswith("data: "):
-                        events.append(line[6:])
             wrong(events[-1:] == ["[DONE]"], f"the stream ends with {events[-1:]}")
             if not events or events[-1] != "[DONE]":
                 return
