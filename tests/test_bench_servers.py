@@ -77,6 +77,8 @@ def test_a_peer_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: 
     python = tmp_path / "python"
     assert main(["servers", "--peer", "vllm", "--peer-python", str(python)]) == 1
     assert f"vllm is not installed for {python}" in capsys.readouterr().err
+    assert main(["servers", "--peer", "vllm", "--peer", "vllm"]) == 2
+    assert "--peer may be given once here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("completed", [6, 5])

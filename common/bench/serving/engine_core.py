@@ -23,7 +23,7 @@ from common.bench.core.pairs import paired_ratio
 from common.bench.core.processes import PartServer, run_worker
 from common.bench.core.report import plural
 from common.bench.core.results import column, make_result
-from common.bench.serving.servers import MEASURES, Samples, add_load_arguments, measure
+from common.bench.serving.servers import MEASURED, MEASURES, Samples, add_load_arguments, measure
 
 FORMS: dict[str, dict[str, Any]] = {
     "thread": {"engine_core": "thread"},
@@ -31,11 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 COLUMNS = [
     column("form", "engine core"),
-    column("streams", "streams", digits=0),
-    column("rate", "output", "tok/s", 1),
-    column("ttft_p50", "TTFT p50", "ms", 1),
-    column("itl_p50", "ITL p50", "ms", 2),
-    column("itl_p99", "ITL p99", "ms", 2),
+    *MEASURED,
     column("ratio", "rate / thread's", digits=2),
     column("ratio_low", "95% from", digits=2),
     column("ratio_high", "to", digits=2),

@@ -54,13 +54,16 @@ from common.bench.serving.load import run_load, served_model
 from common.bench.serving.serve import latency_samples
 
 MEASURES = ("rate", "ttft_p50", "itl_p50", "itl_p99")
-COLUMNS = [
-    column("server", "server"),
+MEASURED = [
     column("streams", "streams", digits=0),
     column("rate", "output", "tok/s", 1),
     column("ttft_p50", "TTFT p50", "ms", 1),
     column("itl_p50", "ITL p50", "ms", 2),
     column("itl_p99", "ITL p99", "ms", 2),
+]
+COLUMNS = [
+    column("server", "server"),
+    *MEASURED,
     column("over_rate", "output / vLLM's", digits=2),
     column("over_ttft_p50", "TTFT p50 / vLLM's", digits=2),
     column("over_itl_p99", "ITL p99 / vLLM's", digits=2),
@@ -96,6 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if len(args.peers) > 1:
+        raise ValueError("--peer may be given once here")
     [peer] = args.peers
     if not is_installed(peer):
         raise BenchError(f"{peer.name} is not installed for {peer.python}")
