@@ -8,13 +8,15 @@ there is a graph for each of some batch sizes, and a batch is padded up to the n
 captured at the start, the largest first. They share one memory pool, since one runs at a time.
 
 On a CPU the launches are calls of kernels, and Python is what they cost. `common.kernels.recording`
-records the calls of a step and repeats them from machine code. A step is recorded the first time its
-size occurs. It is not padded, because on a CPU each extra row costs its arithmetic.
+records the calls of a step and repeats them from machine code. Noting them costs as much as two or
+three replays save, so a size is recorded when it has occurred twice. It is not padded, because on a CPU
+each extra row costs its arithmetic.
 
 Steps with prompt tokens are launched from Python: their sizes rarely repeat. `Graphs.why_not` lists the
 engines that launch every step from Python.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from common.distributed import Group
-from common.kernels import Ops
+from common.kernels import AttentionMetadata, Ops
 from common.kv_transfer.options import TELLING
 from common.packed_fields import PackedFields
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 LARGEST_SIZE = 512
 MOST_RECORDINGS = 512  # of steps, on a CPU; each takes some 60 KB
+UNRECORDED = 2  # steps of a size that come before the one that is recorded, on a CPU
 
 
 def sizes_to_capture(most: int) -> list[int]:
@@ -94,6 +97,7 @@ class Graphs:
         self.pool: Any = None  # memory that all graphs share, since one runs at a time
         self.input: PackedFields | None = None  # a CPU's fixed input; the host's buffers take turns
         self.num_replays = 0
+        self.unrecorded: Counter[tuple[Any, ...]] = Counter()
 
     def why_not(self, config: EngineConfig, ops: Ops) -> str | None:
         """Why every step is launched from Python; None where decode steps are captured."""
@@ -140,25 +144,34 @@ class Graphs:
         key = (batch.bucket, what.model, what.kv_data.data_ptr(), what.layers is None)
         if self.input is not None:
             self.input.words[: len(batch.packed)].copy_(batch.packed)
-        forward = partial(self.forward, batch, what)
         if key in self.captured:
             self.num_replays += 1
             result = self.captured[key]()
-        elif self.on_gpu:
-            self.captured[key] = graph = self.capture(forward, what.model.group)
-            result = graph()
         else:
-            result = self.recorded(key, forward, what.model.group)
+            forward = partial(self.forward, what, *self.inputs(batch))
+            first = self.first_on_gpu if self.on_gpu else self.first_on_cpu
+            result = first(key, forward, what.model.group)
         result = result[: len(batch.logits_indices)]
         return result if self.has_logits(what) else what.model.logits(result)
 
-    def recorded(
+    def first_on_gpu(
         self, key: tuple[Any, ...], forward: Callable[[], torch.Tensor], group: Group
     ) -> torch.Tensor:
-        """A forward's result, noted while it runs on a CPU; where that cannot be, no step is from now
-        on. What was computed until then is computed again, and so it is on every rank."""
+        """The result of a forward, which is captured."""
+        self.captured[key] = graph = self.capture(forward, group)
+        return graph()
+
+    def first_on_cpu(
+        self, key: tuple[Any, ...], forward: Callable[[], torch.Tensor], group: Group
+    ) -> torch.Tensor:
+        """A forward's result, noted while it runs on a CPU when its size has occurred before; where
+        that cannot be, no step is from now on. What was computed until then is computed again, and so
+        it is on every rank."""
         from common.kernels.recording import CannotRecordError
 
+        if self.unrecorded[key] < UNRECORDED:
+            self.unrecorded[key] += 1
+            return forward()
         if len(self.captured) >= MOST_RECORDINGS:
             self.captured.pop(next(iter(self.captured)))
         try:
@@ -173,14 +186,23 @@ class Graphs:
         would keep a tensor of them. With several ranks, one gathers them into new tensors each time."""
         return not self.on_gpu and what.model.group.size == 1
 
-    def forward(self, batch: Batch, what: "Runnable") -> torch.Tensor:
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+        """Its token ids, positions and metadata, where a capture is to find them."""
+        if self.input is None:
+            return batch.token_ids, batch.positions, batch.metadata
+        fields = self.input.tensors(batch.shape.lengths())
+        names = "cu_seqlens_q", "seq_lens", "slot_mapping"
+        metadata = replace(batch.metadata, **{name: fields[name] for name in names})
+        return fields["token_ids"], fields["positions"], metadata
+
+    def forward(
+        self,
+        what: "Runnable",
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
         """The logits after every token, or the hidden states where logits are not captured."""
-        token_ids, positions, metadata = batch.token_ids, batch.positions, batch.metadata
-        if self.input is not None:
-            fields = self.input.tensors(batch.shape.lengths())
-            token_ids, positions = fields["token_ids"], fields["positions"]
-            names = "cu_seqlens_q", "seq_lens", "slot_mapping"
-            metadata = replace(metadata, **{name: fields[name] for name in names})
         hidden = what.model.forward(token_ids, positions, what.kv_data, metadata, what.layers)
         return what.model.logits(hidden) if self.has_logits(what) else hidden
 
@@ -237,4 +259,5 @@ class Graphs:
     def forget(self) -> None:
         """Drop all graphs: the memory that they read is gone."""
         self.captured.clear()
+        self.unrecorded.clear()
         self.pool = None

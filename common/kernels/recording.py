@@ -8,6 +8,7 @@ the place of a tensor that Python has let go of is used again, as by any allocat
 
 import contextlib
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from threading import get_ident
@@ -45,7 +46,7 @@ class Arena:
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor. Its place is free when no tensor is left that lies there."""
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         number, begin = self.find(-(-max(size, 1) // LINE) * LINE)
         array = self.chunks[number].numpy()[begin : begin + size]
         weakref.finalize(array, self.taken.pop, (number, begin), None).atexit = False

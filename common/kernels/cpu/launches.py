@@ -83,6 +83,14 @@ def address_of(name: str) -> int:
     return result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
 
 
+@cache
+def head_of(launched: Kernel) -> tuple[int, int, tuple[int, ...]]:
+    """Its kind of signature, its address, and which of its arguments are floats."""
+    floats = tuple(kind is types.float64 for kind in launched.dispatcher._cache.signature)
+    places = tuple(place for place, is_float in enumerate(floats) if is_float)
+    return signatures().index(floats), address_of(launched.name), places
+
+
 class Launches:
     """Launches that follow each other without anything between them."""
 
@@ -92,12 +100,11 @@ class Launches:
         self.packed = np.zeros(0, np.int64)
 
     def add(self, launched: Kernel, arguments: tuple[Any, ...]) -> None:
-        signature = launched.dispatcher._cache.signature
-        floats = tuple(kind is types.float64 for kind in signature)
-        self.words += signatures().index(floats), address_of(launched.name), HEAD + len(arguments)
-        for value, is_float in zip(arguments, floats, strict=True):
-            [word] = struct.unpack("q", struct.pack("d", value)) if is_float else [int(value)]
-            self.words.append(word)
+        kind, address, places_of_floats = head_of(launched)
+        words = [kind, address, HEAD + len(arguments), *map(int, arguments)]
+        for place in places_of_floats:
+            [words[HEAD + place]] = struct.unpack("q", struct.pack("d", arguments[place]))
+        self.words += words
         self.names.append(launched.name)
 
     def __call__(self) -> None:
