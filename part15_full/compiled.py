@@ -9,7 +9,9 @@ compiled piece serves every layer, in a version for a single token and one for a
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,14 +63,12 @@ def compile_layers(model: CausalLM) -> None:
         model.layers[number] = CompiledLayer(layer)
 
 
-@torch.compile(dynamic=True)
 def before_attention(
     x: Tensor, residual: Tensor, norm: Tensor, eps: float, qkv: tuple[Tensor, Tensor | None]
 ) -> Tensor:
     return F.linear(REFERENCE.add_rms_norm(x, residual, norm, eps), *qkv)
 
 
-@torch.compile(dynamic=True)
 def after_attention(
     x: Tensor, residual: Tensor, norm: Tensor, eps: float, weights: list[tuple[Tensor, Any]]
 ) -> Tensor:
@@ -76,6 +76,12 @@ def after_attention(
     out, gate_up, down = weights
     x = REFERENCE.add_rms_norm(F.linear(x, *out), residual, norm, eps)
     return F.linear(REFERENCE.silu_and_mul(F.linear(x, *gate_up)), *down)
+
+
+@cache
+def compiled(piece: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One of the two, compiled. (Not where it is defined: that alone loads the compiler, for 3 s.)"""
+    return torch.compile(piece, dynamic=True)
 
 
 @dataclass
@@ -90,7 +96,8 @@ class CompiledLayer:
 
     def __call__(self, x: Tensor, residual: Tensor, context: Context) -> Tensor:
         layer, attention = self.layer, self.layer.attention
-        qkv = before_attention(x, residual, layer.input_norm, layer.eps, attention.qkv)
+        qkv = compiled(before_attention)(x, residual, layer.input_norm, layer.eps, attention.qkv)
         x = attention.attend(qkv, context)
         weights = [attention.out, layer.mlp.gate_up, layer.mlp.down]
-        return after_attention(x, residual, layer.post_attention_norm, layer.eps, weights)
+        after = compiled(after_attention)
+        return after(x, residual, layer.post_attention_norm, layer.eps, weights)

@@ -1,6 +1,8 @@
 """torch.compile in part 15: the same tokens, and what it refuses."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -61,3 +63,21 @@ def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_cannot_be_compiled_is_refused(model: str, flags: dict, why: str) -> None:
     with pytest.raises(ValueError, match=f"compile is layers: .*{why}"):
         make_engine(15, model, compile="layers", **flags)
+
+
+def test_torchs_compiler_is_loaded_where_it_is_asked_for() -> None:
+    """It takes longer than all else that a start imports, or stops a step that records, for 3 s."""
+    code = (
+        "import sys\n"
+        "import part15.server\n"
+        "from common.sampling import SamplingParams\n"
+        "from common.testing.parts import make_engine\n"
+        f"engine = make_engine(15, {TINY!r})\n"
+        "engine.generate([[5, 7]], SamplingParams(max_tokens=9, ignore_eos=True), progress=False)\n"
+        "print(engine.stats()['num_graph_replays'], 'torch._dynamo' in sys.modules)\n"
+        "import torch._dynamo\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["5", "False", "True"]

@@ -77,6 +77,12 @@ class Recording(TorchDispatchMode):
     """See `record`. Calling it computes again what was noted. Results lie where they lay, until the next
     recording or replay over the same arena."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether PyTorch hides this class from its compiler, which it then loads: 3 s, in the middle
+        of a step. Nothing compiled runs while a recording is made."""
+        return False
+
     def __init__(self, arena: Arena) -> None:
         super().__init__()
         self.arena = arena
