@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
         kind = {"part": part, **setting(args.vary, size)}
         rows.append({**kind, **found, "each": found["step"] / count})
     notes = [
-        f"Decode steps, greedy; medians of {args.steps} steps and {args.repeats} processes. The device"
-        " takes no time. Rest: what is between the phases, the trace among it."
+        f"Decode steps, greedy; medians of {args.steps} steps; processes of each: {args.repeats}. The"
+        " device takes no time. Rest: what is between the phases, the trace among it."
     ]
     if remark := disturbance(others.cores()):
         notes.append(f"Disturbed: {remark}.")
