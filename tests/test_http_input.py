@@ -829,7 +829,8 @@ def test_special_tokens_in_raw_prompts_count(tokenizer: Tokenizer) -> None:
 # The server against its own description.
 
 
-def test_no_request_of_the_schema_is_a_5xx() -> None:
+@pytest.mark.parametrize("count", [6, pytest.param(40, marks=pytest.mark.long)])
+def test_no_request_of_the_schema_is_a_5xx(count: int) -> None:
     """schemathesis makes requests from /openapi.json, right ones and wrong ones, of the newest part."""
     operations = []
     with server_process(existing_parts()[-1], "--model", MODEL, "--threads", "1") as server:
@@ -838,15 +839,15 @@ def test_no_request_of_the_schema_is_a_5xx() -> None:
             operations.append(operation.ok().label)
             for mode in schemathesis.GenerationMode:
                 strategy = operation.ok().as_strategy(generation_mode=mode)
-                ask_by_schema(strategy, f"{server.base_url}/wake_up")
+                ask_by_schema(strategy, count, f"{server.base_url}/wake_up")
     wanted = {f"POST {COMPLETIONS}", f"POST {CHAT}", "POST /sleep", "POST /tokenize"}
     assert {"GET /health", *wanted} <= set(operations)
 
 
-def ask_by_schema(strategy: Any, wake_up: str) -> None:
+def ask_by_schema(strategy: Any, count: int, wake_up: str) -> None:
     @given(case=strategy)
     @settings(
-        max_examples=15, suppress_health_check=list(HealthCheck), deadline=None, derandomize=True
+        max_examples=count, suppress_health_check=list(HealthCheck), deadline=None, derandomize=True
     )
     def ask(case: Any) -> None:
         answer = case.call(timeout=60)
