@@ -18,6 +18,7 @@ engines that launch every step from Python.
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -234,6 +235,13 @@ class Graphs:
             raise ValueError(
                 "gpu_memory_utilization leaves no room for CUDA graphs: lower it, or enforce_eager"
             ) from None
+
+    def wake_up(self, runner: "ModelRunner") -> None:
+        """Capture again what sleep has dropped, before a request waits for it; what has no room now is
+        captured, if it can be, when it occurs."""
+        if self.on_gpu and self.reason is None:
+            with suppress(torch.OutOfMemoryError):
+                self.capture_all(runner)
 
     def capture_all(self, runner: "ModelRunner") -> None:
         """Capture each size's graphs, the largest first: the others fit into its memory."""

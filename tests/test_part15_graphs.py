@@ -261,12 +261,23 @@ def test_ranks_replay_side_by_side(expected: list[list[int]]) -> None:
         engine.shutdown()
 
 
-GPU = """
+GPU = '''
 from common.testing import cuda_on_cpu
 cuda_on_cpu.install()
+import itertools
 import sys
 sys.path.insert(0, "tests")
-from test_part15_graphs import TINY, make_engine, outputs
+from test_part15_graphs import PARAMS, PROMPTS, TINY, make_engine, outputs
+from common.memory.device import DeviceMemory, as_bytes
+from common.requests import Request
+
+def discard(memory):
+    """On a GPU storages become empty; those of arrays cannot."""
+    memory.is_there = False
+    for storage in memory.storages:
+        as_bytes(storage).zero_()
+
+DeviceMemory.discard = discard
 for speculative in ("off", "ngram", "self"):
     flags = dict(device="cuda:1", dtype="float32", max_num_seqs=6, speculative=speculative)
     engine = make_engine(15, TINY, **flags)
@@ -274,7 +285,23 @@ for speculative in ("off", "ngram", "self"):
     print([(key[0].num_seqs, key[0].num_tokens_each, key[3]) for key in graphs.captured])
     number = len(graphs.captured)
     print(outputs(engine), graphs.num_replays > 0, len(graphs.captured) == number)
-"""
+    # Asleep and awake with requests on their way, which have tokens on the device.
+    requests = [Request(str(i), p, params) for i, (p, params) in enumerate(zip(PROMPTS, PARAMS))]
+    for request in requests:
+        engine.add_request(request)
+    tokens = {request.request_id: [] for request in requests}
+    for step in itertools.count():
+        if step == 6:
+            engine.sleep(1)
+            slept = len(graphs.captured)
+            engine.wake_up()
+            print(slept, len(graphs.captured) == number)
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+        if step > 6 and not engine.has_unfinished():
+            break
+    print([tokens[request.request_id] for request in requests])
+'''
 
 
 def test_on_a_gpu_all_sizes_are_captured_at_the_start(expected: list[list[int]]) -> None:
@@ -283,7 +310,9 @@ def test_on_a_gpu_all_sizes_are_captured_at_the_start(expected: list[list[int]])
     lines = done.stdout.splitlines()
     sizes = [6, 4, 2, 1]  # the largest first
     assert ast.literal_eval(lines[0]) == [(size, 1, True) for size in sizes]
-    assert ast.literal_eval(lines[2]) == [(size, each, True) for size in sizes for each in (1, 13)]
+    assert ast.literal_eval(lines[4]) == [(size, each, True) for size in sizes for each in (1, 13)]
     each = [(1, True), (5, True), (1, False)]  # verifies, and drafts with some of its layers
-    assert ast.literal_eval(lines[4]) == [(size, *kind) for size in sizes for kind in each]
-    assert lines[1::2] == [f"{expected} True True"] * 3
+    assert ast.literal_eval(lines[8]) == [(size, *kind) for size in sizes for kind in each]
+    assert lines[1::4] == [f"{expected} True True"] * 3
+    assert lines[2::4] == ["0 True"] * 3
+    assert lines[3::4] == [str(expected)] * 3

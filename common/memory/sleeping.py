@@ -141,6 +141,8 @@ def wake_up(engine: Any) -> dict[str, Any]:
     if engine.sleep_level == 0:
         return {}
     told = change(engine, 0)
+    if (graphs := getattr(engine.runner, "graphs", None)) is not None:
+        graphs.wake_up(engine.runner)
     engine.sleep_level = 0
     return told
 
