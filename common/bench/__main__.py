@@ -37,6 +37,7 @@ SUBCOMMANDS = {  # name: (module in common.bench, what it measures)
     "formats": ("quantized.run", "number formats: bits, memory, start-up, speed, quality"),
     "kv": ("kv.run", "how many sequences a piece of KV memory holds, in strips and in blocks"),
     "host": ("host", "what a decode step costs the host"),
+    "captured": ("captured", "decode steps replayed, and launched from Python, in turns"),
     "startup": ("startup", "how long parts take to start, and their memory"),
     "streaming": ("serving.streaming", "one part's whole responses against another's streams"),
     "report": ("core.report", "results as Markdown tables, in the READMEs too"),

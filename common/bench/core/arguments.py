@@ -58,7 +58,7 @@ def variant(text: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), dict(setting(pair) for pair in pairs.split(","))
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(parser: argparse.ArgumentParser, limits: bool = True) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
     parser.add_argument(
         "--set",
@@ -69,7 +69,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a field of the part's EngineConfig, such as device=cuda or max_num_seqs=32",
     )
-    parser.add_argument("--quick-limits", action="store_true", help="measure limits in a second")
+    if limits:
+        parser.add_argument(
+            "--quick-limits", action="store_true", help="measure limits in a second"
+        )
     parser.add_argument("--verbose", action="store_true", help="show what the engines print")
 
 

@@ -105,6 +105,16 @@ def arrival_job(job: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def captured_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Steps replayed and launched by one engine: see `common.bench.captured.measure`."""
+    from common.bench.captured import measure
+
+    engine, _, answer = start_engine(job)
+    answer |= measure(engine, job)
+    engine.shutdown()
+    return answer
+
+
 def generate_job(job: dict[str, Any]) -> dict[str, Any]:
     """{"part", "model", "settings", "runs": [{"prompts", "max_tokens"}]} -> seconds and token ids of
     each run: greedy, and no token ends it."""
@@ -190,6 +200,7 @@ def engine_facts(engine: Any, config: Any) -> dict[str, Any]:
 
 JOBS = {
     "arrival": arrival_job,
+    "captured": captured_job,
     "generate": generate_job,
     "host": host_job,
     "kv": kv_job,
