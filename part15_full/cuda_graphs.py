@@ -18,7 +18,6 @@ engines that launch every step from Python.
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -237,11 +236,14 @@ class Graphs:
             ) from None
 
     def wake_up(self, runner: "ModelRunner") -> None:
-        """Capture again what sleep has dropped, before a request waits for it; what has no room now is
-        captured, if it can be, when it occurs."""
+        """Capture again what sleep has dropped, before a request waits for it. Where others have taken
+        the memory meanwhile, every step is launched from Python from now on."""
         if self.on_gpu and self.reason is None:
-            with suppress(torch.OutOfMemoryError):
+            try:
                 self.capture_all(runner)
+            except torch.OutOfMemoryError:
+                self.forget()
+                self.reason = "there was no room for CUDA graphs when the engine woke up"
 
     def capture_all(self, runner: "ModelRunner") -> None:
         """Capture each size's graphs, the largest first: the others fit into its memory."""

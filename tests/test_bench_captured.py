@@ -11,7 +11,7 @@ from common.bench.core.results import load_result
 from common.testing.parts import make_engine
 
 TINY = "random:tiny-llama"
-JOB = {"batch_size": 3, "prompt_len": 5, "steps": 4, "pairs": 5}
+JOB = {"part": 15, "batch_size": 3, "prompt_len": 5, "steps": 4, "pairs": 5}
 
 
 def test_one_engine_does_both_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,28 +28,41 @@ def test_one_engine_does_both_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "step_seconds", step_seconds)
     found = captured.measure(engine, JOB)
     assert (found["replayed"], found["launched"]) == ([2.0] * 5, [3.0] * 5)
-    assert len(found["noted"]) == 1 and 0 < found["noted"][0] < 10
-    measured = ways[2 * (JOB["steps"] + captured.SETTLE) :]
-    assert set(measured) == {(True, 1), (False, 0)}, "each step runs in its own way"
-    slices = [measured[at][0] for at in range(0, len(measured), JOB["steps"] + captured.SETTLE)]
+    assert len(found["noted"]) == captured.NOTINGS - 1 and min(found["noted"]) > 0
+    assert len(found["plain"]) == captured.NOTINGS * 2, "a size is noted when it has occurred twice"
+    assert set(ways) == {(True, 1), (False, 0)}, "each step runs in its own way"
+    slices = [ways[at][0] for at in range(0, len(ways), JOB["steps"] + captured.SETTLE)]
     assert slices == [True, False, False, True, True, False, False, True, True, False]
     engine.shutdown()
 
 
-def test_an_engine_that_captures_nothing_is_refused() -> None:
-    engine = make_engine(15, TINY, enforce_eager=True)
-    with pytest.raises(ValueError, match=r"^no step is captured: enforce_eager is on$"):
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"enforce_eager": True}, "no step is captured: enforce_eager is on"),
+        ({"dtype": "bfloat16"}, "no step is captured: a step cannot be recorded: "),
+        ({"speculative": "ngram"}, "speculative must be off"),
+        ({"max_num_seqs": 2}, "3 sequences are not decoded together: see max_num_seqs"),
+        ({"max_model_len": 80}, "3 sequences are not decoded together"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_would_compare_nothing_is_refused(flags: dict[str, Any], why: str) -> None:
+    engine = make_engine(15, TINY, **{"max_num_seqs": 4} | flags)
+    with pytest.raises(ValueError, match=why):
         captured.measure(engine, JOB)
+    engine.shutdown()
 
 
 def test_what_a_row_says() -> None:
-    found = {"launched": [0.03, 0.04, 0.05], "replayed": [0.01, 0.02, 0.05], "noted": [0.1]}
+    found = {"launched": [0.03, 0.04, 0.05], "replayed": [0.01, 0.02, 0.05]}
+    found |= {"noted": [0.1, 0.2, 0.1], "plain": [0.04, 0.03, 0.09]}
     row = captured.row(found)
     assert row == {
         "launched": pytest.approx(40), "replayed": pytest.approx(20), "ratio": pytest.approx(2),
         "low": None, "high": None, "noting": pytest.approx(60),
     }  # fmt: skip
-    assert captured.row(found | {"noted": []})["noting"] is None
+    assert captured.row(found | {"noted": [], "plain": []})["noting"] is None
 
 
 def test_the_command_line(
@@ -59,7 +72,7 @@ def test_the_command_line(
 
     def run_worker(job: dict[str, Any], verbose: bool) -> dict[str, Any]:
         jobs.append(job)
-        return {"launched": [0.02] * 5, "replayed": [0.01] * 5, "noted": []}
+        return {"launched": [0.02] * 5, "replayed": [0.01] * 5, "noted": [], "plain": []}
 
     monkeypatch.setattr(captured, "run_worker", run_worker)
     path = tmp_path / "c.json"

@@ -266,6 +266,7 @@ from common.testing import cuda_on_cpu
 cuda_on_cpu.install()
 import itertools
 import sys
+import torch
 sys.path.insert(0, "tests")
 from test_part15_graphs import PARAMS, PROMPTS, TINY, make_engine, outputs
 from common.memory.device import DeviceMemory, as_bytes
@@ -301,6 +302,14 @@ for speculative in ("off", "ngram", "self"):
         if step > 6 and not engine.has_unfinished():
             break
     print([tokens[request.request_id] for request in requests])
+
+def no_room(*_):
+    raise torch.OutOfMemoryError
+
+graphs.capture = no_room
+engine.sleep(1)
+engine.wake_up()
+print(outputs(engine), graphs.reason, len(graphs.captured))
 '''
 
 
@@ -313,6 +322,7 @@ def test_on_a_gpu_all_sizes_are_captured_at_the_start(expected: list[list[int]])
     assert ast.literal_eval(lines[4]) == [(size, each, True) for size in sizes for each in (1, 13)]
     each = [(1, True), (5, True), (1, False)]  # verifies, and drafts with some of its layers
     assert ast.literal_eval(lines[8]) == [(size, *kind) for size in sizes for kind in each]
-    assert lines[1::4] == [f"{expected} True True"] * 3
-    assert lines[2::4] == ["0 True"] * 3
-    assert lines[3::4] == [str(expected)] * 3
+    assert lines[1:12:4] == [f"{expected} True True"] * 3
+    assert lines[2:12:4] == ["0 True"] * 3
+    assert lines[3:12:4] == [str(expected)] * 3
+    assert lines[12] == f"{expected} there was no room for CUDA graphs when the engine woke up 0"

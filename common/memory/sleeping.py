@@ -140,11 +140,12 @@ def wake_up(engine: Any) -> dict[str, Any]:
     """See `LLMEngine.wake_up`."""
     if engine.sleep_level == 0:
         return {}
+    begin = time.perf_counter()
     told = change(engine, 0)
+    engine.sleep_level = 0
     if (graphs := getattr(engine.runner, "graphs", None)) is not None:
         graphs.wake_up(engine.runner)
-    engine.sleep_level = 0
-    return told
+    return told | {"seconds": round(time.perf_counter() - begin, 3)}
 
 
 def put_down(engine: Any) -> None:
