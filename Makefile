@@ -109,7 +109,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m common.bench host --parts 15 --vary waiting --json $(R15)/host_waiting.json
 	$(BIN)/python -m common.bench host --parts 15 --vary blocks --json $(R15)/host_blocks.json
 	$(BIN)/python -m common.bench host --parts 15 --vary context --json $(R15)/host_context.json
-	$(BIN)/python -m common.bench ladder --workload mixed --requests 16 --pairs 3 --part-pairs 1=1 --part-pairs 2=1 --with 8:speculative=ngram --with 14:quantization=int4,activations=int8 --with 15:quantization=int4,activations=int8 --json $(R15)/ladder_all.json --overview $(R15)/ladder_all.png
+	$(BIN)/python -m common.bench ladder --workload mixed --requests 16 --pairs 3 --part-pairs 1=1 --part-pairs 2=1 --with 8:speculative=ngram --with 14:quantization=int8-g32 --json $(R15)/ladder_all.json --overview $(R15)/ladder_all.png
 	$(BIN)/python -m common.bench captured --variant int4+int8:quantization=int4,activations=int8 --json $(R15)/captured.json
 	$(BIN)/python -m common.bench attribution --json $(R15)/attribution.json --plot $(R15)/attribution.png
 	$(BIN)/python -m common.bench attribution --without speculation --json $(R15)/attribution_async.json
