@@ -788,6 +788,34 @@ def test_each_process_in_each_state(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        ("server", ("--tp", "2")),
+        ("server", ("--pp", "2", "--api-server-count", "2")),
+        ("server", ("--offload", "both", "--speculative", "ngram", "--prefix-cache", "radix")),
+        ("router", ("--dp", "2")),
+        ("server", ("--role", "proxy", "--num-prefill", "1", "--num-decode", "1")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_the_core_has_ranks_and_tiers_and_is_a_replica(module: str, flags: tuple[str, ...]):
+    flags = *FLAGS[:6], "--engine-core", "process", *flags
+    server = RunningServer(15, *flags, module=f"part15.{module}")
+    try:
+        server.wait_until_ready()
+        answers = [httpx.post(server.base_url + COMPLETIONS, json=BASE, timeout=60) for _ in "ab"]
+        assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+        assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [8, 8]
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert any("part15.engine_core" in one.cmdline() for one in family)
+        assert server.stop() == 0, server.output
+        until(lambda: not any(map(is_alive, family)), "all ended", 20)
+    finally:
+        server.kill()
+
+
+@pytest.mark.long
 def test_five_kills_leave_nothing(start: Callable[..., Server]):
     for cycle in range(5):
         server = start("--engine-core", "process", "--api-server-count", str(1 + cycle % 2))
