@@ -145,13 +145,16 @@ class Soak:
             self.done["faulted"] += 1
             return
         self.done["error"] += 1
-        self.errors.append(message[:200])
+        since = f", {begin - self.faults[-1]:.1f} s after a fault" if self.faults else ""
+        self.errors.append(f"{message[:200]} (begun {now - begin:.1f} s ago{since})")
 
     async def inject(self, pid: int, every: float) -> None:
         """Kill one of the server's HTTP processes every so many seconds."""
         while True:
             await asyncio.sleep(every)
             found = [p for p in psutil.Process(pid).children() if "api_server" in str(p.cmdline())]
+            if not found:  # they start again
+                continue
             self.faults.append(time.perf_counter())
             self.rng.choice(found).send_signal(signal.SIGKILL)
 
@@ -179,10 +182,23 @@ class Soak:
         await asyncio.gather(*tasks)
 
 
+def family(pid: int) -> list[int]:
+    """A process and all its children."""
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+
+
+async def together(pid: int, count: int) -> None:
+    """Until so many processes have been there for a while: the one killed last is back, and has
+    loaded what it loads. At most a minute."""
+    begin = time.perf_counter()
+    while len(family(pid)) < count and time.perf_counter() < begin + 45:
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(15)
+
+
 def memory(pid: int) -> int:
     """Bytes that belong to a process and its children alone, swapped out or not."""
-    found = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-    return sum(map(own_memory, found))
+    return sum(map(own_memory, family(pid)))
 
 
 def own_memory(pid: int) -> int:
@@ -217,17 +233,18 @@ async def soak(
     """Run it against a server. fault_every: seconds between two faults; 0: none. Returns what there is to
     judge by."""
     run = Soak(url, random.Random(seed), has_text)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
+    # Kept for less time than the server keeps them: else one is used while it is being closed.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=50, keepalive_expiry=2.0)
     async with httpx.AsyncClient(base_url=url, limits=limits) as client:
         capacity = await run.closed_loop(client, min(20.0, seconds / 5), clients=16)
         print(f"Capacity: {capacity:.1f} requests/s; load: {load * capacity:.1f}", file=sys.stderr)
         await run.open_loop(client, seconds / 10, load * capacity)
-        early = memory(pid)
+        early, processes = memory(pid), len(family(pid))
         faults = asyncio.create_task(run.inject(pid, fault_every)) if fault_every else None
         await run.open_loop(client, seconds * 9 / 10, load * capacity)
         if faults is not None:
             faults.cancel()
-            await asyncio.sleep(15)  # the process killed last is there again
+            await together(pid, processes)
         await idle(url)
     return {
         "capacity_rps": capacity,
