@@ -80,7 +80,7 @@ def test_medians_of_processes_in_a_table(
     row = result["rows"][1]
     assert [row[name] for name in host.PHASES] == [2.0 * 16 * (i + 1) for i in range(5)]
     assert (row["rest"], row["step"], row["p99"], row["each"]) == (192, 224, 256, 14)
-    assert "medians of 7 steps and 3 processes" in result["notes"][0]
+    assert "medians of 7 steps; processes of each: 3" in result["notes"][0]
     assert (
         "| 8 | 16 | 32 | 64 | 96 | 128 | 160 | 192 | 224 | 256 | 14.00 |" in capsys.readouterr().out
     )

@@ -57,7 +57,12 @@ async def stream(client: httpx.AsyncClient, prompt: list[int], max_tokens: int) 
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
                     is_whole = True
+                elif line.startswith('data: {"error"') and "full" in line:
+                    status = (
+                        503  # others took its place after it was looked for: it is told so here
+                    )
                 elif line.startswith("data: "):
+                    assert '"choices"' in line, line
                     text += "".join(choice["text"] for choice in json.loads(line[6:])["choices"])
     except httpx.TransportError:
         if status:
