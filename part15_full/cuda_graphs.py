@@ -9,7 +9,7 @@ captured at the start, the largest first. They share one memory pool, since one 
 
 On a CPU the launches are calls of kernels, and Python is what they cost. `common.kernels.recording`
 records the calls of a step and repeats them from machine code. Noting them costs as much as two to
-seven replays save, so a size is recorded when it has occurred twice. It is not padded, because on a CPU
+six replays save, so a size is recorded when it has occurred twice. It is not padded, because on a CPU
 each extra row costs its arithmetic.
 
 Steps with prompt tokens are launched from Python: their sizes rarely repeat. `Graphs.why_not` lists the

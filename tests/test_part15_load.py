@@ -105,7 +105,8 @@ def test_none_is_lost_or_mixed_up_and_memory_stays(count: int, form: tuple[str, 
 
 @pytest.mark.parametrize("count", MANY)
 def test_overload_is_refused_at_once(count: int) -> None:
-    """More streams than may wait: the others are 503 before the first of these has ended."""
+    """More streams than may wait: the others are refused before the first of these has ended, by a
+    503, or in the stream where others have taken the place since it was looked for."""
     given = prompts(count)
     room = ("--max-num-seqs", "8", "--max-waiting", "40")
     with server_process(15, "--model", MODEL, *room) as server:

@@ -4,7 +4,7 @@ Two processes on a shared machine differ by more than the launches of a step. So
 with a fixed number of sequences, and changes over every few steps, in an order that is reversed each time.
 Times are medians of slices of --steps steps; the ratio is that of neighbouring slices, the median of --pairs,
 with its 95% bootstrap interval. `noting` is what a forward takes longer while it is noted, the median of a
-few times. No HTTP thread wants the interpreter's lock meanwhile, as in a server.
+few times. Unlike in a server, no HTTP thread wants the interpreter's lock meanwhile.
 """
 
 import argparse
